@@ -1,0 +1,445 @@
+"""docs/spec.md in plain PyTorch: the readable truth that the C++ and CUDA ops are held to.
+
+The functions carry the ops' names, argument names and defaults, and run on any device and in any floating dtype. float64
+inputs are computed in float64 and give float64 scores, so that a float32 op can be compared with something better than
+itself; everything else is computed in float32, as the ops do. Clarity comes before speed: batch rows and heads are
+looped over, and attention weights are materialised.
+
+Inputs are trusted here (shapes are asserted); the ops hold the checks that users meet.
+
+Symbols, as in the paper (arXiv 2410.08584): ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value heads, ``G = Hq / Hkv``,
+``N`` tokens, ``D`` head dim, ``P`` probe tokens, ``S`` cache slots, ``T`` the important tokens of a batch row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "decode_attn",
+    "hash32",
+    "pack_kv",
+    "probe_index",
+    "probe_scores",
+    "select_tokens",
+    "sparse_attn",
+    "zipvl_attn",
+]
+
+_U32 = 0xFFFFFFFF
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Probe tokens (Sec. A)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fmix32(x: int) -> int:
+    """MurmurHash3's 32-bit finaliser: a bijection of the 32-bit integers in which every input bit reaches every output bit."""
+    x ^= x >> 16
+    x = (x * 0x85EBCA6B) & _U32
+    x ^= x >> 13
+    x = (x * 0xC2B2AE35) & _U32
+    x ^= x >> 16
+    return x
+
+
+def hash32(seed: int, i: int, R: int) -> int:
+    """The 32 random bits of stratum ``i`` among ``R`` earlier real tokens: a pure function of its three arguments.
+
+    ``seed`` is taken as 64 bits (two's complement where negative); ``i`` and ``R`` are below ``2**32``.
+    """
+    h = 0
+    for word in (seed & _U32, (seed >> 32) & _U32, i, R):
+        h = _fmix32(((h ^ word) + 0x9E3779B9) & _U32)
+    return h
+
+
+def _drawn_ranks(R: int, r: int, seed: int) -> list[int]:
+    """Ranks, ascending, of the ``min(r, R)`` random probes among ``R`` earlier real tokens: one from each of ``r`` strata."""
+    if R <= r:
+        return list(range(R))
+    ranks = []
+    for i in range(r):
+        low, high = i * R // r, (i + 1) * R // r
+        ranks.append(low + ((hash32(seed, i, R) * (high - low)) >> 32))
+    return ranks
+
+
+def probe_index(
+    q: Tensor,
+    *,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Positions of the probe tokens (Sec. A): the most recent real tokens, and random earlier ones.
+
+    Args:
+        q: ``[B, Hq, N, D]``, any dtype; only its ``B``, ``N`` and device are used.
+        num_recent: most recent real tokens to probe; all of them where a row has fewer.
+        num_random: earlier real tokens to probe, one from each of so many strata; all of them where a row has fewer.
+        seed: of the draw, see :func:`hash32`.
+        token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
+
+    Returns:
+        ``[B, num_recent + num_random]`` int32, ascending, padded at the end with -1.
+    """
+    B, _, N, _ = q.shape
+    index = torch.full((B, num_recent + num_random), -1, dtype=torch.int32, device=q.device)
+    for b in range(B):
+        real = _real_tokens(token_mask, b, N, q.device)
+        R = max(len(real) - num_recent, 0)
+        earlier, recent = real[:R], real[R:]
+        drawn = earlier[torch.tensor(_drawn_ranks(R, num_random, seed), dtype=torch.int64, device=q.device)]
+        probes = torch.cat([drawn, recent])
+        index[b, : len(probes)] = probes.to(torch.int32)
+    return index
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Probe scores (Eq. A)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def probe_scores(
+    q: Tensor,
+    k: Tensor,
+    probe_index: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention that the probe tokens pay to every token, summed and normalised (Eq. A).
+
+    With ``A[h, i, :]`` the softmax of probe ``i`` and head ``h`` over the real tokens (under ``causal`` those at or
+    before the probe): ``accumulated[j] = sum_hi A[h, i, j] / Hq``, and ``normalized[j]`` is that over the number of
+    probes that may attend to ``j``. Tokens that no probe may attend to score 0.
+
+    Args:
+        q: ``[B, Hq, N, D]``.
+        k: ``[B, Hkv, N, D]``, of q's dtype.
+        probe_index: ``[B, P]`` int32 positions; entries outside ``[0, N)`` are no probes.
+        scale: of the logits; None: ``D ** -0.5``.
+        causal: probes attend to positions at or before their own.
+        token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
+
+    Returns:
+        ``(accumulated, normalized)``, each ``[B, N]`` float32 (float64 for float64 inputs).
+    """
+    B, Hq, N, D = q.shape
+    Hkv = k.shape[1]
+    assert k.shape == (B, Hkv, N, D) and Hq % Hkv == 0 and probe_index.shape[0] == B
+    dtype = _compute_dtype(q)
+    scale = D**-0.5 if scale is None else scale
+    accumulated = torch.zeros(B, N, dtype=dtype, device=q.device)
+    normalized = torch.zeros(B, N, dtype=dtype, device=q.device)
+    for b in range(B):
+        probes = _valid_positions(probe_index[b], N)
+        real = _real_tokens(token_mask, b, N, q.device)
+        may_attend = torch.ones(len(probes), len(real), dtype=torch.bool, device=q.device)
+        if causal:
+            may_attend = real[None, :] <= probes[:, None]
+        total = torch.zeros(len(real), dtype=dtype, device=q.device)
+        for h in range(Hq):
+            q_probe = q[b, h, probes].to(dtype)
+            k_real = k[b, h // (Hq // Hkv), real].to(dtype)
+            total += _masked_softmax(scale * (q_probe @ k_real.T), may_attend).sum(dim=0)
+        num_probes = may_attend.sum(dim=0)
+        accumulated[b, real] = total / Hq
+        normalized[b, real] = torch.where(num_probes > 0, total / Hq / num_probes, 0.0)
+    return accumulated, normalized
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 and 4. How many tokens, and which (layer-wise adaptive ratio, token identification)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def select_tokens(
+    budget_score: Tensor,
+    rank_score: Tensor,
+    *,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    min_tokens: int = 1,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The important tokens ``T`` of every batch row (layer-wise adaptive ratio and token identification).
+
+    ``p`` is the smallest number of real tokens whose largest budget scores sum to at least ``tau`` times their total
+    (every real token for ``tau = 1``), or ``ceil(ratio * real tokens)``. ``T`` is the real tokens of ``keep_mask``, and
+    then real tokens by descending rank score, ties to the lower position, until it has
+    ``max(p, |keep|, min_tokens)`` tokens, or all real ones. ``T`` is every real token where a score of a real token is
+    not finite, or where the budget or the rank scores of the row's real tokens sum to 0.
+
+    Args:
+        budget_score: ``[B, N]`` floating (``accumulated`` in the paper); decides ``p``. Summed in float64.
+        rank_score: ``[B, N]`` floating (``normalized`` in the paper); decides which.
+        tau: in ``(0, 1]``.
+        ratio: in ``(0, 1]``; if given, replaces ``tau``.
+        min_tokens: least number of tokens to select.
+        keep_mask: ``[B, N]`` bool, tokens to select whatever their scores; None: none.
+        token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
+
+    Returns:
+        ``index``: ``[B, N]`` int32, ``T`` ascending in the first ``count[b]`` places and ``N`` in the others;
+        ``count``: ``[B]`` int32.
+    """
+    B, N = budget_score.shape
+    assert rank_score.shape == (B, N)
+    index = torch.full((B, N), N, dtype=torch.int32, device=budget_score.device)
+    count = torch.zeros(B, dtype=torch.int32, device=budget_score.device)
+    for b in range(B):
+        real = _real_tokens(token_mask, b, N, budget_score.device)
+        budget = budget_score[b, real].double()
+        rank = rank_score[b, real].double()
+        keep = torch.zeros_like(real, dtype=torch.bool) if keep_mask is None else keep_mask[b, real]
+        if _scores_are_usable(budget) and _scores_are_usable(rank):
+            p = _num_important(budget, tau, ratio)
+            size = min(max(p, int(keep.sum()), min_tokens), len(real))
+            by_rank = torch.sort(rank, descending=True, stable=True).indices
+            kept_first = torch.cat([by_rank[keep[by_rank]], by_rank[~keep[by_rank]]])
+            T = real[kept_first[:size].sort().values]
+        else:
+            T = real
+        index[b, : len(T)] = T.to(torch.int32)
+        count[b] = len(T)
+    return index, count
+
+
+def _scores_are_usable(score: Tensor) -> bool:
+    return bool(score.isfinite().all()) and float(score.sum()) != 0.0
+
+
+def _num_important(budget: Tensor, tau: float, ratio: float | None) -> int:
+    """``p`` of one row; ``budget`` ``[real tokens]`` float64 with a sum that is not 0."""
+    if ratio is not None:
+        return math.ceil(ratio * len(budget))
+    if tau == 1.0:
+        return len(budget)
+    mass = budget.sort(descending=True).values.cumsum(dim=0)
+    return int((mass < tau * mass[-1]).sum()) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Sparse attention (Sec. 3, Algorithm 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the selected tokens, moved to the front.
+
+    Args:
+        k, v: ``[B, Hkv, N, D]``.
+        index: ``[B, N]`` int32 positions; entries outside ``[0, N)`` are skipped: their packed rows stay 0.
+        count: ``[B]`` int32, clamped to ``[0, N]``.
+
+    Returns:
+        ``(k_packed, v_packed)``, each contiguous ``[B, Hkv, N, D]`` of its input's dtype. Rows at and after
+        ``count[b]`` are 0 here, and undefined in the ops.
+    """
+    B, _, N, _ = k.shape
+    assert v.shape == k.shape and index.shape == (B, N) and count.shape == (B,)
+    k_packed = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
+    v_packed = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    for b in range(B):
+        selected = index[b, : _clamped(count[b], N)].long()
+        slots = ((selected >= 0) & (selected < N)).nonzero()[:, 0]
+        k_packed[b, :, slots] = k[b, :, selected[slots]]
+        v_packed[b, :, slots] = v[b, :, selected[slots]]
+    return k_packed, v_packed
+
+
+def sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    all_queries: bool = False,
+) -> Tensor:
+    """Attention among the selected tokens ``T`` (Sec. 3, Algorithm 1); rows outside ``T`` are exactly 0.
+
+    Row ``t`` is ``softmax(scale * q[t] . k[T'])`` applied to ``v[T']``, with ``T'`` the tokens of ``T`` at or before ``t``
+    (all of ``T`` if not causal), and 0 where ``T'`` is empty. Keys and values outside ``T`` are not read.
+
+    Args:
+        q: ``[B, Hq, N, D]``.
+        k, v: ``[B, Hkv, N, D]``, of q's dtype.
+        index: ``[B, N]`` int32, ``T`` ascending in the first ``count[b]`` places; entries outside ``[0, N)`` are skipped.
+        count: ``[B]`` int32, clamped to ``[0, N]``.
+        scale: of the logits; None: ``D ** -0.5``.
+        causal: tokens attend to positions at or before their own (original positions, not packed ones).
+        all_queries: compute every row, not only those of ``T``.
+
+    Returns:
+        ``[B, Hq, N, D]`` of q's dtype, a transposed view of a contiguous ``[B, N, Hq, D]``.
+    """
+    B, Hq, N, D = q.shape
+    Hkv = k.shape[1]
+    assert k.shape == v.shape == (B, Hkv, N, D) and Hq % Hkv == 0 and index.shape == (B, N) and count.shape == (B,)
+    dtype = _compute_dtype(q)
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros(B, N, Hq, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    for b in range(B):
+        T = _valid_positions(index[b, : _clamped(count[b], N)], N)
+        rows = torch.arange(N, device=q.device) if all_queries else T
+        may_attend = torch.ones(len(rows), len(T), dtype=torch.bool, device=q.device)
+        if causal:
+            may_attend = T[None, :] <= rows[:, None]
+        for h in range(Hq):
+            q_rows = q[b, h, rows].to(dtype)
+            k_T = k[b, h // (Hq // Hkv), T].to(dtype)
+            v_T = v[b, h // (Hq // Hkv), T].to(dtype)
+            attention = _masked_softmax(scale * (q_rows @ k_T.T), may_attend)
+            out[b, h, rows] = (attention @ v_T).to(q.dtype)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 to 5 together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def zipvl_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_recent: int = 1,
+    min_tokens: int = 1,
+    all_queries: bool = False,
+    scale: float | None = None,
+    causal: bool = True,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ZipVL's prefill attention of one layer: probe, score, select, attend.
+
+    Args:
+        q: ``[B, Hq, N, D]``.
+        k, v: ``[B, Hkv, N, D]``, of q's dtype.
+        tau, ratio, min_tokens, keep_mask, token_mask: as in :func:`select_tokens`; ``accumulated`` is the budget score
+            and ``normalized`` the rank score.
+        num_recent, num_random, seed: as in :func:`probe_index`.
+        keep_recent: so many last real tokens are selected whatever their scores.
+        scale, causal: of probe scores and attention alike.
+        all_queries: compute every real row (the others are 0), not only those of ``T``.
+
+    Returns:
+        ``out``: ``[B, Hq, N, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`.
+    """
+    B, _, N, _ = q.shape
+    probes = probe_index(q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask)
+    accumulated, normalized = probe_scores(q, k, probes, scale=scale, causal=causal, token_mask=token_mask)
+    keep = torch.zeros(B, N, dtype=torch.bool, device=q.device) if keep_mask is None else keep_mask.clone()
+    for b in range(B):
+        real = _real_tokens(token_mask, b, N, q.device)
+        keep[b, real[max(len(real) - keep_recent, 0) :]] = True
+    index, count = select_tokens(
+        accumulated,
+        normalized,
+        tau=tau,
+        ratio=ratio,
+        min_tokens=min_tokens,
+        keep_mask=keep,
+        token_mask=token_mask,
+    )
+    out = sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
+    if token_mask is not None:
+        out = out.masked_fill(~token_mask[:, None, :, None], 0.0)
+    return out, index, count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decode_attn(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token to the first ``lengths[b]`` slots of each row's cache.
+
+    Args:
+        q: ``[B, Hq, 1, D]``.
+        k_cache, v_cache: ``[B, Hkv, S, D]``, of q's dtype; slots at and after ``lengths[b]`` are not read.
+        lengths: ``[B]`` int32, clamped to ``[0, S]``.
+        scale: of the logits; None: ``D ** -0.5``.
+
+    Returns:
+        ``out``: ``[B, Hq, 1, D]`` of q's dtype, 0 where the length is 0; ``lse``: ``[B, Hq, 1]`` float32 (float64 for
+        float64 inputs), the natural logarithm of the softmax's denominator, ``-inf`` where the length is 0.
+    """
+    B, Hq, _, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    assert q.shape[2] == 1 and k_cache.shape == v_cache.shape == (B, Hkv, S, D) and Hq % Hkv == 0
+    assert lengths.shape == (B,)
+    dtype = _compute_dtype(q)
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros(B, 1, Hq, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.full((B, Hq, 1), -math.inf, dtype=dtype, device=q.device)
+    for b in range(B):
+        length = _clamped(lengths[b], S)
+        if length == 0:
+            continue
+        for h in range(Hq):
+            keys = k_cache[b, h // (Hq // Hkv), :length].to(dtype)
+            values = v_cache[b, h // (Hq // Hkv), :length].to(dtype)
+            logits = scale * (q[b, h].to(dtype) @ keys.T)
+            out[b, h] = (logits.softmax(dim=-1) @ values).to(q.dtype)
+            lse[b, h] = logits.logsumexp(dim=-1)
+    return out, lse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _real_tokens(token_mask: Tensor | None, b: int, N: int, device: torch.device) -> Tensor:
+    """Positions, ascending, of row ``b``'s real tokens: ``[real tokens]`` int64."""
+    if token_mask is None:
+        return torch.arange(N, device=device)
+    return token_mask[b].nonzero()[:, 0]
+
+
+def _valid_positions(index: Tensor, N: int) -> Tensor:
+    """``index`` without its entries outside ``[0, N)``: int64."""
+    index = index.long()
+    return index[(index >= 0) & (index < N)]
+
+
+def _clamped(count: Tensor, limit: int) -> int:
+    """One device-side count as an int in ``[0, limit]``."""
+    return min(max(int(count), 0), limit)
+
+
+def _masked_softmax(logits: Tensor, may_attend: Tensor) -> Tensor:
+    """Softmax over each row's allowed entries; the others, and rows that have none, are 0. Both arguments ``[rows, keys]``."""
+    weights = logits.masked_fill(~may_attend, -math.inf).softmax(dim=-1)
+    return weights.masked_fill(~may_attend, 0.0)
