@@ -1,9 +1,9 @@
 """docs/spec.md in plain PyTorch: the readable truth that the C++ and CUDA ops are held to.
 
-The functions carry the ops' names, argument names and defaults, and run on any device and in any floating dtype. float64
-inputs are computed in float64 and give float64 scores, so that a float32 op can be compared with something better than
-itself; everything else is computed in float32, as the ops do. Clarity comes before speed: batch rows and heads are
-looped over, and attention weights are materialised.
+The functions carry the ops' names, argument names and defaults, and run on any device and in any floating dtype.
+float64 inputs are computed in float64 and give float64 scores, so that a float32 op can be compared with something
+better than itself; everything else is computed in float32, as the ops do. Clarity comes before speed: batch rows and
+heads are looped over, and attention weights are materialised.
 
 Inputs are trusted here (shapes are asserted); the ops hold the checks that users meet.
 
@@ -38,7 +38,7 @@ _U32 = 0xFFFFFFFF
 
 
 def _fmix32(x: int) -> int:
-    """MurmurHash3's 32-bit finaliser: a bijection of the 32-bit integers in which every input bit reaches every output bit."""
+    """MurmurHash3's 32-bit finaliser: a bijection in which every input bit reaches every output bit."""
     x ^= x >> 16
     x = (x * 0x85EBCA6B) & _U32
     x ^= x >> 13
@@ -59,7 +59,7 @@ def hash32(seed: int, i: int, R: int) -> int:
 
 
 def _drawn_ranks(R: int, r: int, seed: int) -> list[int]:
-    """Ranks, ascending, of the ``min(r, R)`` random probes among ``R`` earlier real tokens: one from each of ``r`` strata."""
+    """Ranks, ascending, of the random probes among ``R`` earlier real tokens: one from each of ``r`` strata, or all."""
     if R <= r:
         return list(range(R))
     ranks = []
@@ -270,13 +270,14 @@ def sparse_attn(
 ) -> Tensor:
     """Attention among the selected tokens ``T`` (Sec. 3, Algorithm 1); rows outside ``T`` are exactly 0.
 
-    Row ``t`` is ``softmax(scale * q[t] . k[T'])`` applied to ``v[T']``, with ``T'`` the tokens of ``T`` at or before ``t``
-    (all of ``T`` if not causal), and 0 where ``T'`` is empty. Keys and values outside ``T`` are not read.
+    Row ``t`` is ``softmax(scale * q[t] . k[T'])`` applied to ``v[T']``, with ``T'`` the tokens of ``T`` at or before
+    ``t`` (all of ``T`` if not causal), and 0 where ``T'`` is empty. Keys and values outside ``T`` are not read.
 
     Args:
         q: ``[B, Hq, N, D]``.
         k, v: ``[B, Hkv, N, D]``, of q's dtype.
-        index: ``[B, N]`` int32, ``T`` ascending in the first ``count[b]`` places; entries outside ``[0, N)`` are skipped.
+        index: ``[B, N]`` int32, ``T`` ascending in the first ``count[b]`` places; entries outside ``[0, N)`` are
+            skipped.
         count: ``[B]`` int32, clamped to ``[0, N]``.
         scale: of the logits; None: ``D ** -0.5``.
         causal: tokens attend to positions at or before their own (original positions, not packed ones).
@@ -440,6 +441,6 @@ def _clamped(count: Tensor, limit: int) -> int:
 
 
 def _masked_softmax(logits: Tensor, may_attend: Tensor) -> Tensor:
-    """Softmax over each row's allowed entries; the others, and rows that have none, are 0. Both arguments ``[rows, keys]``."""
+    """Softmax over each row's allowed entries; the others, and rows that have none, are 0. Both are ``[rows, keys]``."""
     weights = logits.masked_fill(~may_attend, -math.inf).softmax(dim=-1)
     return weights.masked_fill(~may_attend, 0.0)
