@@ -441,6 +441,6 @@ def _clamped(count: Tensor, limit: int) -> int:
 
 
 def _masked_softmax(logits: Tensor, may_attend: Tensor) -> Tensor:
-    """Softmax over each row's allowed entries; the others, and rows that have none, are 0. Both are ``[rows, keys]``."""
+    """Softmax over each row's allowed entries; the others, and rows that have none, are 0. Both ``[rows, keys]``."""
     weights = logits.masked_fill(~may_attend, -math.inf).softmax(dim=-1)
     return weights.masked_fill(~may_attend, 0.0)
