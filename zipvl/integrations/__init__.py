@@ -1,0 +1,1 @@
+"""Where zipvl plugs into other libraries; one file a library."""

@@ -1,0 +1,147 @@
+"""``zipvl.sparse``: ZipVL on one model, for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+
+from zipvl.cache import ZipVLCache, is_sparse, make_sparse
+from zipvl.config import ZipVLConfig
+from zipvl.integrations import _runs, _targets
+from zipvl.stats import Stats
+
+IMPLEMENTATION = "zipvl"
+
+
+@contextmanager
+def sparse(
+    model: nn.Module, config: ZipVLConfig | None = None, *, record_index: bool = False, **overrides: Any
+) -> Iterator[Stats]:
+    """Runs the language part of ``model`` with ZipVL inside the ``with`` block, and leaves no trace after it.
+
+    Vision towers and other submodels keep their attention. ``generate()`` and plain forwards get a ``ZipVLCache``
+    where they would have made an ordinary dynamic cache. Blocks may be nested: the innermost one counts.
+
+    Args:
+        model: a transformers model, or a module around one.
+        config: what to keep; the default configuration if None.
+        record_index: keep the positions of the selected tokens in the statistics (``LayerStats.index``).
+        overrides: fields of ``config`` to change, such as ``tau=0.9``.
+
+    Yields:
+        the statistics of the block, which stay readable after it.
+
+    Raises:
+        ValueError: the model or ``config.layers`` is not supported; inside the block, a cache that is.
+    """
+    config = (config or ZipVLConfig()).replace(**overrides)
+    target = _targets.find(model)
+    _targets.check_layers(target, config)
+    run = _runs.Run(config, Stats(record_index=record_index))
+    with ExitStack() as undo:
+        undo.callback(_runs.restore, _runs.install(target.attention, run))
+        _switch(target.configs, undo)
+        for generator in target.generators:
+            _give_generate_a_cache(generator, target, run, undo)
+        before = target.decoder.register_forward_pre_hook(_CacheGiver(target, run), with_kwargs=True)
+        undo.callback(before.remove)
+        after = target.decoder.register_forward_hook(_IdleWarner(run))
+        undo.callback(after.remove)
+        yield run.stats
+
+
+def _switch(configs: list[PretrainedConfig], undo: ExitStack) -> None:
+    """Sets the attention implementation of exactly these configurations."""
+    borrowed = [c for c in configs if c._attn_implementation_internal != IMPLEMENTATION]
+    _runs.borrow(borrowed)
+    undo.callback(_runs.give_back, borrowed)
+    for config in configs:
+        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+        config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.Run, undo: ExitStack) -> None:
+    """Makes ``generate()`` of ``generator`` start from a ``ZipVLCache``, by a method on the instance."""
+    ordinary: Callable[..., Any] = generator._prepare_cache_for_generation
+    name = "_prepare_cache_for_generation"
+    before = generator.__dict__.get(name)
+
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        given = model_kwargs.get("past_key_values") is not None
+        result = ordinary(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if not given and type(cache) is DynamicCache and not cache.offloading:
+            model_kwargs["past_key_values"] = ZipVLCache(target.decoder.config, run.config)
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
+        elif cache is not None:
+            _adopt(cache, target.decoder.config, run.config)
+        return result
+
+    generator.__dict__[name] = prepare
+    if before is None:
+        undo.callback(generator.__dict__.pop, name)
+    else:
+        undo.callback(generator.__dict__.__setitem__, name, before)
+
+
+class _CacheGiver:
+    """Forward pre-hook of the decoder: gives it a ``ZipVLCache`` where it would make a dynamic cache."""
+
+    def __init__(self, target: _targets.Target, run: _runs.Run) -> None:
+        self.probe, self.run = target.attention[0], run
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _runs.run_of(self.probe) is not self.run:
+            return None  # a block inside this one is in force
+        self.run.start_forward()
+        caches = [a for a in (*args, *kwargs.values()) if isinstance(a, Cache)]
+        for cache in caches:
+            _adopt(cache, module.config, self.run.config)
+        use_cache = kwargs.get("use_cache")
+        if not caches and (getattr(module.config, "use_cache", False) if use_cache is None else use_cache):
+            kwargs = kwargs | {"past_key_values": ZipVLCache(module.config, self.run.config)}
+        return args, kwargs
+
+
+def _adopt(cache: Cache, model_config: PretrainedConfig, config: ZipVLConfig) -> None:
+    """Makes a cache that the caller gave usable: an empty dynamic cache gets ZipVL's layers, in place.
+
+    Raises:
+        ValueError: it is another kind of cache, or was filled without ZipVL.
+    """
+    if is_sparse(cache):
+        return
+    problem = None
+    if type(cache) is not DynamicCache:
+        problem = f"a {type(cache).__name__} cannot hold tokens that differ by layer"
+    elif cache.offloading:
+        problem = "an offloaded cache is not supported"
+    elif cache.get_seq_length() > 0:
+        problem = f"this DynamicCache already holds {cache.get_seq_length()} tokens"
+    if problem is not None:
+        raise ValueError(f"zipvl.sparse: {problem}; pass a new zipvl.ZipVLCache(model), or no cache at all")
+    assert isinstance(cache, DynamicCache)
+    make_sparse(cache, config, model_config)
+
+
+class _IdleWarner:
+    """Forward hook of the decoder: warns once if no layer was sparse for a prompt that is long enough."""
+
+    def __init__(self, run: _runs.Run) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        reasons = self.run.idle_reasons()
+        if reasons:
+            self.run.warn_once(
+                f"zipvl.sparse: no layer of {type(module).__name__} was sparse for a prompt of at least "
+                f"dense_below={self.run.config.dense_below} tokens: {'; '.join(reasons)}"
+            )

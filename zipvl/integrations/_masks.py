@@ -1,0 +1,83 @@
+"""The mask function behind ``attn_implementation="zipvl"``.
+
+A plain causal mask never becomes a 4-D tensor here (16 GiB at 128K tokens): what is handed to the attention function is
+the 2-D padding mask, or None where nothing is padded. Every other mask is what transformers' SDPA would get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+_EXPANDED = "_zipvl_expanded_mask"
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask for one kind of layer, once a forward (an ``AttentionMaskInterface`` function).
+
+    Returns:
+        For plain causal attention over everything seen so far: ``[B, kv_length]`` bool, true where a token is real, or
+        None if all are and ``q_length`` is 1 or ``kv_length``. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length,
+        kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
+    """
+    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    if not plain or isinstance(q_offset, torch.Tensor) or kv_offset != 0 or kv_length != q_offset + q_length:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **kwargs,
+        )
+    padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding_mask is not None:
+        padding_mask = padding_mask[:, :kv_length]
+        if is_tracing(padding_mask) or not bool(padding_mask.all()):
+            return padding_mask
+    if q_length in (1, kv_length):
+        return None
+    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+
+def expand(token_mask: torch.Tensor, q_length: int, device: torch.device) -> torch.Tensor:
+    """The 4-D mask that SDPA needs for the last ``q_length`` tokens of ``token_mask [B, kv_length]``.
+
+    All layers of a forward are given the same ``token_mask`` object, so the result stays with it and is made once.
+
+    Returns:
+        ``[B, 1, q_length, kv_length]`` bool.
+    """
+    made: torch.Tensor | None = getattr(token_mask, _EXPANDED, None)
+    if made is None or made.shape[2] != q_length or made.device != device:
+        batch, kv_length = token_mask.shape
+        made = sdpa_mask(
+            batch_size=batch,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=kv_length - q_length,
+            attention_mask=token_mask.to(device),
+            allow_is_causal_skip=False,
+            device=device,
+        )
+        setattr(token_mask, _EXPANDED, made)
+    return made

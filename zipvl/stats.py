@@ -1,0 +1,179 @@
+"""What a run of ZipVL did, layer by layer."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Mode = Literal["sparse", "dense"]
+
+
+@dataclass
+class LayerStats:
+    """The last prefill of one attention layer. Counts stay on their device until they are asked for.
+
+    Args:
+        layer: the layer's index in the model.
+        mode: whether its attention was sparse.
+        reason: why it was dense; None if it was sparse.
+        prompt: length of the prompt, padding positions included.
+        real: ``[B]`` real tokens of each row.
+        counts: ``[B]`` kept tokens of each row.
+        positions: ``[B, N]``, the kept tokens of row ``b`` in ``[b, :counts[b]]``; None if not recorded or dense.
+        cache_bytes: bytes that the layer's ``ZipVLCache`` storage took when last changed; None without such a cache.
+        full_cache_bytes: what a cache of every token seen would have taken by then.
+    """
+
+    layer: int
+    mode: Mode
+    reason: str | None
+    prompt: int
+    real: torch.Tensor = field(repr=False)
+    counts: torch.Tensor = field(repr=False)
+    positions: torch.Tensor | None = field(default=None, repr=False)
+    cache_bytes: int | None = None
+    full_cache_bytes: int | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Real tokens of each row."""
+        return [int(n) for n in self.real.tolist()]
+
+    @property
+    def kept(self) -> list[int]:
+        """Kept tokens of each row."""
+        return [int(n) for n in self.counts.tolist()]
+
+    @property
+    def ratio(self) -> float:
+        """Mean over the rows of kept / real tokens."""
+        return float(_ratios(self.real, self.counts).mean())
+
+    @property
+    def index(self) -> list[torch.Tensor] | None:
+        """Positions of each row's kept tokens, ascending (LongTensors on the CPU); None if they were not recorded."""
+        if self.positions is None:
+            return None
+        return [row[:count].long().cpu() for row, count in zip(self.positions, self.kept, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, without ``index``."""
+        names = ("layer", "mode", "reason", "prompt", "tokens", "kept", "ratio", "cache_bytes", "full_cache_bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+def _ratios(real: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``kept / real`` of each row, float64 ``[B]``; a row without real tokens counts 1."""
+    return torch.where(real > 0, kept.double() / real.clamp(min=1), 1.0)
+
+
+class Stats:
+    """What happened to every attention layer under ``zipvl.sparse``.
+
+    ``layers`` holds each layer's last prefill, by layer index; ``mean_ratio`` runs over all prefills since the start or
+    the last ``reset()``. Nothing is read back from the device until it is asked for.
+    """
+
+    def __init__(self, record_index: bool = False) -> None:
+        self.record_index = record_index
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything recorded."""
+        with self._lock:
+            self.layers: dict[int, LayerStats] = {}
+            self._ratio_sums: dict[int, torch.Tensor] = {}
+            self._rows: dict[int, int] = {}
+            self._prefills: dict[int, int] = {}
+            self._sparse_prefills = 0
+
+    def add(
+        self,
+        layer: int,
+        reason: str | None,
+        prompt: int,
+        real: torch.Tensor,
+        index: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+    ) -> LayerStats:
+        """Records the prefill of one layer.
+
+        Args:
+            layer: its index.
+            reason: why it was dense, or None: it was sparse.
+            prompt: ``N``.
+            real: ``[B]`` real tokens of each row.
+            index, count: ``[B, N]`` and ``[B]``, the selection of a sparse layer.
+        """
+        kept = real if count is None else count
+        entry = LayerStats(
+            layer=layer,
+            mode="sparse" if reason is None else "dense",
+            reason=reason,
+            prompt=prompt,
+            real=real,
+            counts=kept,
+            positions=index if self.record_index else None,
+        )
+        ratio_sum = _ratios(real, kept).sum()
+        with self._lock:
+            self.layers[layer] = entry
+            before = self._ratio_sums.get(layer)
+            self._ratio_sums[layer] = ratio_sum if before is None else before.to(ratio_sum.device) + ratio_sum
+            self._rows[layer] = self._rows.get(layer, 0) + real.shape[0]
+            self._prefills[layer] = self._prefills.get(layer, 0) + 1
+            self._sparse_prefills += reason is None
+        return entry
+
+    @property
+    def active(self) -> bool:
+        """Whether any layer of any prefill was sparse."""
+        return self._sparse_prefills > 0
+
+    @property
+    def prefills(self) -> int:
+        """How many prefills were recorded."""
+        return max(self._prefills.values(), default=0)
+
+    @property
+    def mean_ratio(self) -> float:
+        """Mean of kept / real tokens over layers, rows and prefills; a dense layer counts 1. 1.0 if nothing ran."""
+        rows = sum(self._rows.values())
+        return sum(float(total) for total in self._ratio_sums.values()) / rows if rows else 1.0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the last prefill's ``ZipVLCache`` layers, as they were last changed."""
+        return sum(entry.cache_bytes or 0 for entry in self.layers.values())
+
+    @property
+    def full_cache_bytes(self) -> int:
+        """What those layers would have taken with every token seen."""
+        return sum(entry.full_cache_bytes or 0 for entry in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        names = ("active", "prefills", "mean_ratio", "cache_bytes", "full_cache_bytes")
+        totals = {name: getattr(self, name) for name in names}
+        return totals | {"layers": [self.layers[layer].to_dict() for layer in sorted(self.layers)]}
+
+    def summary(self) -> str:
+        """A few lines of text: the totals, and one line a layer."""
+        if not self.layers:
+            return "zipvl: no prefill yet"
+        lines = [
+            f"zipvl: {'sparse' if self.active else 'NOT sparse'}, {self.prefills} prefill(s), "
+            f"mean ratio {self.mean_ratio:.3f}, cache {self.cache_bytes:,} of {self.full_cache_bytes:,} bytes"
+        ]
+        for layer in sorted(self.layers):
+            entry = self.layers[layer]
+            note = f" ({entry.reason})" if entry.reason else ""
+            lines.append(f"  layer {layer:3d} {entry.mode:6s} kept {entry.kept} of {entry.tokens}{note}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Stats(layers={len(self.layers)}, prefills={self.prefills}, active={self.active})"
