@@ -363,7 +363,7 @@ def zipvl_attn(
     )
     out = sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
     if token_mask is not None:
-        out = out.masked_fill(~token_mask[:, None, :, None], 0.0)
+        out.masked_fill_(~token_mask[:, None, :, None], 0.0)
     return out, index, count
 
 

@@ -1,0 +1,283 @@
+"""Inputs and tolerances that the tests of the CPU ops share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipvl import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("bhnd", "bnhd", "fused", "sliced")
+MASKS = ("none", "left", "right", "inner", "one_real", "row_empty")
+
+# The op may be at most so many times further from the float64 reference than the same computation in PyTorch is.
+ERROR_FACTOR = 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_qkv(
+    B: int,
+    Hq: int,
+    Hkv: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "bnhd",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal ``q [B, Hq, N, D]`` and ``k, v [B, Hkv, N, D]`` with a unit last stride and a chosen memory layout.
+
+    ``bhnd`` is contiguous, ``bnhd`` a transposed view (what models pass), ``fused`` a view of one projection that holds
+    all three, and ``sliced`` a view with odd strides and an odd offset whose surroundings are NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return (1.5 * torch.randn(shape, generator=generator)).to(dtype)
+
+    if layout == "fused":
+        qkv = normal(B, N, Hq + 2 * Hkv, D).transpose(1, 2)
+        return qkv[:, :Hq], qkv[:, Hq : Hq + Hkv], qkv[:, Hq + Hkv :]
+
+    def tensor(H: int) -> Tensor:
+        if layout == "bhnd":
+            return normal(B, H, N, D)
+        if layout == "bnhd":
+            return normal(B, N, H, D).transpose(1, 2)
+        assert layout == "sliced", layout
+        surrounding = torch.full((B, H + 1, N + 3, D + 5), torch.nan, dtype=dtype)
+        view = surrounding[:, 1:, 2 : N + 2, 3 : D + 3]
+        view.copy_(normal(B, H, N, D))
+        return view
+
+    return tensor(Hq), tensor(Hkv), tensor(Hkv)
+
+
+def make_mask(kind: str, B: int, N: int) -> Tensor | None:
+    """``token_mask [B, N]`` of a kind in :data:`MASKS`, different in every row; None for ``none``."""
+    if kind == "none":
+        return None
+    mask = torch.ones(B, N, dtype=torch.bool)
+    for b in range(B):
+        width = min(N, (b + 1) * N // (B + 2))
+        if kind == "left":
+            mask[b, :width] = False
+        elif kind == "right":
+            mask[b, N - width :] = False
+        elif kind == "inner":
+            mask[b, b + 1 :: 3] = False
+            mask[b, N // 3 : N // 3 + width // 2] = False
+        elif kind == "one_real":
+            mask[b] = False
+            mask[b, (N // 2 + b) % N] = True
+        else:
+            assert kind == "row_empty", kind
+            mask[b] = b % 2 == 1
+    return mask
+
+
+def make_selection(B: int, N: int, share: float = 0.4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random ``index [B, N], count [B]`` with about ``share * N`` tokens, another number in each row."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.full((B, N), N, dtype=torch.int32)
+    count = torch.zeros(B, dtype=torch.int32)
+    for b in range(B):
+        size = min(N, max(1, round(share * N)) + b)
+        chosen = torch.randperm(N, generator=generator)[:size].sort().values
+        index[b, : len(chosen)] = chosen.to(torch.int32)
+        count[b] = len(chosen)
+    return index, count
+
+
+def all_tokens(B: int, N: int) -> tuple[Tensor, Tensor]:
+    """The selection of every token."""
+    return torch.arange(N, dtype=torch.int32).repeat(B, 1), torch.full((B,), N, dtype=torch.int32)
+
+
+def selected_mask(index: Tensor, count: Tensor) -> Tensor:
+    """``[B, N]`` bool, true for the tokens of a well-formed selection."""
+    B, N = index.shape
+    mask = torch.zeros(B, N, dtype=torch.bool)
+    for b in range(B):
+        mask[b, index[b, : int(count[b])].long()] = True
+    return mask
+
+
+def poison(tensor: Tensor, where: Tensor) -> Tensor:
+    """A copy of ``tensor [B, H, N, D]``, strides kept, with NaN at the tokens of ``where [B, N]``."""
+    poisoned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    return poisoned.masked_fill_(where[:, None, :, None], torch.nan)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tolerances
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
+    """``actual`` is as close to ``exact`` as PyTorch's own arithmetic gets.
+
+    Its largest error is at most :data:`ERROR_FACTOR` times that of ``baseline`` (the same computation in PyTorch, in
+    the op's precision) plus one rounding of the largest result in ``actual``'s dtype. All three must be finite.
+    """
+    assert actual.shape == exact.shape == baseline.shape
+    assert exact.dtype == torch.float64
+    assert bool(exact.isfinite().all()) and bool(baseline.isfinite().all()), "the test's own numbers must be finite"
+    if exact.numel() == 0:
+        return
+    error = float((actual.double() - exact).abs().max())
+    allowed = score_tolerance(exact, baseline, actual.dtype)
+    assert error <= allowed, f"largest error {error:.3e}, allowed {allowed:.3e}"
+
+
+def score_tolerance(exact: Tensor, baseline: Tensor, dtype: torch.dtype) -> float:
+    """The largest error :func:`assert_accurate` allows."""
+    baseline_error = float((baseline.double() - exact).abs().max())
+    return ERROR_FACTOR * baseline_error + torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+def same_dtype_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    all_queries: bool = False,
+) -> Tensor:
+    """``sparse_attn`` written in PyTorch with every intermediate in q's dtype: the baseline of the error bound."""
+    B, Hq, N, D = q.shape
+    group = Hq // k.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros_like(q)
+    for b in range(B):
+        T = index[b, : int(count[b])].long()
+        rows = torch.arange(N) if all_queries else T
+        blocked = (T[None, :] > rows[:, None]) if causal else torch.zeros(len(rows), len(T), dtype=torch.bool)
+        for h in range(Hq):
+            logits = (q[b, h, rows] @ k[b, h // group, T].T) * scale
+            weights = logits.masked_fill(blocked, -torch.inf).softmax(dim=-1).masked_fill(blocked, 0)
+            out[b, h, rows] = weights @ v[b, h // group, T]
+    return out
+
+
+def assert_selection_within_rounding(
+    index: Tensor,
+    count: Tensor,
+    exact: tuple[Tensor, Tensor],
+    tolerance: tuple[float, float],
+    *,
+    tau: float,
+    ratio: float | None = None,
+    min_tokens: int = 1,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> None:
+    """A selection made from rounded scores differs from that of the exact ones only where rounding decides.
+
+    ``exact`` are the float64 budget and rank scores ``[B, N]``; ``tolerance`` bounds the error of each score that the
+    selection saw. ``p`` selected budget scores may miss or overshoot the threshold by the rounding of at most ``N``
+    scores; a token clearly above the cut is in, and one clearly below is out.
+    """
+    budget, rank = exact
+    B, N = budget.shape
+    for b in range(B):
+        real = torch.arange(N) if token_mask is None else token_mask[b].nonzero()[:, 0]
+        T = index[b, : int(count[b])].long()
+        keep = torch.zeros(N, dtype=torch.bool)
+        if keep_mask is not None:
+            keep = keep_mask[b].clone()
+        keep &= torch.zeros(N, dtype=torch.bool).index_fill(0, real, True)
+        chosen = torch.zeros(N, dtype=torch.bool).index_fill(0, T, True)
+        assert bool((T.diff() > 0).all()), "T is ascending"
+        assert bool(torch.isin(T, real).all()), "T holds real tokens only"
+        assert bool((index[b, int(count[b]) :] == N).all()), "places after T hold N"
+        assert bool((keep <= chosen).all()), "T holds the keep set"
+        if len(real) == 0:
+            continue
+
+        least = min(max(int(keep.sum()), min_tokens), len(real))
+        if ratio is not None:
+            p = math.ceil(ratio * len(real))
+            assert len(T) == min(max(p, least), len(real))
+        else:
+            mass = budget[b, real].sort(descending=True).values.cumsum(dim=0)
+            slack = len(real) * tolerance[0]
+            p_low = int((mass < tau * mass[-1] - slack).sum()) + 1
+            p_high = min(int((mass < tau * mass[-1] + slack).sum()) + 1, len(real))
+            assert min(max(p_low, least), len(real)) <= len(T) <= min(max(p_high, least), len(real))
+
+        free = real[~keep[real]]
+        by_rank = rank[b, free].sort(descending=True).values
+        taken = len(T) - int(keep.sum())
+        if 0 < taken < len(free):
+            assert bool(chosen[free][rank[b, free] > by_rank[taken - 1] + 2 * tolerance[1]].all()), (
+                "a clear winner is out"
+            )
+            assert not bool(chosen[free][rank[b, free] < by_rank[taken - 1] - 2 * tolerance[1]].any()), "a loser is in"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every op once
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPS = ("probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "decode_attn")
+
+# Every keyword of every op with its default, as spec.md states them.
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "probe_index": {"num_recent": 64, "num_random": 64, "seed": 0, "token_mask": None},
+    "probe_scores": {"scale": None, "causal": True, "token_mask": None},
+    "select_tokens": {"tau": 0.975, "ratio": None, "min_tokens": 1, "keep_mask": None, "token_mask": None},
+    "pack_kv": {},
+    "sparse_attn": {"scale": None, "causal": True, "all_queries": False},
+    "zipvl_attn": {
+        "tau": 0.975,
+        "ratio": None,
+        "num_recent": 64,
+        "num_random": 64,
+        "seed": 0,
+        "keep_recent": 1,
+        "min_tokens": 1,
+        "all_queries": False,
+        "scale": None,
+        "causal": True,
+        "keep_mask": None,
+        "token_mask": None,
+    },
+    "decode_attn": {"scale": None},
+}
+
+
+def sample_tensors(op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, D: int = 64) -> dict[str, Tensor]:
+    """Valid tensor arguments of an op, by name and in order. Selections name every token: outputs are defined then."""
+    q, k, v = make_qkv(B, Hq, Hkv, N, D)
+    index, count = all_tokens(B, N)
+    scores = torch.rand(B, N)
+    return {
+        "probe_index": {"q": q},
+        "probe_scores": {"q": q, "k": k, "probe_index": reference.probe_index(q, num_recent=4, num_random=4)},
+        "select_tokens": {"budget_score": scores, "rank_score": scores.flip(1)},
+        "pack_kv": {"k": k, "v": v, "index": index, "count": count},
+        "sparse_attn": {"q": q, "k": k, "v": v, "index": index, "count": count},
+        "zipvl_attn": {"q": q, "k": k, "v": v},
+        "decode_attn": {
+            "q": q[:, :, -1:],
+            "k_cache": k,
+            "v_cache": v,
+            "lengths": torch.arange(N, N - B, -1, dtype=torch.int32).clamp(min=0),
+        },
+    }[op]

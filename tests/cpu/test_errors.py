@@ -1,0 +1,216 @@
+"""Every mistake a caller can make is an error that names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zipvl import ops
+
+from .helpers import KEYWORDS, OPS, sample_tensors
+
+Change = Callable[[Tensor], Tensor]
+
+
+def narrower(dim: int) -> Change:
+    return lambda t: t.narrow(dim, 0, t.shape[dim] - 1).clone()
+
+
+def unsqueezed(t: Tensor) -> Tensor:
+    return t[None]
+
+
+def every_other_column(t: Tensor) -> Tensor:
+    """The values kept, and a last stride of 2."""
+    return torch.stack([t, t], dim=-1).flatten(-2)[..., ::2]
+
+
+def to(dtype: torch.dtype) -> Change:
+    return lambda t: t.to(dtype)
+
+
+def on_meta(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
+def heads(number: int) -> Change:
+    return lambda t: t[:, :1].repeat(1, number, 1, 1)
+
+
+# In the sample tensors B = 2, N = 40, Hq = 6, Hkv = 2, D = 64.
+# (ops that have the argument, argument, change, what the message must say besides op and argument)
+TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
+    (
+        "probe_index probe_scores sparse_attn zipvl_attn decode_attn",
+        "q",
+        unsqueezed,
+        r"4 dimensions.*\[1, 2, 6, \d+, 64\]",
+    ),
+    (
+        "probe_index probe_scores sparse_attn zipvl_attn decode_attn",
+        "q",
+        to(torch.float64),
+        "float16, bfloat16.*float32.*float64",
+    ),
+    (
+        "probe_index probe_scores sparse_attn zipvl_attn decode_attn",
+        "q",
+        to(torch.int32),
+        "float16, bfloat16.*float32.*int32",
+    ),
+    ("probe_index probe_scores sparse_attn zipvl_attn decode_attn", "q", every_other_column, "last stride of 1.*got 2"),
+    ("probe_scores pack_kv sparse_attn zipvl_attn", "k", unsqueezed, r"4 dimensions.*\[1, 2, 2, 40, 64\]"),
+    ("probe_scores pack_kv sparse_attn zipvl_attn", "k", to(torch.float64), "float64"),
+    ("probe_scores pack_kv sparse_attn zipvl_attn", "k", every_other_column, "last stride of 1.*got 2"),
+    ("probe_scores sparse_attn zipvl_attn", "k", to(torch.bfloat16), "float32.*bfloat16"),
+    ("probe_scores sparse_attn zipvl_attn", "k", heads(4), "4 heads.*not divide.*6"),
+    ("probe_scores sparse_attn zipvl_attn", "k", heads(12), "12 heads.*not divide.*6"),
+    ("probe_scores sparse_attn zipvl_attn", "k", narrower(0), "2.*got 1"),
+    ("probe_scores sparse_attn zipvl_attn", "k", narrower(3), "64.*got 63"),
+    ("probe_scores sparse_attn zipvl_attn", "q", narrower(2), "40.*got 39"),
+    ("pack_kv sparse_attn zipvl_attn", "v", unsqueezed, r"4 dimensions.*\[1, 2, 2, 40, 64\]"),
+    ("pack_kv sparse_attn zipvl_attn", "v", to(torch.float16), "float32.*float16"),
+    ("pack_kv sparse_attn zipvl_attn", "v", every_other_column, "last stride of 1.*got 2"),
+    ("pack_kv sparse_attn zipvl_attn", "v", narrower(0), "2.*got 1"),
+    ("pack_kv sparse_attn zipvl_attn", "v", narrower(1), "2.*got 1"),
+    ("pack_kv sparse_attn zipvl_attn", "v", narrower(2), "40.*got 39"),
+    ("pack_kv sparse_attn zipvl_attn", "v", narrower(3), "64.*got 63"),
+    ("probe_scores", "probe_index", to(torch.int64), "int32.*int64"),
+    ("probe_scores", "probe_index", narrower(0), r"\[2, 8\].*\[1, 8\]"),
+    ("probe_scores", "probe_index", unsqueezed, r"2 dimensions.*\[1, 2, 8\]"),
+    ("probe_scores", "probe_index", lambda t: t[:, :0], r"at least 1.*\[2, 0\]"),
+    ("select_tokens", "budget_score", to(torch.float64), "float32.*float64"),
+    ("select_tokens", "budget_score", to(torch.float16), "float32.*float16"),
+    ("select_tokens", "budget_score", unsqueezed, r"2 dimensions.*\[1, 2, 40\]"),
+    ("select_tokens", "rank_score", to(torch.bfloat16), "float32.*bfloat16"),
+    ("select_tokens", "rank_score", narrower(1), r"\[2, 40\].*\[2, 39\]"),
+    ("pack_kv sparse_attn", "index", to(torch.int64), "int32.*int64"),
+    ("pack_kv sparse_attn", "index", narrower(1), r"\[2, 40\].*\[2, 39\]"),
+    ("pack_kv sparse_attn", "index", narrower(0), r"\[2, 40\].*\[1, 40\]"),
+    ("pack_kv sparse_attn", "count", to(torch.int64), "int32.*int64"),
+    ("pack_kv sparse_attn", "count", unsqueezed, r"\[2\].*\[1, 2\]"),
+    ("pack_kv sparse_attn", "count", narrower(0), r"\[2\].*\[1\]"),
+    ("decode_attn", "q", lambda t: t.repeat(1, 1, 3, 1), "1 token.*got 3"),
+    ("decode_attn", "k_cache", heads(4), "4 heads.*not divide.*6"),
+    ("decode_attn", "k_cache", to(torch.float16), "float32.*float16"),
+    ("decode_attn", "k_cache", every_other_column, "last stride of 1.*got 2"),
+    ("decode_attn", "v_cache", narrower(2), "40.*got 39"),
+    ("decode_attn", "v_cache", to(torch.float16), "float32.*float16"),
+    ("decode_attn", "v_cache", every_other_column, "last stride of 1.*got 2"),
+    ("decode_attn", "lengths", to(torch.int64), "int32.*int64"),
+    ("decode_attn", "lengths", narrower(0), r"\[2\].*\[1\]"),
+    ("probe_scores sparse_attn zipvl_attn", "k", on_meta, "cpu.*meta"),
+    ("pack_kv sparse_attn zipvl_attn", "v", on_meta, "cpu.*meta"),
+    ("probe_scores", "probe_index", on_meta, "cpu.*meta"),
+    ("select_tokens", "rank_score", on_meta, "cpu.*meta"),
+    ("pack_kv sparse_attn", "index", on_meta, "cpu.*meta"),
+    ("pack_kv sparse_attn", "count", on_meta, "cpu.*meta"),
+    ("decode_attn", "lengths", on_meta, "cpu.*meta"),
+]
+
+# (ops that have the keyword, keyword, value, what the message must say besides op and keyword)
+KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
+    *[
+        ("select_tokens zipvl_attn", name, value, r"\(0, 1\].*got")
+        for name in ("tau", "ratio")
+        for value in (0.0, -0.5)
+    ],
+    *[("select_tokens zipvl_attn", name, 1.5, r"\(0, 1\].*got 1\.5") for name in ("tau", "ratio")],
+    *[("select_tokens zipvl_attn", name, math.nan, r"\(0, 1\].*got -?nan") for name in ("tau", "ratio")],
+    *[("select_tokens zipvl_attn", name, math.inf, r"\(0, 1\].*got inf") for name in ("tau", "ratio")],
+    ("select_tokens zipvl_attn", "min_tokens", -1, "at least 0.*got -1"),
+    *[("probe_index zipvl_attn", n, -3, "at least 0.*got -3") for n in ("num_recent", "num_random", "seed")],
+    ("probe_index zipvl_attn", "num_recent", 2**31, r"below 2\*\*31.*got 2147483648"),
+    ("zipvl_attn", "keep_recent", -2, "at least 0.*got -2"),
+    *[("probe_scores sparse_attn zipvl_attn decode_attn", "scale", v, "finite.*got") for v in (math.nan, math.inf)],
+    *[
+        (having, mask, wrong, expected)
+        for having, mask in (
+            ("probe_index probe_scores select_tokens zipvl_attn", "token_mask"),
+            ("select_tokens zipvl_attn", "keep_mask"),
+        )
+        for wrong, expected in (
+            (torch.ones(2, 40, dtype=torch.uint8), "bool.*uint8"),
+            (torch.ones(2, 40), "bool.*float32"),
+            (torch.ones(2, 41, dtype=torch.bool), r"\[2, 40\].*\[2, 41\]"),
+            (torch.ones(1, 40, dtype=torch.bool), r"\[2, 40\].*\[1, 40\]"),
+            (torch.ones(40, dtype=torch.bool), r"\[2, 40\].*\[40\]"),
+            (torch.ones(2, 1, 1, 40, dtype=torch.bool), r"\[2, 40\].*\[2, 1, 1, 40\]"),
+            (torch.ones(2, 40, dtype=torch.bool, device="meta"), "cpu.*meta"),
+        )
+    ],
+]
+
+
+def assert_error(op: str, argument: str, expected: str, tensors: dict[str, Tensor], keywords: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        getattr(ops, op)(*tensors.values(), **keywords)
+    message = str(caught.value)
+    assert f"{op}: " in message, message
+    message = message[message.index(f"{op}: ") :].splitlines()[0]
+    assert re.search(rf"\b{argument}\b", message), message
+    assert re.search(expected, message), message
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "change", "expected"),
+    [
+        pytest.param(op, argument, change, expected, id=f"{op}-{argument}-{number}")
+        for number, (having, argument, change, expected) in enumerate(TENSOR_MISTAKES)
+        for op in having.split()
+    ],
+)
+def test_tensor_mistakes(op: str, argument: str, change: Change, expected: str) -> None:
+    tensors = sample_tensors(op)
+    tensors[argument] = change(tensors[argument])
+    assert_error(op, argument, expected, tensors, {})
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "value", "expected"),
+    [
+        pytest.param(op, argument, value, expected, id=f"{op}-{argument}-{number}")
+        for number, (having, argument, value, expected) in enumerate(KEYWORD_MISTAKES)
+        for op in having.split()
+    ],
+)
+def test_keyword_mistakes(op: str, argument: str, value: Any, expected: str) -> None:
+    assert_error(op, argument, expected, sample_tensors(op), {argument: value})
+
+
+@pytest.mark.parametrize("op", ["probe_index", "zipvl_attn"])
+def test_no_probes_at_all(op: str) -> None:
+    keywords = {"num_recent": 0, "num_random": 0}
+    assert_error(op, r"num_recent \+ num_random", "at least 1.*got 0", sample_tensors(op), keywords)
+
+
+DIFFERENTIABLE = [
+    (op, name) for op in OPS for name, tensor in sample_tensors(op).items() if tensor.dtype.is_floating_point
+]
+
+
+@pytest.mark.parametrize(("op", "argument"), DIFFERENTIABLE)
+def test_inference_only(op: str, argument: str) -> None:
+    tensors = sample_tensors(op)
+    tensors[argument] = tensors[argument].clone().requires_grad_()
+    assert_error(op, argument, "requires? grad", tensors, {})
+    for no_grad in (torch.no_grad, torch.inference_mode):
+        with no_grad():
+            got = getattr(ops, op)(*tensors.values())
+        assert not any(t.requires_grad for t in ((got,) if isinstance(got, Tensor) else got))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_ops_check_like_the_wrappers(op: str) -> None:
+    """The checks are in the ops: TorchScript and C++ programs meet them too."""
+    tensors = sample_tensors(op)
+    name, tensor = next(iter(tensors.items()))
+    tensors[name] = tensor[None]
+    with pytest.raises(RuntimeError, match=f"{op}: {name} must have . dimensions"):
+        getattr(torch.ops.zipvl, op)(*tensors.values(), **KEYWORDS[op])
