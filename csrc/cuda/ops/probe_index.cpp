@@ -1,0 +1,45 @@
+#include "cuda/ops/ops.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+
+#include "aten/call.h"
+#include "cuda/probe_index/probe_index.h"
+#include "ops/checks.h"
+
+namespace zipvl::cuda {
+
+Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                   const std::optional<Tensor>& token_mask) {
+  constexpr const char* kOp = "probe_index";
+  checks::probe_index(kOp, q, num_recent, num_random, seed, token_mask);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Tensor out = aten::empty({q.size(0), num_recent + num_random}, aten::ScalarType::Int, q.device());
+  if (q.size(0) == 0) {
+    return out;
+  }
+  ProbeIndexParams params{};
+  params.out = out.mutable_data_ptr<std::int32_t>();
+  params.batch = q.size(0);
+  params.tokens = q.size(2);
+  params.num_recent = num_recent;
+  params.num_random = num_random;
+  params.seed = static_cast<std::uint64_t>(seed);
+  if (token_mask) {
+    params.token_mask = token_mask->const_data_ptr<bool>();
+    params.mask_stride[0] = token_mask->stride(0);
+    params.mask_stride[1] = token_mask->stride(1);
+  }
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  const cudaError_t error = launch_probe_index(params, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) {
+    checks::fail(kOp, "kernel launch failed: ", cudaGetErrorString(error));
+  }
+  return out;
+}
+
+}  // namespace zipvl::cuda

@@ -1,0 +1,95 @@
+// The probe tokens of each row (ZipVL Sec. A), one block a row. Without a mask a token's rank is its position, so each
+// thread writes its own slots. With one, two passes over the mask: the first counts the real tokens, the second numbers
+// them and writes those whose rank is a probe's.
+#include "common/probe_draw.h"
+#include "cuda/probe_index/probe_index.h"
+
+namespace zipvl::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// How many of the block's `flag`s are set before this thread, and in all. Every thread of the block calls it.
+struct BlockCount {
+  int before, total;
+};
+
+__device__ BlockCount count_flags(bool flag, int* warp_totals /* shared [kWarps] */) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned ballot = __ballot_sync(0xFFFFFFFFU, flag);
+  if (lane == 0) {
+    warp_totals[warp] = __popc(ballot);
+  }
+  __syncthreads();
+  BlockCount count{__popc(ballot & ((1U << lane) - 1U)), 0};
+  for (int w = 0; w < kWarps; ++w) {
+    count.before += w < warp ? warp_totals[w] : 0;
+    count.total += warp_totals[w];
+  }
+  __syncthreads();  // warp_totals may be written again
+  return count;
+}
+
+// The slot of a real token of rank `rank`, or -1 where it is no probe.
+__device__ std::int64_t slot_of(std::int64_t rank, const ProbeSplit& split, const ProbeIndexParams& params) {
+  if (rank >= split.earlier) {
+    return split.random + (rank - split.earlier);
+  }
+  if (split.random == 0) {
+    return -1;
+  }
+  // The stratum that covers the rank: the last i with floor(i * earlier / random) <= rank.
+  const std::int64_t slot = ((rank + 1) * split.random - 1) / split.earlier;
+  return probe_rank(split, params.seed, params.num_random, slot) == rank ? slot : -1;
+}
+
+__global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams params) {
+  __shared__ int warp_totals[kWarps];
+  const std::int64_t b = blockIdx.x, probes = params.num_recent + params.num_random;
+  std::int32_t* out = params.out + b * probes;
+  const bool* mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
+
+  std::int64_t real = params.tokens;
+  if (mask != nullptr) {
+    real = 0;
+    for (std::int64_t first = 0; first < params.tokens; first += kThreads) {
+      const std::int64_t n = first + threadIdx.x;
+      real += __syncthreads_count(n < params.tokens && mask[n * params.mask_stride[1]]);
+    }
+  }
+  const ProbeSplit split = split_probes(real, params.num_recent, params.num_random);
+  const std::int64_t count = split.random + split.recent;
+  for (std::int64_t slot = threadIdx.x; slot < probes; slot += kThreads) {
+    if (slot >= count) {
+      out[slot] = -1;
+    } else if (mask == nullptr) {
+      out[slot] = static_cast<std::int32_t>(probe_rank(split, params.seed, params.num_random, slot));
+    }
+  }
+  if (mask == nullptr) {
+    return;
+  }
+  std::int64_t numbered = 0;
+  for (std::int64_t first = 0; first < params.tokens; first += kThreads) {
+    const std::int64_t n = first + threadIdx.x;
+    const bool is_real = n < params.tokens && mask[n * params.mask_stride[1]];
+    const BlockCount found = count_flags(is_real, warp_totals);
+    if (is_real) {
+      const std::int64_t slot = slot_of(numbered + found.before, split, params);
+      if (slot >= 0) {
+        out[slot] = static_cast<std::int32_t>(n);
+      }
+    }
+    numbered += found.total;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_probe_index(const ProbeIndexParams& params, cudaStream_t stream) {
+  probe_index_kernel<<<static_cast<unsigned>(params.batch), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace zipvl::cuda

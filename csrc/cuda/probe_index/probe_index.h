@@ -1,0 +1,21 @@
+// Launch of the probe draw on CUDA. No Torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace zipvl::cuda {
+
+struct ProbeIndexParams {
+  std::int32_t* out;            // [batch, num_recent + num_random], contiguous
+  const bool* token_mask;       // [batch, tokens], or null: every token is real
+  std::int64_t mask_stride[2];  // of token_mask, in elements
+  std::int64_t batch, tokens;
+  std::int64_t num_recent, num_random;
+  std::uint64_t seed;
+};
+
+cudaError_t launch_probe_index(const ProbeIndexParams& params, cudaStream_t stream);
+
+}  // namespace zipvl::cuda

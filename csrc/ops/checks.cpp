@@ -1,0 +1,266 @@
+#include "ops/checks.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+namespace zipvl::checks {
+namespace {
+
+using torch::headeronly::DeviceType;
+
+// PyTorch's own names, as its users write them; any other dtype by C++'s name.
+std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+    text << (d == 0 ? "" : ", ") << tensor.size(d);
+  }
+  text << "]";
+  return text.str();
+}
+
+std::string device_text(const Tensor& tensor) {
+  switch (tensor.device().type()) {
+    case DeviceType::CPU:
+      return "cpu";
+    case DeviceType::CUDA:
+      return "cuda:" + std::to_string(tensor.get_device_index());
+    case DeviceType::Meta:
+      return "meta";
+    default:
+      return "device type " + std::to_string(static_cast<int>(tensor.device().type()));
+  }
+}
+
+void rank(const char* op, Named argument, std::int64_t expected, const char* layout) {
+  if (argument.tensor.dim() != expected) {
+    fail(op, argument.name, " must have ", expected, " dimensions ", layout, ", got shape ",
+         shape_text(argument.tensor));
+  }
+}
+
+void floating(const char* op, Named argument) {
+  const ScalarType type = argument.tensor.scalar_type();
+  if (type != ScalarType::Half && type != ScalarType::BFloat16 && type != ScalarType::Float) {
+    fail(op, argument.name, " must be float16, bfloat16 or float32, got ", dtype_text(type));
+  }
+}
+
+void unit_last_stride(const char* op, Named argument) {
+  const Tensor& t = argument.tensor;
+  if (t.numel() > 0 && t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) {
+    fail(op, argument.name, " must have a last stride of 1, got ", t.stride(t.dim() - 1), "; call .contiguous() first");
+  }
+}
+
+void head_dim(const char* op, Named argument) {
+  if (argument.tensor.size(3) < 1) {
+    fail(op, argument.name, " must have a head dim of at least 1, got shape ", shape_text(argument.tensor));
+  }
+}
+
+void attention_tensor(const char* op, Named argument, const char* layout) {
+  rank(op, argument, 4, layout);
+  floating(op, argument);
+  head_dim(op, argument);
+  unit_last_stride(op, argument);
+}
+
+void same_dtype(const char* op, Named expected, Named argument) {
+  if (argument.tensor.scalar_type() != expected.tensor.scalar_type()) {
+    fail(op, argument.name, " must have ", expected.name, "'s dtype ", dtype_text(expected.tensor.scalar_type()),
+         ", got ", dtype_text(argument.tensor.scalar_type()));
+  }
+}
+
+void same_size(const char* op, Named expected, Named argument, std::int64_t dim, const char* what) {
+  if (argument.tensor.size(dim) != expected.tensor.size(dim)) {
+    fail(op, argument.name, " must have ", expected.name, "'s ", what, " ", expected.tensor.size(dim), ", got ",
+         argument.tensor.size(dim), " (shape ", shape_text(argument.tensor), ")");
+  }
+}
+
+void share(const char* op, const char* name, double value) {
+  if (!(value > 0.0 && value <= 1.0)) {
+    fail(op, name, " must be in (0, 1], got ", value);
+  }
+}
+
+}  // namespace
+
+void query(const char* op, const Tensor& q) { attention_tensor(op, {"q", q}, "[B, Hq, N, D]"); }
+
+AttentionSizes attention_inputs(const char* op, const Tensor& q, Named k, std::optional<Named> v) {
+  query(op, q);
+  const Named query_argument{"q", q};
+  attention_tensor(op, k, "[B, Hkv, N, D]");
+  same_device(op, q, k);
+  same_dtype(op, query_argument, k);
+  same_size(op, query_argument, k, 0, "batch size");
+  same_size(op, query_argument, k, 3, "head dim");
+  if (q.size(1) < 1 || k.tensor.size(1) < 1 || q.size(1) % k.tensor.size(1) != 0) {
+    fail(op, k.name, " has ", k.tensor.size(1), " heads, which does not divide q's ", q.size(1), " query heads");
+  }
+  if (v) {
+    kv_pair(op, k, *v);
+  }
+  return {q.size(0), q.size(1), k.tensor.size(1), k.tensor.size(2), q.size(3)};
+}
+
+void query_tokens(const char* op, const Tensor& q, std::int64_t expected) {
+  if (q.size(2) != expected) {
+    fail(op, "q must have ", expected, " tokens, got ", q.size(2), " (shape ", shape_text(q), ")");
+  }
+}
+
+void kv_pair(const char* op, Named k, Named v) {
+  attention_tensor(op, k, "[B, Hkv, N, D]");
+  attention_tensor(op, v, "[B, Hkv, N, D]");
+  same_device(op, k.tensor, v);
+  same_dtype(op, k, v);
+  constexpr const char* kDims[] = {"batch size", "heads", "tokens", "head dim"};
+  for (std::int64_t d = 0; d < 4; ++d) {
+    same_size(op, k, v, d, kDims[d]);
+  }
+}
+
+void selection(const char* op, const Tensor& like, const Tensor& index, const Tensor& count, std::int64_t batch,
+               std::int64_t tokens) {
+  dtype(op, {"index", index}, ScalarType::Int);
+  shape(op, {"index", index}, {batch, tokens});
+  same_device(op, like, {"index", index});
+  dtype(op, {"count", count}, ScalarType::Int);
+  shape(op, {"count", count}, {batch});
+  same_device(op, like, {"count", count});
+}
+
+void probes(const char* op, const Tensor& q, const Tensor& probe_index) {
+  const Named argument{"probe_index", probe_index};
+  dtype(op, argument, ScalarType::Int);
+  rank(op, argument, 2, "[B, P]");
+  shape(op, argument, {q.size(0), probe_index.size(1)});
+  same_device(op, q, argument);
+  if (probe_index.size(1) == 0) {
+    fail(op, "probe_index must have at least 1 probe, got shape ", shape_text(probe_index));
+  }
+}
+
+void lengths(const char* op, const Tensor& q, const Tensor& lengths) {
+  const Named argument{"lengths", lengths};
+  dtype(op, argument, ScalarType::Int);
+  shape(op, argument, {q.size(0)});
+  same_device(op, q, argument);
+}
+
+void scores(const char* op, const Tensor& budget_score, const Tensor& rank_score) {
+  dtype(op, {"budget_score", budget_score}, ScalarType::Float);
+  rank(op, {"budget_score", budget_score}, 2, "[B, N]");
+  dtype(op, {"rank_score", rank_score}, ScalarType::Float);
+  shape(op, {"rank_score", rank_score}, {budget_score.size(0), budget_score.size(1)});
+  same_device(op, budget_score, {"rank_score", rank_score});
+}
+
+void budget(const char* op, double tau, std::optional<double> ratio, std::int64_t min_tokens) {
+  share(op, "tau", tau);
+  if (ratio) {
+    share(op, "ratio", *ratio);
+  }
+  not_negative(op, {{"min_tokens", min_tokens}});
+}
+
+void probe_index(const char* op, const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                 const std::optional<Tensor>& token_mask) {
+  query(op, q);
+  probe_counts(op, num_recent, num_random, seed);
+  mask(op, "token_mask", token_mask, q, q.size(0), q.size(2));
+}
+
+void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
+          std::int64_t tokens) {
+  if (!mask) {
+    return;
+  }
+  dtype(op, {name, *mask}, ScalarType::Bool);
+  shape(op, {name, *mask}, {batch, tokens});
+  same_device(op, like, {name, *mask});
+}
+
+void shape(const char* op, Named argument, std::initializer_list<std::int64_t> expected) {
+  bool equal = argument.tensor.dim() == static_cast<std::int64_t>(expected.size());
+  std::ostringstream text;
+  std::int64_t d = 0;
+  for (const std::int64_t size : expected) {
+    text << (d == 0 ? "[" : ", ") << size;
+    equal = equal && argument.tensor.size(d) == size;
+    ++d;
+  }
+  if (!equal) {
+    fail(op, argument.name, " must have shape ", text.str(), "], got ", shape_text(argument.tensor));
+  }
+}
+
+void dtype(const char* op, Named argument, ScalarType expected) {
+  if (argument.tensor.scalar_type() != expected) {
+    fail(op, argument.name, " must have dtype ", dtype_text(expected), ", got ", dtype_text(argument.tensor.scalar_type()));
+  }
+}
+
+void same_device(const char* op, const Tensor& like, Named argument) {
+  if (device_text(argument.tensor) != device_text(like)) {
+    fail(op, argument.name, " must be on ", device_text(like), " like the other tensors, got ",
+         device_text(argument.tensor));
+  }
+}
+
+void not_negative(const char* op, std::initializer_list<std::pair<const char*, std::int64_t>> arguments) {
+  for (const auto& [name, value] : arguments) {
+    if (value < 0) {
+      fail(op, name, " must be at least 0, got ", value);
+    }
+  }
+}
+
+void probe_counts(const char* op, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed) {
+  not_negative(op, {{"num_recent", num_recent}, {"num_random", num_random}, {"seed", seed}});
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (num_recent > kMost || num_random > kMost || num_recent + num_random > kMost) {
+    fail(op, "num_recent + num_random must be below 2**31, got ", num_recent, " and ", num_random);
+  }
+  if (num_recent + num_random == 0) {
+    fail(op, "num_recent + num_random must be at least 1, got 0");
+  }
+}
+
+void scale(const char* op, std::optional<double> value) {
+  if (value && !std::isfinite(*value)) {
+    fail(op, "scale must be finite, got ", *value);
+  }
+}
+
+}  // namespace zipvl::checks

@@ -1,0 +1,49 @@
+// The ops, device by device the same functions: each checks its arguments, then runs on the tensors' device.
+// On the CPU they are the implementation; on CUDA they are what runs where no native kernel does.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace zipvl::ops {
+
+using torch::stable::Tensor;
+
+// q [B, Hq, N, D]; token_mask [B, N] bool -> [B, num_recent + num_random] int32. CPU tensors only.
+Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                   const std::optional<Tensor>& token_mask);
+
+// q [B, Hq, N, D], k [B, Hkv, N, D], probe_index [B, P] int32 -> accumulated, normalized [B, N] float32
+std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index,
+                                        std::optional<double> scale, bool causal,
+                                        const std::optional<Tensor>& token_mask);
+
+// scores [B, N] float32, masks [B, N] bool -> index [B, N], count [B] int32
+std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tensor& rank_score, double tau,
+                                         std::optional<double> ratio, std::int64_t min_tokens,
+                                         const std::optional<Tensor>& keep_mask,
+                                         const std::optional<Tensor>& token_mask);
+
+// k, v [B, Hkv, N, D], index [B, N], count [B] int32 -> packed k, v [B, Hkv, N, D], rows >= count undefined
+std::tuple<Tensor, Tensor> pack_kv(const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
+
+// -> [B, Hq, N, D], the transposed view of a contiguous [B, N, Hq, D]
+Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
+                   std::optional<double> scale, bool causal, bool all_queries);
+
+// The whole layer: the ops above, each through the dispatcher, so that a device's native kernels are found.
+std::tuple<Tensor, Tensor, Tensor> zipvl_attn(const Tensor& q, const Tensor& k, const Tensor& v, double tau,
+                                              std::optional<double> ratio, std::int64_t num_recent,
+                                              std::int64_t num_random, std::int64_t seed, std::int64_t keep_recent,
+                                              std::int64_t min_tokens, bool all_queries, std::optional<double> scale,
+                                              bool causal, const std::optional<Tensor>& keep_mask,
+                                              const std::optional<Tensor>& token_mask);
+
+// q [B, Hq, 1, D], caches [B, Hkv, S, D], lengths [B] int32 -> out [B, Hq, 1, D], lse [B, Hq, 1] float32
+std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                       const Tensor& lengths, std::optional<double> scale);
+
+}  // namespace zipvl::ops

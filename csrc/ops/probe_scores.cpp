@@ -1,0 +1,28 @@
+#include "aten/call.h"
+#include "aten/kernels.h"
+#include "ops/checks.h"
+#include "ops/defaults.h"
+#include "ops/ops.h"
+
+namespace zipvl::ops {
+
+std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index,
+                                        std::optional<double> scale, bool causal,
+                                        const std::optional<Tensor>& token_mask) {
+  constexpr const char* kOp = "probe_scores";
+  const auto sizes = checks::attention_inputs(kOp, q, {"k", k}, std::nullopt);
+  checks::query_tokens(kOp, q, sizes.tokens);
+  checks::probes(kOp, q, probe_index);
+  checks::scale(kOp, scale);
+  checks::mask(kOp, "token_mask", token_mask, q, sizes.batch, sizes.tokens);
+  if (sizes.batch == 0 || sizes.tokens == 0) {
+    const aten::Sizes shape{sizes.batch, sizes.tokens};
+    return {aten::zeros(shape, aten::ScalarType::Float, q.device()),
+            aten::zeros(shape, aten::ScalarType::Float, q.device())};
+  }
+  const auto plan = plan::plan_probe_scores(
+      {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probe_index.size(1), sizes.head_dim});
+  return aten::probe_scores(q, k, probe_index, scale_or_default(scale, sizes.head_dim), causal, token_mask, plan);
+}
+
+}  // namespace zipvl::ops

@@ -1,0 +1,26 @@
+// Every schema of torch.ops.zipvl, once. Meanings: docs/ops.md. An op is added here and in the rooms that
+// CONTRIBUTING.md lists.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(zipvl, m) {
+  m.def(
+      "probe_index(Tensor q, *, int num_recent=64, int num_random=64, int seed=0, Tensor? token_mask=None) -> Tensor");
+  m.def(
+      "probe_scores(Tensor q, Tensor k, Tensor probe_index, *, float? scale=None, bool causal=True, "
+      "Tensor? token_mask=None) -> (Tensor accumulated, Tensor normalized)");
+  m.def(
+      "select_tokens(Tensor budget_score, Tensor rank_score, *, float tau=0.975, float? ratio=None, "
+      "int min_tokens=1, Tensor? keep_mask=None, Tensor? token_mask=None) -> (Tensor index, Tensor count)");
+  m.def("pack_kv(Tensor k, Tensor v, Tensor index, Tensor count) -> (Tensor k_packed, Tensor v_packed)");
+  m.def(
+      "sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, *, float? scale=None, "
+      "bool causal=True, bool all_queries=False) -> Tensor");
+  m.def(
+      "zipvl_attn(Tensor q, Tensor k, Tensor v, *, float tau=0.975, float? ratio=None, int num_recent=64, "
+      "int num_random=64, int seed=0, int keep_recent=1, int min_tokens=1, bool all_queries=False, "
+      "float? scale=None, bool causal=True, Tensor? keep_mask=None, Tensor? token_mask=None) "
+      "-> (Tensor out, Tensor index, Tensor count)");
+  m.def(
+      "decode_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, *, float? scale=None) "
+      "-> (Tensor out, Tensor lse)");
+}

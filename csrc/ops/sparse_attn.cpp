@@ -1,0 +1,43 @@
+#include <algorithm>
+
+#include "aten/call.h"
+#include "aten/kernels.h"
+#include "ops/checks.h"
+#include "ops/defaults.h"
+#include "ops/ops.h"
+
+namespace zipvl::ops {
+namespace {
+
+// The most selected tokens any row can have, as far as the host knows without asking the device.
+std::int64_t most_keys(const Tensor& count, std::int64_t tokens) {
+  if (!count.is_cpu()) {
+    return tokens;
+  }
+  std::int64_t most = 0;
+  for (std::int64_t b = 0; b < count.size(0); ++b) {
+    most = std::max(most, aten::host_count(count, b, tokens));
+  }
+  return most;
+}
+
+}  // namespace
+
+Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
+                   std::optional<double> scale, bool causal, bool all_queries) {
+  constexpr const char* kOp = "sparse_attn";
+  const auto sizes = checks::attention_inputs(kOp, q, {"k", k}, checks::Named{"v", v});
+  checks::query_tokens(kOp, q, sizes.tokens);
+  checks::selection(kOp, q, index, count, sizes.batch, sizes.tokens);
+  checks::scale(kOp, scale);
+  if (sizes.batch == 0 || sizes.tokens == 0) {
+    const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
+    return aten::transpose(aten::empty(shape, q.scalar_type(), q.device()), 1, 2);
+  }
+  const auto plan = plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens,
+                                            sizes.head_dim, most_keys(count, sizes.tokens), causal, all_queries,
+                                            q.is_cpu()});
+  return aten::sparse_attn(q, k, v, index, count, scale_or_default(scale, sizes.head_dim), plan, causal, all_queries);
+}
+
+}  // namespace zipvl::ops

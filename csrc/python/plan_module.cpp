@@ -1,0 +1,79 @@
+// zipvl._plan: plans and build information, usable without a GPU and without Torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "plan/probe_scores.h"
+#include "plan/sparse_attn.h"
+#include "python/build_info.h"
+
+namespace py = pybind11;
+using namespace zipvl::plan;  // NOLINT: this file is nothing but its binding
+
+namespace {
+
+void check_sizes(std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
+                 std::int64_t head_dim) {
+  if (batch < 0 || tokens < 0 || query_heads < 1 || kv_heads < 1 || head_dim < 1 || query_heads % kv_heads != 0) {
+    throw std::invalid_argument(
+        "sizes must satisfy batch, tokens >= 0, heads and head_dim >= 1, query_heads % kv_heads == 0; got batch " +
+        std::to_string(batch) + ", query_heads " + std::to_string(query_heads) + ", kv_heads " +
+        std::to_string(kv_heads) + ", tokens " + std::to_string(tokens) + ", head_dim " + std::to_string(head_dim));
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_plan, m) {
+  m.doc() = "Launch plans and build information of zipvl.";
+  m.def("build_info", [] {
+    py::dict info;
+    for (const auto& [name, value] : zipvl::build_info()) {
+      info[py::str(name)] = value;
+    }
+    return info;
+  });
+
+  py::class_<ProbeScoresPlan>(m, "ProbeScoresPlan")
+      .def_readonly("heads_per_block", &ProbeScoresPlan::heads_per_block)
+      .def_readonly("probes_per_block", &ProbeScoresPlan::probes_per_block)
+      .def_readonly("blocks", &ProbeScoresPlan::blocks)
+      .def_readonly("workspace_bytes", &ProbeScoresPlan::workspace_bytes)
+      .def_readonly("flops", &ProbeScoresPlan::flops)
+      .def("__str__", &ProbeScoresPlan::describe);
+  m.def(
+      "plan_probe_scores",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
+         std::int64_t probes, std::int64_t head_dim) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim);
+        if (probes < 1) {
+          throw std::invalid_argument("probes must be at least 1, got " + std::to_string(probes));
+        }
+        return plan_probe_scores({batch, query_heads, kv_heads, tokens, probes, head_dim});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
+      py::arg("probes"), py::arg("head_dim"));
+
+  py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
+      .def_readonly("masked", &SparseAttnPlan::masked)
+      .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)
+      .def_readonly("mask_bytes", &SparseAttnPlan::mask_bytes)
+      .def_readonly("flops", &SparseAttnPlan::flops)
+      .def("__str__", &SparseAttnPlan::describe);
+  m.def(
+      "plan_sparse_attn",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
+         std::int64_t head_dim, std::int64_t keys, bool causal, bool all_queries, bool count_on_host) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim);
+        if (keys < 0 || keys > tokens) {
+          throw std::invalid_argument("keys must be in [0, " + std::to_string(tokens) + "], got " +
+                                      std::to_string(keys));
+        }
+        return plan_sparse_attn(
+            {batch, query_heads, kv_heads, tokens, head_dim, keys, causal, all_queries, count_on_host});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
+      py::arg("head_dim"), py::arg("keys"), py::arg("causal") = true, py::arg("all_queries") = false,
+      py::arg("count_on_host") = true);
+}

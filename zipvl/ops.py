@@ -1,0 +1,275 @@
+"""``torch.ops.zipvl`` with types and docstrings; the fakes that tracing uses; the check that no input requires grad.
+
+The ops themselves are C++ (``csrc/ops``): argument checks, CPU and CUDA implementations. Calling a function of this
+module and calling ``torch.ops.zipvl.<name>`` are the same thing. Everything is inference only. Shapes: ``B`` batch,
+``Hq`` query heads, ``Hkv`` key/value heads, ``N`` tokens, ``D`` head dim, ``P`` probes, ``S`` cache slots. ``q``, ``k``,
+``v`` are float16, bfloat16 or float32 of any strides with a unit last stride. ``token_mask`` is bool ``[B, N]``, true
+for real tokens; without it every token is real. All tensors of one call share a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipvl import _library
+
+_library.load()
+
+
+def probe_index(
+    q: Tensor, *, num_recent: int = 64, num_random: int = 64, seed: int = 0, token_mask: Tensor | None = None
+) -> Tensor:
+    """The probe tokens of each row (ZipVL Sec. A): the most recent real tokens and random earlier ones.
+
+    Args:
+        q: ``[B, Hq, N, D]``; gives ``B``, ``N`` and the device.
+        num_recent: most recent real tokens taken.
+        num_random: one token is drawn from each of this many strata of the earlier real tokens; all of them where there
+            are no more. A pure function of ``(seed, stratum, number of earlier real tokens)``: see docs/ops.md.
+
+    Returns:
+        ``[B, num_recent + num_random]`` int32, ascending, padded at the end with -1.
+    """
+    return torch.ops.zipvl.probe_index(
+        q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask
+    )
+
+
+def probe_scores(
+    q: Tensor,
+    k: Tensor,
+    probe_index: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The attention mass that the probes give each token (ZipVL Eq. A).
+
+    Args:
+        q: ``[B, Hq, N, D]``.
+        k: ``[B, Hkv, N, D]``.
+        probe_index: ``[B, P]`` int32 from :func:`probe_index`; entries outside ``[0, N)`` are skipped.
+        scale: of the scores; ``D ** -0.5`` by default.
+
+    Returns:
+        ``accumulated`` and ``normalized``, float32 ``[B, N]``: the mean over heads of the summed softmax rows, and the
+        same divided by the number of probes that may attend to the token (0 where none may).
+    """
+    return torch.ops.zipvl.probe_scores(q, k, probe_index, scale=scale, causal=causal, token_mask=token_mask)
+
+
+def select_tokens(
+    budget_score: Tensor,
+    rank_score: Tensor,
+    *,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    min_tokens: int = 1,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How many tokens matter and which (ZipVL Sec. 3).
+
+    Args:
+        budget_score: float32 ``[B, N]``: the fewest real tokens whose largest scores sum to ``tau`` of the row's total
+            set the budget.
+        rank_score: float32 ``[B, N]``: tokens are taken by descending score, ties to the lower position.
+        tau: in ``(0, 1]``; 1 keeps every real token.
+        ratio: in ``(0, 1]``; if given the budget is ``ceil(ratio * real tokens)`` instead.
+        min_tokens: fewest tokens selected (as far as there are real ones).
+        keep_mask: bool ``[B, N]``; real tokens set here are selected first.
+
+    Returns:
+        ``index`` int32 ``[B, N]``, the selected positions ascending in the first ``count[b]`` places and ``N`` in the
+        rest, and ``count`` int32 ``[B]``. A row with a score that is not finite, or whose scores sum to 0, selects
+        every real token.
+    """
+    return torch.ops.zipvl.select_tokens(
+        budget_score,
+        rank_score,
+        tau=tau,
+        ratio=ratio,
+        min_tokens=min_tokens,
+        keep_mask=keep_mask,
+        token_mask=token_mask,
+    )
+
+
+def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The selected rows of ``k`` and ``v`` ``[B, Hkv, N, D]``, moved to the front.
+
+    Returns:
+        Two ``[B, Hkv, N, D]`` tensors; rows from ``count[b]`` on are undefined.
+    """
+    return torch.ops.zipvl.pack_kv(k, v, index, count)
+
+
+def sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    all_queries: bool = False,
+) -> Tensor:
+    """Attention among the selected tokens, causal by original position (ZipVL Algorithm 1).
+
+    Args:
+        q: ``[B, Hq, N, D]``; ``k``, ``v``: ``[B, Hkv, N, D]``.
+        index, count: from :func:`select_tokens`.
+        all_queries: compute every row against the selected keys, not the selected rows alone.
+
+    Returns:
+        ``[B, Hq, N, D]``, the transposed view of a contiguous ``[B, N, Hq, D]``; rows not computed are 0.
+    """
+    return torch.ops.zipvl.sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
+
+
+def zipvl_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_recent: int = 1,
+    min_tokens: int = 1,
+    all_queries: bool = False,
+    scale: float | None = None,
+    causal: bool = True,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention of one layer, ZipVL's way: :func:`probe_index` to :func:`sparse_attn` in one call.
+
+    Args:
+        keep_recent: the last real tokens that are always selected, beside those of ``keep_mask``: the last token's
+            output feeds the next-token logits.
+
+    The other arguments are those of the steps. Returns ``out``, ``index`` and ``count``.
+    """
+    return torch.ops.zipvl.zipvl_attn(
+        q,
+        k,
+        v,
+        tau=tau,
+        ratio=ratio,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        keep_recent=keep_recent,
+        min_tokens=min_tokens,
+        all_queries=all_queries,
+        scale=scale,
+        causal=causal,
+        keep_mask=keep_mask,
+        token_mask=token_mask,
+    )
+
+
+def decode_attn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One new query a row against the first ``lengths[b]`` slots of its cache.
+
+    Args:
+        q: ``[B, Hq, 1, D]``; ``k_cache``, ``v_cache``: ``[B, Hkv, S, D]``; ``lengths``: int32 ``[B]``.
+
+    Returns:
+        ``out`` ``[B, Hq, 1, D]`` and ``lse`` float32 ``[B, Hq, 1]``, the natural log-sum-exp of the scaled scores.
+        A row of length 0 gives 0 and minus infinity.
+    """
+    return torch.ops.zipvl.decode_attn(q, k_cache, v_cache, lengths, scale=scale)
+
+
+# ---- fakes: shapes, dtypes and strides of the results, for torch.compile and torch.export
+
+
+def _attention_output(q: Tensor) -> Tensor:
+    B, Hq, N, D = q.shape
+    return q.new_empty((B, N, Hq, D)).transpose(1, 2)
+
+
+@torch.library.register_fake("zipvl::probe_index")
+def _(
+    q: Tensor, *, num_recent: int = 64, num_random: int = 64, seed: int = 0, token_mask: Tensor | None = None
+) -> Tensor:
+    return q.new_empty((q.shape[0], num_recent + num_random), dtype=torch.int32)
+
+
+@torch.library.register_fake("zipvl::probe_scores")
+def _(q: Tensor, k: Tensor, probe_index: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    shape = (k.shape[0], k.shape[2])
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("zipvl::select_tokens")
+def _(budget_score: Tensor, rank_score: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    index = torch.empty_like(budget_score, dtype=torch.int32, memory_format=torch.contiguous_format)
+    return index, index.new_empty((budget_score.shape[0],))
+
+
+@torch.library.register_fake("zipvl::pack_kv")
+def _(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("zipvl::sparse_attn")
+def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, **_: Any) -> Tensor:
+    return _attention_output(q)
+
+
+@torch.library.register_fake("zipvl::zipvl_attn")
+def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, N = q.shape[0], q.shape[2]
+    return _attention_output(q), q.new_empty((B, N), dtype=torch.int32), q.new_empty((B,), dtype=torch.int32)
+
+
+@torch.library.register_fake("zipvl::decode_attn")
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return _attention_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+# ---- inference only
+
+NAMES = ("probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "decode_attn")
+
+
+def _inference_only(name: str) -> Callable[..., Any]:
+    """An Autograd kernel of op ``name`` that refuses inputs which require grad and otherwise passes the call on.
+
+    The stable ABI cannot ask a tensor whether it requires grad, so this check is the one that is made in Python; under
+    ``torch.inference_mode`` it is not even entered.
+    """
+    op = getattr(torch.ops.zipvl, name).default
+    arguments = [argument.name for argument in op._schema.arguments]
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument, value in (*zip(arguments, args, strict=False), *kwargs.items()):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"{name}: {argument} requires grad, and zipvl is inference only: expected no gradient, got "
+                        f"{argument}.requires_grad == True with grad mode on. Use torch.no_grad() or "
+                        "torch.inference_mode(), or detach it"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
+
+
+_autograd = torch.library.Library("zipvl", "FRAGMENT")
+for _name in NAMES:
+    _autograd.impl(_name, _inference_only(_name), "Autograd", with_keyset=True)
