@@ -221,9 +221,13 @@ def make_sparse(cache: DynamicCache, config: ZipVLConfig, model_config: Pretrain
     cache.layer_class_to_replicate = None
 
 
-def is_sparse(cache: Cache) -> bool:
-    """Whether ``cache`` has layers of a ``ZipVLCache``."""
-    return any(isinstance(layer, ZipVLCacheLayer) for layer in getattr(cache, "layers", ()))
+def is_ready(cache: Cache) -> bool:
+    """Whether ``cache`` is a ``ZipVLCache``, or a dynamic cache without ordinary full-attention layers."""
+    return (
+        isinstance(cache, DynamicCache)
+        and len(cache) > 0
+        and all(type(layer) is not DynamicLayer for layer in cache.layers)
+    )
 
 
 class ZipVLCache(DynamicCache):

@@ -220,7 +220,9 @@ def make_gemma3() -> Any:
 
 
 def gemma3_inputs(tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    inputs = with_image(tokens, seed, [VISION_START, *[IMAGE] * 16, VISION_END], pixel_values=pixels(seed, 1, 3, 32, 32))
+    inputs = with_image(
+        tokens, seed, [VISION_START, *[IMAGE] * 16, VISION_END], pixel_values=pixels(seed, 1, 3, 32, 32)
+    )
     inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     return inputs
 

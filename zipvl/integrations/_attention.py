@@ -90,9 +90,7 @@ def attention_forward(
     return _dense(module, query, key, value, attention_mask, **common, **kwargs)
 
 
-def _situation(
-    index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig
-) -> str | None:
+def _situation(index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig) -> str | None:
     """Why this prefill of a layer that could be sparse is not; None if it is."""
     if config.layers is not None and index not in config.layers:
         return "not among ZipVLConfig.layers"

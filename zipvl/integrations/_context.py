@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
-from zipvl.cache import ZipVLCache, is_sparse, make_sparse
+from zipvl.cache import ZipVLCache, is_ready, make_sparse
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _runs, _targets
 from zipvl.stats import Stats
@@ -117,7 +117,7 @@ def _adopt(cache: Cache, model_config: PretrainedConfig, config: ZipVLConfig) ->
     Raises:
         ValueError: it is another kind of cache, or was filled without ZipVL.
     """
-    if is_sparse(cache):
+    if is_ready(cache):
         return
     problem = None
     if type(cache) is not DynamicCache:

@@ -10,7 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import (
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 from transformers.utils.import_utils import is_tracing
 
 _EXPANDED = "_zipvl_expanded_mask"
@@ -35,7 +41,7 @@ def mask_function(
         None if all are and ``q_length`` is 1 or ``kv_length``. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length,
         kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
     """
-    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    plain = local_size is None and _is_plain_causal(mask_function, allow_is_causal_skip)
     if not plain or isinstance(q_offset, torch.Tensor) or kv_offset != 0 or kv_length != q_offset + q_length:
         return sdpa_mask(
             batch_size=batch_size,
@@ -57,6 +63,29 @@ def mask_function(
     if q_length in (1, kv_length):
         return None
     return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+
+def _is_plain_causal(function: Callable[..., Any], allow_is_causal_skip: bool) -> bool:
+    """Whether ``function`` is causal and nothing else, and nobody asked for the tensor.
+
+    Gemma 3's processor marks images even in prompts that have none: causal *or* in the same block, of no blocks.
+    """
+    if function is causal_mask_function:
+        return allow_is_causal_skip
+    if getattr(function, "__qualname__", "") != or_masks(causal_mask_function).__qualname__:
+        return False
+    causal, *others = _captured(function)["mask_functions"]
+    blocks = blockwise_overlay(torch.empty(0)).__qualname__
+    return causal is causal_mask_function and all(
+        getattr(other, "__qualname__", "") == blocks and not bool((_captured(other)["block_sequence_ids"] >= 0).any())
+        for other in others
+    )
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that a closure holds, by name."""
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def expand(token_mask: torch.Tensor, q_length: int, device: torch.device) -> torch.Tensor:
