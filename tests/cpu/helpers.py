@@ -126,11 +126,13 @@ def double(*tensors: Tensor) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
+def assert_accurate(actual: Tensor, exact: Tensor, baseline: Tensor, floor: float) -> None:
     """``actual`` is as close to ``exact`` as PyTorch's own arithmetic gets.
 
     Its largest error is at most :data:`ERROR_FACTOR` times that of ``baseline`` (the same computation in PyTorch, in
-    the op's precision) plus one rounding of the largest result in ``actual``'s dtype. All three must be finite.
+    the op's precision), plus one rounding of the largest result in ``actual``'s dtype, plus ``floor``: what one
+    rounding of the logits can do (:func:`logit_rounding`), because the baseline may have been lucky. ``exact`` and
+    ``baseline`` must be finite.
     """
     assert actual.shape == exact.shape == baseline.shape
     assert exact.dtype == torch.float64
@@ -138,14 +140,36 @@ def assert_accurate(actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
     if exact.numel() == 0:
         return
     error = float((actual.double() - exact).abs().max())
-    allowed = score_tolerance(exact, baseline, actual.dtype)
+    allowed = tolerance(exact, baseline, actual.dtype, floor)
     assert error <= allowed, f"largest error {error:.3e}, allowed {allowed:.3e}"
 
 
-def score_tolerance(exact: Tensor, baseline: Tensor, dtype: torch.dtype) -> float:
+def tolerance(exact: Tensor, baseline: Tensor, dtype: torch.dtype, floor: float) -> float:
     """The largest error :func:`assert_accurate` allows."""
     baseline_error = float((baseline.double() - exact).abs().max())
-    return ERROR_FACTOR * baseline_error + torch.finfo(dtype).eps * float(exact.abs().max())
+    return ERROR_FACTOR * baseline_error + torch.finfo(dtype).eps * float(exact.abs().max()) + floor
+
+
+def logit_rounding(q: Tensor, k: Tensor, scale: float | None = None) -> float:
+    """One float32 rounding (logits are summed in float32 for every dtype) of the largest logit there can be.
+
+    By Cauchy-Schwarz no partial sum of ``scale * q . k`` is larger than ``scale * |q| * |k|``. A logit off by ``d``
+    moves ``lse`` by at most ``d``, and a softmax weight by at most ``2 * d`` of itself: so ``2 * d`` of the largest
+    value is what it does to attention outputs, and ``2 * d`` of the score to a probe score.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    largest_q, largest_k = (float(t.float().norm(dim=-1).max()) if t.numel() else 0.0 for t in (q, k))
+    return torch.finfo(torch.float32).eps * abs(scale) * largest_q * largest_k
+
+
+def output_floor(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> float:
+    """What one rounding of the logits can do to attention outputs."""
+    return 2 * logit_rounding(q, k, scale) * float(v.float().abs().max()) if v.numel() else 0.0
+
+
+def score_floor(q: Tensor, k: Tensor, exact: Tensor, scale: float | None = None) -> float:
+    """What one rounding of the logits can do to probe scores."""
+    return 2 * logit_rounding(q, k, scale) * float(exact.abs().max()) if exact.numel() else 0.0
 
 
 def same_dtype_attention(

@@ -73,12 +73,12 @@ def test_sizes_stay_symbolic(op: str) -> None:
     fakes = [fake(t) for t in tensors.values()]
     with mode:
         outputs = as_tuple(getattr(ops, op)(*fakes))
+    fixed = {str(symbol): value for symbol, value in environment.replacements.items() if value.is_number}
+    assert not fixed, "sizes were specialised"
     real = as_tuple(getattr(ops, op)(*tensors.values()))
     for output, real_one in zip(outputs, real, strict=True):
+        for size, real_size in zip(output.shape, real_one.shape, strict=True):
+            assert isinstance(size, torch.SymInt) == (real_size in (B, N))
         assert output.dtype == real_one.dtype
         assert [int(size) for size in output.shape] == list(real_one.shape)
         assert [int(stride) for stride in output.stride()] == list(real_one.stride())
-        for size, real_size in zip(output.shape, real_one.shape, strict=True):
-            assert isinstance(size, torch.SymInt) == (real_size in (B, N))
-    fixed = {str(symbol) for symbol, value in environment.replacements.items() if value.is_number}
-    assert not fixed, f"sizes were specialised: {fixed}"

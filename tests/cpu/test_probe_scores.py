@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +13,17 @@ from torch import Tensor
 
 from zipvl import ops, reference
 
-from .helpers import DTYPES, LAYOUTS, MASKS, assert_accurate, double, make_mask, make_qkv, poison
+from .helpers import DTYPES, LAYOUTS, MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor
 
 
-def check(q: Tensor, k: Tensor, probes: Tensor, **keywords: object) -> tuple[Tensor, Tensor]:
+def check(q: Tensor, k: Tensor, probes: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
     """Both scores against the float64 reference; the baseline is the reference in float32."""
     scores: tuple[Tensor, Tensor] = ops.probe_scores(q, k, probes, **keywords)
-    exact = reference.probe_scores(*double(q, k), probes, **keywords)  # type: ignore[arg-type]
-    baseline = reference.probe_scores(q, k, probes, **keywords)  # type: ignore[arg-type]
+    exact = reference.probe_scores(*double(q, k), probes, **keywords)
+    baseline = reference.probe_scores(q, k, probes, **keywords)
     for actual, exact_one, baseline_one in zip(scores, exact, baseline, strict=True):
         assert actual.dtype == torch.float32 and actual.shape == (q.shape[0], q.shape[2])
-        assert_accurate(actual, exact_one, baseline_one)
+        assert_accurate(actual, exact_one, baseline_one, score_floor(q, k, exact_one, keywords.get("scale")))
     return scores
 
 
@@ -79,7 +80,7 @@ def test_entries_that_are_no_position_are_no_probes(garbage: int) -> None:
     exact = reference.probe_scores(*double(q, k), clean)
     baseline = reference.probe_scores(q, k, clean)
     for actual, exact_one, baseline_one in zip(ops.probe_scores(q, k, dirty), exact, baseline, strict=True):
-        assert_accurate(actual, exact_one, baseline_one)
+        assert_accurate(actual, exact_one, baseline_one, score_floor(q, k, exact_one))
 
 
 def test_no_probe_at_all_scores_zero() -> None:

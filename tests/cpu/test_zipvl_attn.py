@@ -19,10 +19,12 @@ from .helpers import (
     double,
     make_mask,
     make_qkv,
+    output_floor,
     poison,
     same_dtype_attention,
-    score_tolerance,
+    score_floor,
     selected_mask,
+    tolerance,
 )
 
 
@@ -47,12 +49,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Ten
     how = {"scale": scale, "causal": causal, "token_mask": token_mask}
     exact = reference.probe_scores(*double(q, k), probes, **how)
     rounded = reference.probe_scores(q, k, probes, **how)
-    tolerance = [score_tolerance(e, r, torch.float32) for e, r in zip(exact, rounded, strict=True)]
+    errors = [tolerance(e, r, torch.float32, score_floor(q, k, e, scale)) for e, r in zip(exact, rounded, strict=True)]
     assert_selection_within_rounding(
         index,
         count,
         exact,
-        (tolerance[0], tolerance[1]),
+        (errors[0], errors[1]),
         tau=keywords.get("tau", 0.975),
         ratio=keywords.get("ratio"),
         min_tokens=keywords.get("min_tokens", 1),
@@ -65,7 +67,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Ten
     baseline = same_dtype_attention(q, k, v, index, count, **attend)
     if token_mask is not None:
         exact_out, baseline = (t.masked_fill(~token_mask[:, None, :, None], 0) for t in (exact_out, baseline))
-    assert_accurate(out, exact_out, baseline)
+    assert_accurate(out, exact_out, baseline, output_floor(q, k, v, scale))
     zero = ~selected_mask(index, count) if not all_queries else (False if token_mask is None else ~token_mask)
     assert bool((out.transpose(1, 2)[zero] == 0).all())
     return out, index, count
