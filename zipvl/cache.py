@@ -129,7 +129,7 @@ class ZipVLCacheLayer(DynamicLayer):
             return
         if self.packed is None:
             super().crop(tokens_to_remove)
-            self._seen = self.keys.shape[-2]
+            self._seen = self._stored()[0].shape[-2]
             self._report()
             return
         tokens = max(self._seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
@@ -157,15 +157,12 @@ class ZipVLCacheLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times in place."""
         if self._seen > 0:
-            batch = self._batch()
-            self._take_rows(torch.arange(batch, device=self.device).repeat_interleave(repeats))
+            keys = self._stored()[0]
+            self._take_rows(torch.arange(keys.shape[0], device=keys.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows ``indices``."""
         self._take_rows(indices)
-
-    def _batch(self) -> int:
-        return int((self.keys if self.packed is None else self.packed.keys).shape[0])
 
     def _take_rows(self, rows: torch.Tensor) -> None:
         if self._seen == 0:
@@ -173,8 +170,7 @@ class ZipVLCacheLayer(DynamicLayer):
         if self.packed is not None:
             self.packed.take_rows(rows)
         else:
-            rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            self.keys, self.values = (states[rows.to(states.device)] for states in self._stored())
         self._report()
 
     def offload(self) -> None:
@@ -185,19 +181,18 @@ class ZipVLCacheLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the stored keys and values take, unused slots included."""
-        if self.packed is not None:
-            return self.packed.nbytes
-        if self._pending is not None or self.keys is None:
-            return 0
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return sum(states.untyped_storage().nbytes() for states in self._stored())
 
     @property
     def full_nbytes(self) -> int:
         """Bytes that a cache of every token seen would take."""
-        states = (self.keys, self.values) if self.packed is None else (self.packed.keys, self.packed.values)
-        if states[0] is None:
-            return 0
-        return sum(s.shape[0] * s.shape[1] * self._seen * s.shape[3] * s.element_size() for s in states)
+        return sum(s.shape[0] * s.shape[1] * self._seen * s.shape[3] * s.element_size() for s in self._stored())
+
+    def _stored(self) -> tuple[torch.Tensor, ...]:
+        """The keys and the values in memory; nothing if there are none."""
+        if self.packed is not None:
+            return self.packed.keys, self.packed.values
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
 
     def _report(self) -> None:
         if self.record is not None:
@@ -255,6 +250,7 @@ class ZipVLCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, ZipVLCacheLayer):
                 total += layer.nbytes
-            elif isinstance(getattr(layer, "keys", None), torch.Tensor):
-                total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+            else:
+                states = (getattr(layer, "keys", None), getattr(layer, "values", None))
+                total += sum(s.untyped_storage().nbytes() for s in states if s is not None)
         return total

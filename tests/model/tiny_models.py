@@ -48,10 +48,10 @@ class Family:
     layers: list[int] = field(default_factory=lambda: [0, 1, 2])
 
 
-def build(cls: Any, config: Any, seed: int = 0) -> Any:
+def build(cls: Any, config: Any, seed: int = 0, attention: str = "sdpa") -> Any:
     """A random model in float32 on the CPU, ready for inference."""
     torch.manual_seed(seed)
-    model = cls._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model = cls._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMode
 
 from zipvl.cache import ZipVLCache, is_ready, make_sparse
 from zipvl.config import ZipVLConfig
@@ -71,14 +72,22 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
     name = "_prepare_cache_for_generation"
     before = generator.__dict__.get(name)
 
-    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare(
+        generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _runs.run_of(target.attention[0]) is not run:  # a block inside this one is in force
+            return ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        assists = getattr(generation_config, "is_assistant", False)
+        if assists or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "zipvl.sparse: assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported: it "
+                "reads the outputs of prompt tokens that sparse attention may skip"
+            )
         given = model_kwargs.get("past_key_values") is not None
-        result = ordinary(generation_config, model_kwargs, *args, **kwargs)
+        result = ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if not given and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = ZipVLCache(target.decoder.config, run.config)
-            if getattr(generation_config, "is_assistant", False):
-                model_kwargs["past_key_values"].activate_past_recording()
         elif cache is not None:
             _adopt(cache, target.decoder.config, run.config)
         return result
@@ -95,6 +104,7 @@ class _CacheGiver:
 
     def __init__(self, target: _targets.Target, run: _runs.Run) -> None:
         self.probe, self.run = target.attention[0], run
+        self.model_config = target.decoder.config
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,10 +114,10 @@ class _CacheGiver:
         self.run.start_forward()
         caches = [a for a in (*args, *kwargs.values()) if isinstance(a, Cache)]
         for cache in caches:
-            _adopt(cache, module.config, self.run.config)
+            _adopt(cache, self.model_config, self.run.config)
         use_cache = kwargs.get("use_cache")
-        if not caches and (getattr(module.config, "use_cache", False) if use_cache is None else use_cache):
-            kwargs = kwargs | {"past_key_values": ZipVLCache(module.config, self.run.config)}
+        if not caches and (getattr(self.model_config, "use_cache", False) if use_cache is None else use_cache):
+            kwargs = kwargs | {"past_key_values": ZipVLCache(self.model_config, self.run.config)}
         return args, kwargs
 
 

@@ -26,7 +26,7 @@ def mask_function(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
@@ -40,9 +40,18 @@ def mask_function(
         For plain causal attention over everything seen so far: ``[B, kv_length]`` bool, true where a token is real, or
         None if all are and ``q_length`` is 1 or ``kv_length``. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length,
         kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
+
+    Raises:
+        ValueError: there are more keys than tokens seen.
     """
     plain = local_size is None and _is_plain_causal(mask_function, allow_is_causal_skip)
-    if not plain or isinstance(q_offset, torch.Tensor) or kv_offset != 0 or kv_length != q_offset + q_length:
+    sized_by_tensor = isinstance(q_offset, torch.Tensor)
+    if plain and kv_offset == 0 and q_length > 1 and (sized_by_tensor or kv_length > q_offset + q_length):
+        raise ValueError(
+            f"zipvl attention: {q_length} tokens with {kv_length} keys: a cache of fixed size (StaticCache) or prefix "
+            'tuning is not supported. Use a ZipVLCache or a DynamicCache, or attn_implementation="sdpa".'
+        )
+    if not plain or kv_offset != 0 or sized_by_tensor or kv_length != q_offset + q_length:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -96,17 +105,19 @@ def expand(token_mask: torch.Tensor, q_length: int, device: torch.device) -> tor
     Returns:
         ``[B, 1, q_length, kv_length]`` bool.
     """
-    made: torch.Tensor | None = getattr(token_mask, _EXPANDED, None)
-    if made is None or made.shape[2] != q_length or made.device != device:
-        batch, kv_length = token_mask.shape
-        made = sdpa_mask(
-            batch_size=batch,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=kv_length - q_length,
-            attention_mask=token_mask.to(device),
-            allow_is_causal_skip=False,
-            device=device,
-        )
-        setattr(token_mask, _EXPANDED, made)
+    known: torch.Tensor | None = getattr(token_mask, _EXPANDED, None)
+    if known is not None and known.shape[2] == q_length and known.device == device:
+        return known
+    batch, kv_length = token_mask.shape
+    made = sdpa_mask(
+        batch_size=batch,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=kv_length - q_length,
+        attention_mask=token_mask.to(device),
+        allow_is_causal_skip=False,
+        device=device,
+    )
+    assert made is not None
+    setattr(token_mask, _EXPANDED, made)
     return made

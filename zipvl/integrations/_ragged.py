@@ -65,7 +65,8 @@ class RaggedKV:
         batch, _, tokens, _ = k.shape
         if token_mask is None:
             lengths = torch.full((batch,), tokens, dtype=torch.int32, device=k.device)
-            return cls(*(states.clone(memory_format=torch.contiguous_format) for states in (k, v)), lengths, tokens)
+            keys, values = (states.clone(memory_format=torch.contiguous_format) for states in (k, v))
+            return cls(keys, values, lengths, tokens)
         lengths = token_mask.sum(-1, dtype=torch.int32)
         longest = _longest(lengths)
         order = _real_first(token_mask)[:, :longest]
@@ -75,7 +76,7 @@ class RaggedKV:
         """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all."""
         new = k.shape[2]
         if self.longest + new > self.keys.shape[2]:
-            slots = self.longest + new + max(_SMALLEST_GROWTH, self.longest // 8)
+            slots = self.longest + new + max(_SMALLEST_GROWTH, self.longest // 16)
             self.keys, self.values = _grown(self.keys, slots), _grown(self.values, slots)
         if token_mask is None:
             added: torch.Tensor | int = new

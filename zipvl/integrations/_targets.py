@@ -33,7 +33,7 @@ def find(model: nn.Module) -> Target:
     """The language part of ``model``, which may be wrapped in further modules.
 
     Raises:
-        ValueError: there is none, it is an encoder-decoder, or its class does not use transformers' attention interface.
+        ValueError: there is none, it is an encoder-decoder, or it does not use transformers' attention interface.
     """
     name = type(model).__name__
     outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -52,7 +52,7 @@ def find(model: nn.Module) -> Target:
             f"zipvl.sparse: {type(decoder).__name__} does not use transformers' attention interface, so its attention "
             "cannot be replaced"
         )
-    configs = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
+    configs: dict[int, Any] = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
     generators = [m for m in outer.modules() if hasattr(m, "_prepare_cache_for_generation")]
     return Target(decoder, attention, list(configs.values()), generators)
 
@@ -72,14 +72,14 @@ def check_layers(target: Target, config: ZipVLConfig) -> None:
     """
     if config.layers is None:
         return
-    able = []
+    able = set()
     for module in target.attention:
         index = layer_index(module)
-        if type_of_layer(module.config, index) in (None, "full_attention"):
-            able.append(index)
-    wrong = sorted(set(config.layers) - set(able))
+        if index is not None and type_of_layer(module.config, index) in (None, "full_attention"):
+            able.add(index)
+    wrong = sorted(set(config.layers) - able)
     if wrong:
         raise ValueError(
             f"zipvl.sparse: ZipVLConfig.layers names {wrong}, which {type(target.decoder).__name__} does not have or "
-            f"which cannot be sparse; those that can: {sorted(set(able))}"
+            f"which cannot be sparse; those that can: {sorted(able)}"
         )
