@@ -25,8 +25,10 @@ def build_directory() -> Path:
     try:
         import torch
     except ImportError:
-        sys.exit("zipvl builds against an installed torch: install torch (2.10 or newer) first, "
-                 "then pip install --no-build-isolation .")
+        sys.exit(
+            "zipvl builds against an installed torch: install torch (2.10 or newer) first, "
+            "then pip install --no-build-isolation ."
+        )
     return ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
 
 
@@ -38,10 +40,12 @@ class CMakeBuild(build_ext):
         if self.inplace or self.editable_mode:
             packages.append(ROOT / "zipvl")
         build = build_directory()
-        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
-                     f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-D{name}={os.environ[name]}" for name in ("ZIPVL_CUDA", "ZIPVL_CUDA_ARCHS", "ZIPVL_WERROR")
-                      if os.environ.get(name)]
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [
+            f"-D{name}={os.environ[name]}"
+            for name in ("ZIPVL_CUDA", "ZIPVL_CUDA_ARCHS", "ZIPVL_WERROR")
+            if os.environ.get(name)
+        ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)

@@ -100,9 +100,7 @@ inline Tensor any(const Tensor& x, std::int64_t dim, bool keepdim) { return call
 inline Tensor cumsum(const Tensor& x, std::int64_t dim, ScalarType dtype) {
   return call("aten::cumsum", "", x, dim, std::optional<ScalarType>(dtype));
 }
-inline Tensor logsumexp(const Tensor& x, std::int64_t dim) {
-  return call("aten::logsumexp", "", x, Sizes{dim}, false);
-}
+inline Tensor logsumexp(const Tensor& x, std::int64_t dim) { return call("aten::logsumexp", "", x, Sizes{dim}, false); }
 inline Tensor softmax(const Tensor& x, std::int64_t dim) { return call("aten::_softmax", "", x, dim, false); }
 // Equal values keep their order.
 inline std::tuple<Tensor, Tensor> sort(const Tensor& x, std::int64_t dim, bool descending) {
@@ -120,8 +118,8 @@ inline Tensor iota(std::int64_t n, ScalarType dtype, Device device) {
 inline Tensor index_select(const Tensor& x, std::int64_t dim, const Tensor& index) {
   return call("aten::index_select", "", x, dim, index);
 }
-// Rows `position` of every head: x [H, N, D] -> [H, n, D]. index_select copies a whole strided input first, so a view of
-// [N, H, D] is indexed the way it lies.
+// Rows `position` of every head: x [H, N, D] -> [H, n, D]. index_select copies a whole strided input first, so a view
+// of [N, H, D] is indexed the way it lies.
 inline Tensor take_rows(const Tensor& x, const Tensor& position) {
   return x.stride(0) < x.stride(1) ? transpose(index_select(transpose(x, 0, 1), 0, position), 0, 1)
                                    : index_select(x, 1, position);

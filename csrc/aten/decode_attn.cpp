@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, c
     const Tensor rows = multiply(to(reshape(select(q, 0, b), {kv_heads, group, head_dim}), ScalarType::Float), factor);
     const Tensor scores = matmul(rows, transpose(k, 1, 2));
     if (!q.is_cpu()) {
-      const Tensor hidden = less_equal(to(select(lengths, 0, b), ScalarType::Long), iota(seen, ScalarType::Long, q.device()));
+      const Tensor hidden =
+          less_equal(to(select(lengths, 0, b), ScalarType::Long), iota(seen, ScalarType::Long, q.device()));
       masked_fill_(scores, hidden, -kInfinity);
       const Tensor zero = scalar(0.0, ScalarType::Float);
       v = where(unsqueeze(unsqueeze(hidden, 0), 2), zero, v);

@@ -50,15 +50,26 @@ Tensor visible(const Probes& probes, const Tensor& real, const Tensor& positions
   return allowed;
 }
 
+// The probes that see no token [1, p, 1], whose softmax row is 0 / 0; absent where the host knows that all see some.
+std::optional<Tensor> blind_probes(const Tensor& hidden) {
+  const Tensor blind = all(hidden, 1, /*keepdim=*/true);
+  if (hidden.is_cpu() && !*any(blind, 0, false).const_data_ptr<bool>()) {
+    return std::nullopt;
+  }
+  return unsqueeze(blind, 0);
+}
+
 // q [h, p, D], k_transposed [D, N], hidden [p, N] bool -> the sum over heads and probes of softmax(scale q k) [N]
-Tensor column_sums(const Tensor& q, const Tensor& k_transposed, const Tensor& hidden, const Tensor& blind,
-                   const Tensor& scale) {
+Tensor column_sums(const Tensor& q, const Tensor& k_transposed, const Tensor& hidden,
+                   const std::optional<Tensor>& blind, const Tensor& scale) {
   const std::int64_t heads = q.size(0), probes = q.size(1), tokens = k_transposed.size(1);
-  Tensor scores = reshape(matmul(reshape(multiply(q, scale), {heads * probes, q.size(2)}), k_transposed),
-                          {heads, probes, tokens});
+  Tensor scores =
+      reshape(matmul(reshape(multiply(q, scale), {heads * probes, q.size(2)}), k_transposed), {heads, probes, tokens});
   masked_fill_(scores, unsqueeze(hidden, 0), -std::numeric_limits<double>::infinity());
   scores = softmax(scores, 2);
-  masked_fill_(scores, blind, 0.0);
+  if (blind) {
+    masked_fill_(scores, *blind, 0.0);
+  }
   return sum(reshape(scores, {heads * probes, tokens}), 0, /*keepdim=*/false);
 }
 
@@ -89,13 +100,12 @@ std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const 
       }
       const Tensor allowed = visible(block, real_row, positions, causal);
       const Tensor hidden = logical_not(allowed);
-      const Tensor blind = unsqueeze(all(hidden, 1, /*keepdim=*/true), 0);
+      const std::optional<Tensor> blind = blind_probes(hidden);
       viewers = plus(viewers, sum(allowed, 0, false, ScalarType::Float));
       for (std::int64_t g = 0; g < kv_heads; ++g) {
         const Tensor k_transposed = transpose(to(select(select(k, 0, b), 0, g), ScalarType::Float), 0, 1);
         for (std::int64_t h = 0; h < group; h += plan.heads_per_block) {
-          const Tensor heads =
-              slice(select(q, 0, b), 0, g * group + h, std::min(plan.heads_per_block, group - h));
+          const Tensor heads = slice(select(q, 0, b), 0, g * group + h, std::min(plan.heads_per_block, group - h));
           const Tensor q_block = to(take_rows(heads, block.position), ScalarType::Float);
           total = plus(total, column_sums(q_block, k_transposed, hidden, blind, factor));
         }

@@ -1,5 +1,5 @@
-// Attention among the selected tokens (ZipVL Sec. 3, Algorithm 1). The stages of a row: read its selection, gather K and
-// V, attend, put the results where their queries stood.
+// Attention among the selected tokens (ZipVL Sec. 3, Algorithm 1). The stages of a row: read its selection, gather K
+// and V, attend, put the results where their queries stood.
 #include <algorithm>
 #include <vector>
 
@@ -53,8 +53,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::opti
   return select(attention(unsqueeze(q, 0), unsqueeze(k, 0), unsqueeze(v, 0), allowed, causal, scale), 0, 0);
 }
 
-// Queries q [Hq, n, D] standing at positions `rows` [n] against the selected keys, those past the row's position hidden under
-// causal: [Hq, n, D], 0 where a row sees no key.
+// Queries q [Hq, n, D] standing at positions `rows` [n] against the selected keys, those past the row's position hidden
+// under causal: [Hq, n, D], 0 where a row sees no key.
 Tensor attend_masked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rows, const Selection& keys,
                      bool causal, double scale) {
   Tensor allowed = causal ? less_equal(unsqueeze(keys.position, 0), unsqueeze(rows, 1))
@@ -84,8 +84,7 @@ Tensor attend_in_blocks(const Tensor& q, const Tensor& k, const Tensor& v, const
   const Tensor out = empty({q.size(0), total, q.size(2)}, q.scalar_type(), q.device());
   for (std::int64_t begin = 0; begin < total; begin += rows_per_block) {
     const std::int64_t n = std::min(rows_per_block, total - begin);
-    const std::int64_t seen =
-        causal && rows_are_positions ? keys_up_to(keys, begin + n - 1) : keys.position.size(0);
+    const std::int64_t seen = causal && rows_are_positions ? keys_up_to(keys, begin + n - 1) : keys.position.size(0);
     Tensor target = slice(out, 1, begin, n);
     if (seen == 0) {
       torch::stable::zero_(target);
@@ -93,7 +92,7 @@ Tensor attend_in_blocks(const Tensor& q, const Tensor& k, const Tensor& v, const
     }
     const Selection block{slice(keys.position, 0, 0, seen), keys.valid};
     copy_into(target, attend_masked(slice(q, 1, begin, n), slice(k, 1, 0, seen), slice(v, 1, 0, seen),
-                                slice(rows, 0, begin, n), block, causal, scale));
+                                    slice(rows, 0, begin, n), block, causal, scale));
   }
   return out;
 }
@@ -107,7 +106,8 @@ void scatter_rows(const Tensor& rows, const Selection& selection, const Tensor& 
   }
   // Which place of the selection each token took; the extra last entry takes the places that do not count.
   const std::int64_t tokens = out.size(0);
-  const Tensor target = where(*selection.valid, selection.position, scalar(static_cast<double>(tokens), ScalarType::Long));
+  const Tensor target =
+      where(*selection.valid, selection.position, scalar(static_cast<double>(tokens), ScalarType::Long));
   Tensor place = scatter(full({tokens + 1}, -1.0, ScalarType::Long, out.device()), 0, target, places);
   place = slice(place, 0, 0, tokens);
   const Tensor zero = scalar(0, ScalarType::Long);
@@ -133,10 +133,9 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     const Tensor k_rows = gather_rows(select(k, 0, b), keys), v_rows = gather_rows(select(v, 0, b), keys);
     const Tensor queries = all_queries ? q_row : gather_rows(q_row, keys);
     const Tensor& rows = all_queries ? places : keys.position;
-    const Tensor result =
-        plan.masked ? attend_in_blocks(queries, k_rows, v_rows, rows, keys, causal, all_queries, scale,
-                                       plan.rows_per_block)
-                    : attend(queries, k_rows, v_rows, std::nullopt, causal && !all_queries, scale);
+    const Tensor result = plan.masked ? attend_in_blocks(queries, k_rows, v_rows, rows, keys, causal, all_queries,
+                                                         scale, plan.rows_per_block)
+                                      : attend(queries, k_rows, v_rows, std::nullopt, causal && !all_queries, scale);
     if (all_queries) {
       copy_into(out_row, transpose(result, 0, 1));
     } else {

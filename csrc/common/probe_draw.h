@@ -56,8 +56,8 @@ ZIPVL_HOST_DEVICE constexpr ProbeSplit split_probes(std::int64_t real, std::int6
 }
 
 // Rank of probe `slot` (0 <= slot < split.random + split.recent); slots go up in rank.
-ZIPVL_HOST_DEVICE constexpr std::int64_t probe_rank(const ProbeSplit& split, std::uint64_t seed, std::int64_t num_random,
-                                                    std::int64_t slot) {
+ZIPVL_HOST_DEVICE constexpr std::int64_t probe_rank(const ProbeSplit& split, std::uint64_t seed,
+                                                    std::int64_t num_random, std::int64_t slot) {
   if (slot >= split.random) {
     return split.earlier + (slot - split.random);
   }

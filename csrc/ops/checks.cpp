@@ -227,7 +227,8 @@ void shape(const char* op, Named argument, std::initializer_list<std::int64_t> e
 
 void dtype(const char* op, Named argument, ScalarType expected) {
   if (argument.tensor.scalar_type() != expected) {
-    fail(op, argument.name, " must have dtype ", dtype_text(expected), ", got ", dtype_text(argument.tensor.scalar_type()));
+    fail(op, argument.name, " must have dtype ", dtype_text(expected), ", got ",
+         dtype_text(argument.tensor.scalar_type()));
   }
 }
 

@@ -75,6 +75,6 @@ void dtype(const char* op, Named argument, ScalarType expected);
 void same_device(const char* op, const Tensor& like, Named argument);
 void not_negative(const char* op, std::initializer_list<std::pair<const char*, std::int64_t>> arguments);
 void probe_counts(const char* op, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed);
-void scale(const char* op, std::optional<double> value);     // finite
+void scale(const char* op, std::optional<double> value);  // finite
 
 }  // namespace zipvl::checks

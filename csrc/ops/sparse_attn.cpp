@@ -34,9 +34,9 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
     return aten::transpose(aten::empty(shape, q.scalar_type(), q.device()), 1, 2);
   }
-  const auto plan = plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens,
-                                            sizes.head_dim, most_keys(count, sizes.tokens), causal, all_queries,
-                                            q.is_cpu()});
+  const auto plan =
+      plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, sizes.head_dim,
+                              most_keys(count, sizes.tokens), causal, all_queries, q.is_cpu()});
   return aten::sparse_attn(q, k, v, index, count, scale_or_default(scale, sizes.head_dim), plan, causal, all_queries);
 }
 

@@ -47,9 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> zipvl_attn(const Tensor& q, const Tensor& k, 
   const auto [accumulated, normalized] =
       aten::call<Pair>("zipvl::probe_scores", "", q, k, probes, scale, causal, token_mask);
   const Tensor real = aten::real_tokens(token_mask, sizes.batch, sizes.tokens, q.device());
-  const auto [index, count] =
-      aten::call<Pair>("zipvl::select_tokens", "", accumulated, normalized, tau, ratio, min_tokens,
-                       tokens_to_keep(keep_mask, real, keep_recent), token_mask);
+  const auto [index, count] = aten::call<Pair>("zipvl::select_tokens", "", accumulated, normalized, tau, ratio,
+                                               min_tokens, tokens_to_keep(keep_mask, real, keep_recent), token_mask);
   const Tensor out = aten::call("zipvl::sparse_attn", "", q, k, v, index, count, scale, causal, all_queries);
   if (all_queries && token_mask) {
     const Tensor padding = aten::unsqueeze(aten::unsqueeze(aten::logical_not(*token_mask), 1), 3);

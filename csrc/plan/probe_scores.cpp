@@ -6,8 +6,8 @@
 namespace zipvl::plan {
 namespace {
 
-// 2**20 float32 scores are 4 MiB: enough rows to keep a matrix product busy, and the passes over a block (mask, softmax,
-// sum) find it in the cache.
+// 2**20 float32 scores are 4 MiB: enough rows to keep a matrix product busy, and the passes over a block (mask,
+// softmax, sum) find it in the cache.
 constexpr std::int64_t kScoresPerBlock = std::int64_t{1} << 20;
 // A block holds its scores, their softmax and a mask, of 4, 4 and 1 bytes; K of one head as float32 stands beside them.
 constexpr std::int64_t kBytesPerScore = 9;

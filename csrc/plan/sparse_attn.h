@@ -14,10 +14,10 @@ struct SparseAttnProblem {
 };
 
 struct SparseAttnPlan {
-  bool masked;                    // rows go in blocks with a mask instead of one causal product
-  std::int64_t rows_per_block;    // of a masked block
-  std::int64_t mask_bytes;        // of one block
-  double flops;                   // at `keys` selected tokens, causal halves included
+  bool masked;                  // rows go in blocks with a mask instead of one causal product
+  std::int64_t rows_per_block;  // of a masked block
+  std::int64_t mask_bytes;      // of one block
+  double flops;                 // at `keys` selected tokens, causal halves included
 
   std::string describe() const;
 };

@@ -44,8 +44,8 @@ PYBIND11_MODULE(_plan, m) {
       .def("__str__", &ProbeScoresPlan::describe);
   m.def(
       "plan_probe_scores",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-         std::int64_t probes, std::int64_t head_dim) {
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
+         std::int64_t head_dim) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim);
         if (probes < 1) {
           throw std::invalid_argument("probes must be at least 1, got " + std::to_string(probes));

@@ -1,0 +1,72 @@
+# Everything runs in .venv, which the first target makes and later ones reuse.
+#   make demo        build, then read a page with the tiny model, dense and ZipVL side by side
+#   make test        build, then every test that this machine can run
+#   make lint        formatting, lint and types
+#   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
+#   make wheel       a wheel in dist/
+SHELL := /bin/bash
+.DEFAULT_GOAL := test
+.PHONY: demo test lint format cuda-check wheel clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A machine without a GPU gets this CPU build; one with a GPU keeps the torch that $(PYTHON) has.
+CPU_TORCH := 2.13.0
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := $(CPP) csrc/python/build_info.h.in CMakeLists.txt setup.py pyproject.toml
+
+$(BIN)/python:
+ifeq ($(HAS_GPU),yes)
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+else
+	$(PYTHON) -m venv $(VENV)
+endif
+
+# torch first: zipvl builds against it, and the packages that follow must find it satisfied.
+$(VENV)/torch.stamp: | $(BIN)/python
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch
+else
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q numpy torch==$(CPU_TORCH)
+endif
+	touch $@
+
+$(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python tools/requirements.py build test lint train > $(VENV)/requirements.txt
+	$(BIN)/pip install -q -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/build.stamp: $(VENV)/packages.stamp $(BUILD_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ZIPVL_WERROR=ON $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/build.stamp
+	$(BIN)/zipvl run --image models/tiny-llava-next/pages/demo.png --question "$(shell cat models/tiny-llava-next/pages/demo.question)"
+
+test: $(VENV)/build.stamp
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+lint: $(VENV)/packages.stamp
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/packages.stamp
+	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+cuda-check: $(VENV)/packages.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/cuda_check.py
+
+wheel: $(VENV)/packages.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist zipvl/lib zipvl/*.so *.egg-info

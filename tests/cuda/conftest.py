@@ -1,0 +1,48 @@
+"""CUDA tests are skipped where there is no device; a run with one is recorded in benchmarks/results/gpu_tests.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks._record import record
+from zipvl import _library
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = None if torch.cuda.is_available() else "no CUDA device"
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.cuda)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cuda_library_is_loaded() -> None:
+    """A device without zipvl's CUDA library is a broken installation, not a reason to skip."""
+    assert _library.cuda_library_error() is None, _library.cuda_library_error()
+
+
+class _Outcomes:
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if str(HERE.relative_to(HERE.parent.parent)) in report.nodeid and (report.when == "call" or report.failed):
+            self.counts[report.outcome] += 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Outcomes(), "zipvl-gpu-outcomes")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    outcomes = session.config.pluginmanager.get_plugin("zipvl-gpu-outcomes")
+    if torch.cuda.is_available() and outcomes is not None and sum(outcomes.counts.values()):
+        record("gpu_tests", {"tests": outcomes.counts}, device="cuda")

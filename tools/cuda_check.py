@@ -1,0 +1,109 @@
+"""Compiles the CUDA library for every architecture and checks what came out; needs nvcc, no GPU.
+
+Checked: every symbol the library needs is in torch (a CPU torch lacks a known few); it holds machine code for every
+architecture asked for and PTX for later ones; no kernel spills registers or has a stack frame.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cuda-check"
+ARCHS = os.environ.get("ZIPVL_CUDA_ARCHS", "80;90a")
+# The shims of torch/csrc/inductor/aoti_torch/c/shim.h that exist where torch was built with CUDA.
+OF_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
+_KERNEL = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'")
+_FRAME = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill")
+_USED = re.compile(r"Used (?P<registers>\d+) registers")
+
+
+def compile_library() -> str:
+    """Builds ``zipvl_ops`` and ``zipvl_cuda`` from scratch for the CUDA part; returns what the compilers said."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).exists():
+        sys.exit("cuda-check: nvcc is not on the PATH: install the CUDA toolkit (13.0 is tested)")
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), "-DZIPVL_CUDA=on", "-DZIPVL_WERROR=ON",
+                 f"-DZIPVL_CUDA_ARCHS={ARCHS}", f"-DPython_EXECUTABLE={sys.executable}",
+                 f"-DCMAKE_CUDA_COMPILER={nvcc}"]  # fmt: skip
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    for library in BUILD.glob("CMakeFiles/zipvl_cuda.dir/**/*.cu.o"):
+        library.unlink()  # ptxas reports a kernel only when it compiles it
+    build = subprocess.run(
+        ["cmake", "--build", str(BUILD), "--target", "zipvl_ops", "zipvl_cuda", "--verbose"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    if build.returncode != 0:
+        sys.exit(f"cuda-check: the build failed\n{build.stdout}")
+    return build.stdout
+
+
+def resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
+    """``{(kernel, architecture): {registers, stack, stores, loads}}`` out of ``ptxas -v``."""
+    kernels: dict[tuple[str, str], dict[str, int]] = {}
+    current: dict[str, int] = {}
+    for line in log.splitlines():
+        if found := _KERNEL.search(line):
+            current = kernels.setdefault((found["name"], found["arch"]), {})
+        for pattern in (_FRAME, _USED):
+            if found := pattern.search(line):
+                current.update({name: int(value) for name, value in found.groupdict().items()})
+    return kernels
+
+
+def check_symbols(library: Path) -> None:
+    """Every symbol the library needs is found with this torch, except those that only a CUDA torch exports."""
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    path = f"{torch_libraries}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    found = subprocess.run(["ldd", "-r", str(library)], capture_output=True, text=True, check=True,
+                           env={**os.environ, "LD_LIBRARY_PATH": path})  # fmt: skip
+    missing = set(re.findall(r"undefined symbol: (\w+)", found.stdout + found.stderr))
+    if torch.version.cuda is None:
+        missing -= OF_CUDA_TORCH
+    if missing:
+        sys.exit(f"cuda-check: {library.name} needs symbols that torch {torch.__version__} lacks: {sorted(missing)}")
+
+
+def check_architectures(library: Path) -> None:
+    """Machine code of every architecture and PTX of the first, as cuobjdump lists them."""
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
+    cuobjdump = shutil.which("cuobjdump") or (packaged[-1] if packaged else None)
+    if cuobjdump is None:
+        sys.exit("cuda-check: cuobjdump is not on the PATH: pip install nvidia-cuda-cuobjdump")
+    listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True,
+                            check=True).stdout  # fmt: skip
+    for arch in ARCHS.split(";"):
+        if f"sm_{arch}.cubin" not in listed:
+            sys.exit(f"cuda-check: {library.name} holds no machine code for sm_{arch}:\n{listed}")
+    if f"sm_{ARCHS.split(';')[0]}.ptx" not in listed:
+        sys.exit(f"cuda-check: {library.name} holds no PTX for later architectures:\n{listed}")
+
+
+def main() -> None:
+    log = compile_library()
+    library = BUILD / "libzipvl_cuda.so"
+    check_symbols(library)
+    check_architectures(library)
+    kernels = resources(log)
+    if not kernels:
+        sys.exit("cuda-check: ptxas reported no kernel")
+    spilled = False
+    for (name, arch), used in sorted(kernels.items()):
+        print(f"{arch:8} {used['registers']:4} registers  {used['stack']:5} B stack  "
+              f"{used['stores'] + used['loads']:5} B spilled  {name}")  # fmt: skip
+        spilled |= used["stack"] + used["stores"] + used["loads"] > 0
+    if spilled:
+        sys.exit("cuda-check: a kernel spills registers or keeps a stack frame")
+    print(f"cuda-check: {len(kernels)} kernel builds, no spills")
+
+
+if __name__ == "__main__":
+    main()
