@@ -2,9 +2,9 @@
 
 The ops themselves are C++ (``csrc/ops``): argument checks, CPU and CUDA implementations. Calling a function of this
 module and calling ``torch.ops.zipvl.<name>`` are the same thing. Everything is inference only. Shapes: ``B`` batch,
-``Hq`` query heads, ``Hkv`` key/value heads, ``N`` tokens, ``D`` head dim, ``P`` probes, ``S`` cache slots. ``q``, ``k``,
-``v`` are float16, bfloat16 or float32 of any strides with a unit last stride. ``token_mask`` is bool ``[B, N]``, true
-for real tokens; without it every token is real. All tensors of one call share a device.
+``Hq`` query heads, ``Hkv`` key/value heads, ``N`` tokens, ``D`` head dim, ``P`` probes, ``S`` cache slots. ``q``,
+``k``, ``v`` are float16, bfloat16 or float32 of any strides with a unit last stride. ``token_mask`` is bool
+``[B, N]``, true for real tokens; without it every token is real. All tensors of one call share a device.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from benchmarks._record import record
+
 from zipvl import _library
 
 HERE = Path(__file__).parent

@@ -44,7 +44,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
         str(ROOT),
     ]
-    subprocess.run(build, check=True, env={**os.environ, "PATH": path})
+    subprocess.run(build, check=True, cwd=ROOT, env={**os.environ, "PATH": path})
     (wheel,) = folder.glob("zipvl-*.whl")
     target = folder / "venv"
     venv.create(target, with_pip=False)
