@@ -113,7 +113,7 @@ def _span(full: int, kept: int, page: float) -> tuple[float, float]:
 
 def _patch_grid(model_config: Any, processor: Any, grids: list[list[int]], image: Tensor) -> PatchMap | None:
     """Qwen-VL and its like: frames, rows and columns of patches, merged in squares."""
-    from_processor = getattr(getattr(processor, "image_processor", None), "merge_size", None)
+    from_processor: Any = getattr(getattr(processor, "image_processor", None), "merge_size", None)
     merge = int(from_processor or getattr(model_config.vision_config, "spatial_merge_size", 1))
     frames, rows, columns = grids[0]
     rows //= merge

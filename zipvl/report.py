@@ -126,8 +126,11 @@ def check_output(path: Path) -> None:
         raise InputError("output", f"expected a file name, but {path} is a directory")
     if not path.parent.is_dir():
         raise InputError("output", f"expected a file in an existing directory, but {path.parent} is none")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError("output", f"expected a writable directory, but {path.parent} is not")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError("output", f"expected a writable directory, but {path.parent}: {error.strerror}") from error
 
 
 def write(inspection: Inspection, path: Path) -> None:
@@ -137,13 +140,11 @@ def write(inspection: Inspection, path: Path) -> None:
 
     check_output(path)
     content = render_png(inspection) if path.suffix.lower() == ".png" else render_html(inspection).encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         raise InputError("output", f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from zipvl.report import Inspection, LayerView
 
 __all__ = ["render_png"]
 
-_COLUMNS = 6  # panels in a row
+_COLUMNS = 3, 6  # fewest and most panels in a row
 _PANEL = 3.0  # inches
 _PAGE_PIXELS = 900  # a panel shows no more
 _DROPPED = (0.16, 0.05, 0.30, 0.80)  # over the page; kept patches stay clear
@@ -29,10 +29,11 @@ def render_png(inspection: Inspection) -> bytes:
     page = inspection.page.copy()
     page.thumbnail((_PAGE_PIXELS, _PAGE_PIXELS), Image.Resampling.LANCZOS)
     layers, grids = inspection.layers, inspection.patches.grids[::-1]
-    panel_rows = math.ceil(len(layers) / _COLUMNS)
+    columns = min(max(_COLUMNS[0], len(layers)), _COLUMNS[1])
+    panel_rows = math.ceil(len(layers) / columns)
     height = _PANEL * page.height / page.width
     heights = [max(height, _PANEL) + 0.4] + [height * panel_rows + 0.6] * len(grids) + ([] if grids else [3.0])
-    figure = Figure(figsize=(_PANEL * _COLUMNS, sum(heights)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(_PANEL * columns, sum(heights)), dpi=100, layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     figure.suptitle(
         f"{inspection.model}, {inspection.setting}: {inspection.question!r} → {inspection.answer.text!r}",
@@ -41,10 +42,10 @@ def render_png(inspection: Inspection) -> bytes:
     _overview(parts[0], inspection, page)
     for part, grid in zip(parts[1:], grids, strict=False):
         part.suptitle(f"{grid.name}, {grid.positions.shape[0]} x {grid.positions.shape[1]} patches; dark: dropped")
-        axes = part.subplots(panel_rows, _COLUMNS, squeeze=False).flat
+        axes = list(part.subplots(panel_rows, columns, squeeze=False).flat)
         for view, axis in zip(layers, axes, strict=False):
             _panel(axis, page, grid, view)
-        for axis in list(axes)[len(layers) :]:
+        for axis in axes[len(layers) :]:
             axis.axis("off")
     if not grids:
         _strip(parts[1].subplots(), inspection)

@@ -1,0 +1,114 @@
+"""``zipvl doctor`` and the support predicates it shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from typer.testing import Result
+
+from zipvl import doctor, ops
+from zipvl.support import OPS, can_run_native, support, why_not
+
+Zipvl = Callable[..., Result]
+
+
+def test_healthy(zipvl: Zipvl) -> None:
+    result = zipvl("doctor")
+    assert result.exit_code == 0, result.output
+    for part in ("torch", "transformers", "op library", "CUDA library", "probe_scores", "native", "healthy"):
+        assert part in result.stdout
+
+
+def test_json(zipvl: Zipvl) -> None:
+    result = zipvl("doctor", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["healthy"] is True and facts["torch"] == torch.__version__
+    assert facts["op_library"]["loaded"] is True and facts["build"]["compiler"]
+    assert {(row["op"], row["device"].split(":")[0]) for row in facts["ops"]} == {
+        (op, device) for op in OPS for device in ("cpu", "cuda")
+    }
+    for row in facts["ops"]:
+        if row["device"] == "cpu":
+            assert (row["state"], row["reason"], row["check"]) == ("native", None, "ok")
+        else:
+            assert (row["state"] == "native") == (row["reason"] is None)
+
+
+def test_a_wrong_op_is_found(zipvl: Zipvl, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.sparse_attn
+    monkeypatch.setattr(ops, "sparse_attn", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    result = zipvl("doctor")
+    assert result.exit_code == 1
+    assert "broken" in result.stdout and "wrong" in result.stdout
+    assert doctor.self_check("sparse_attn", "cpu").startswith("wrong: output 0 differs from the reference by")
+
+
+def test_an_op_that_fails_is_found(zipvl: Zipvl, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    monkeypatch.setattr(ops, "decode_attn", fail)
+    facts = json.loads(zipvl("doctor", "--json").stdout)
+    assert facts["healthy"] is False
+    assert [row["check"] for row in facts["ops"] if row["op"] == "decode_attn" and row["device"] == "cpu"] == [
+        "failed: no such kernel"
+    ]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_is_native(op: str) -> None:
+    assert can_run_native(op, "cpu", torch.float32, 64) and why_not(op) is None
+    assert support(op).state == "native"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_without_its_library_says_why(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    monkeypatch.setattr("zipvl._library.cuda_library_error", lambda: "it lies elsewhere")
+    assert support(op, "cuda").state == "unavailable"
+    assert why_not(op, "cuda") == "the CUDA library is not loaded: it lies elsewhere"
+
+
+def test_cuda_runs_its_kernels_and_falls_back_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert support("probe_index", "cuda").state == "native"
+    assert support("sparse_attn", "cuda").state == "fallback"
+    assert "no CUDA kernel of its own yet" in (why_not("sparse_attn", "cuda") or "")
+
+
+def test_a_gpu_older_than_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plan:
+        @staticmethod
+        def build_info() -> dict[str, str]:
+            return {"cuda_archs": "80;90a"}
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr("zipvl.support.import_module", lambda name: Plan)
+    assert support("probe_index", "cuda").state == "unavailable"
+    assert why_not("probe_index", "cuda") == "built for compute capability 8.0 and newer, and this GPU has 7.5"
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("sparse_attn", "cpu", torch.float64), "dtype must be float16 or bfloat16 or float32, got float64"),
+        (("select_tokens", "cpu", torch.float16), "dtype must be float32, got float16"),
+        (("sparse_attn", "cpu", torch.float32, 0), "head_dim must be at least 1, got 0"),
+        (("pack_kv", "mps"), "zipvl runs on cpu and cuda, not on mps"),
+    ],
+)
+def test_asked_silently_and_loudly(args: tuple[object, ...], reason: str) -> None:
+    assert why_not(*args) == reason and not can_run_native(*args)
+    with pytest.raises(NotImplementedError, match=f"{args[0]} does not run natively on {args[1]}: {reason}"):
+        can_run_native(*args, raise_error=True)
+
+
+def test_an_unknown_op() -> None:
+    with pytest.raises(ValueError, match=r"op must be one of probe_index, .*, got 'softmax'"):
+        why_not("softmax")

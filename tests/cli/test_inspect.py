@@ -1,0 +1,143 @@
+"""``zipvl inspect``: one self-contained file that shows what each layer kept."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import Result
+
+from zipvl import ZipVLConfig, report
+from zipvl.errors import InputError
+from zipvl.loading import load
+from zipvl.runner import load_image
+
+Zipvl = Callable[..., Result]
+
+
+def inspect(zipvl: Zipvl, page: Path, model: Path, output: Path, *options: str) -> Result:
+    result = zipvl("inspect", "--image", page, "--question", "K<Q>", "--model", model, "--output", output, *options)
+    assert result.exit_code == 0, result.output
+    assert str(output) in result.stdout.replace("\n", "")
+    assert [p.name for p in output.parent.iterdir()] == [output.name]  # no temporary file is left
+    return result
+
+
+def steps_of(html: str) -> list[dict[str, Any]]:
+    found = re.search(r"const steps = (.*);\n", html)
+    assert found
+    return json.loads(found[1])
+
+
+def pixels(data_uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data_uri.removeprefix("data:image/png;base64,")))))
+
+
+@pytest.fixture(scope="module")
+def inspection(page: Path, llava_next: Path) -> report.Inspection:
+    return report.inspect(
+        load(str(llava_next), device="cpu"), load_image(page), "KQ", ZipVLConfig(ratio=0.3), max_new_tokens=2
+    )
+
+
+def test_layers_hold_what_the_statistics_hold(inspection: report.Inspection) -> None:
+    for view in inspection.layers:
+        positions = inspection.answer.stats.layers[view.layer].index[0]
+        assert view.kept.nonzero()[:, 0].tolist() == positions.tolist()
+    assert inspection.text[-2:] == [(272, "K"), (273, "Q")]
+    assert {grid.name: tuple(grid.positions.shape) for grid in inspection.patches.grids} == {
+        "base view": (8, 8),
+        "tiles": (16, 12),
+    }
+
+
+def test_html(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
+    result = inspect(zipvl, page, llava_next, tmp_path / "out.html", "--ratio", "0.3")
+    assert "tiles: 16 x 12 patches" in result.stdout
+    html = (tmp_path / "out.html").read_text()
+    assert "K&lt;Q&gt;" in html and "K<Q>" not in html
+    assert not re.search(r"(?:src|href)=\"(?!data:)", html) and "http" not in html  # nothing is fetched
+    steps = steps_of(html)
+    assert [step["title"] for step in steps] == ["all layers", "layer 0", "layer 1", "layer 2"]
+    assert all(len(step["maps"]) == 2 and len(step["text"]) == 4 for step in steps)
+
+
+def test_html_maps_are_the_kept_patches(inspection: report.Inspection) -> None:
+    from zipvl.report_html import render_html
+
+    steps = steps_of(render_html(inspection))
+    for step, view in zip(steps[1:], inspection.layers, strict=True):
+        for uri, grid in zip(step["maps"], inspection.patches.grids, strict=True):
+            assert ((pixels(uri)[..., 3] == 0) == view.on(grid).numpy()).all()  # clear where kept
+        assert step["ratio"] == pytest.approx(view.ratio)
+        assert step["text"] == [float(view.kept[position]) for position, _ in inspection.text]
+
+
+def test_png(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
+    inspect(zipvl, page, llava_next, tmp_path / "out.PNG", "--tau", "0.8")
+    with Image.open(tmp_path / "out.PNG") as picture:
+        assert picture.format == "PNG" and picture.width >= 800 and len(picture.getcolors(1 << 24)) > 20
+
+
+def test_png_darkens_dropped_patches(inspection: report.Inspection) -> None:
+    from zipvl.report_png import render_png
+
+    def darkness(ratio: float) -> float:
+        views = [
+            report.LayerView(view.layer, view.kept & False if ratio == 0 else view.kept | True, None)
+            for view in inspection.layers
+        ]
+        changed = report.Inspection(**{**vars(inspection), "layers": views})
+        return 255 - np.asarray(Image.open(io.BytesIO(render_png(changed))).convert("L")).mean()
+
+    assert darkness(0) > 1.5 * darkness(1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_unknown_layout_gets_a_strip(
+    zipvl: Zipvl, page: Path, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("zipvl.patches._square", lambda *args: None)
+    result = inspect(zipvl, page, llava, tmp_path / f"strip{suffix}", "--dense-below", "16", "--ratio", "0.5")
+    assert "how llava lays out 64 image tokens on a page is not known here" in result.stdout.replace("\n", " ")
+    if suffix == ".html":
+        steps = steps_of((tmp_path / "strip.html").read_text())
+        assert all(step["maps"] == [] for step in steps)
+        assert pixels(steps[1]["strip"]).shape[:2] == (1, 68)
+
+
+def test_dense_run_says_so(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
+    result = inspect(zipvl, page, llava_next, tmp_path / "dense.html", "--dense-below", "5000")
+    assert "ZipVL was not active" in result.stdout and "prompt shorter than dense_below=5000" in result.stdout
+    assert all(step["dense"] and step["ratio"] == 1 for step in steps_of((tmp_path / "dense.html").read_text())[1:])
+
+
+def test_a_failed_write_leaves_the_old_file(
+    inspection: report.Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.html"
+    output.write_text("old")
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(InputError, match=r"--output: .*No space left"):
+        report.write(inspection, output)
+    assert output.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.html"]
+
+
+def test_default_output(
+    zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert zipvl("inspect", "--image", page, "--question", "KQ", "--model", llava_next).exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["page-zipvl.html"]

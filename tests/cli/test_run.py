@@ -1,0 +1,112 @@
+"""``zipvl run``: both answers, times, cache sizes and the ratio of each layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from . import tiny
+
+Zipvl = Callable[..., Result]
+NEW = 4
+# The page is 100 x 130: tiles of 16 x 12 patches and 16 row ends, a base view of 8 x 8, and the question's 2 tokens.
+PROMPT = 16 * (12 + 1) + 8 * 8 + 2
+TOKEN_BYTES = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head dim, float32
+
+
+def run(zipvl: Zipvl, page: Path, model: Path, *options: str) -> Result:
+    given = ["run", "--image", page, "--question", "KQ", "--model", model, "--max-new-tokens", NEW, *options]
+    result = zipvl(*given)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def facts(zipvl: Zipvl, page: Path, model: Path, *options: str) -> dict[str, Any]:
+    return json.loads(run(zipvl, page, model, "--json", *options).stdout)
+
+
+def test_json(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    got = facts(zipvl, page, llava_next, "--ratio", "0.3", "--seed", "7")
+    assert got["model"] == str(llava_next) and got["default_model"] is False
+    assert (got["device"], got["dtype"]) == ("cpu", "float32")
+    assert got["image_size"] == [100, 130] and got["prompt_tokens"] == PROMPT
+    assert got["config"]["ratio"] == 0.3 and got["config"]["seed"] == 7
+    kept = -(-3 * PROMPT // 10)
+    sparse = got["zipvl"]
+    assert sparse["active"] is True and sparse["reasons_for_dense"] == []
+    assert [layer["layer"] for layer in sparse["layers"]] == [0, 1, 2]
+    for layer in sparse["layers"]:
+        assert (layer["mode"], layer["reason"], layer["tokens"], layer["kept"]) == ("sparse", None, PROMPT, kept)
+        assert layer["ratio"] == pytest.approx(kept / PROMPT)
+    assert sparse["mean_ratio"] == pytest.approx(kept / PROMPT)
+    for side in (got["dense"], sparse):
+        assert side["new_tokens"] == NEW
+        assert 0 < side["first_token_s"] < side["total_s"]
+    assert got["same_answer"] == (got["dense"]["answer"] == sparse["answer"])
+
+
+def test_cache_sizes_are_those_of_the_tensors_held(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    dropped = facts(zipvl, page, llava_next, "--ratio", "0.3")
+    assert dropped["dense"]["cache_bytes"] == PROMPT * TOKEN_BYTES
+    assert dropped["dense"]["final_cache_bytes"] == (PROMPT + NEW - 1) * TOKEN_BYTES
+    kept_bytes = dropped["zipvl"]["layers"][0]["kept"] * TOKEN_BYTES
+    assert kept_bytes <= dropped["zipvl"]["cache_bytes"] < 1.2 * kept_bytes  # beside them, bookkeeping
+    assert dropped["cache_share"] == dropped["zipvl"]["cache_bytes"] / dropped["dense"]["cache_bytes"]
+    full = facts(zipvl, page, llava_next, "--ratio", "0.3", "--cache", "full")
+    assert full["zipvl"]["cache_bytes"] >= PROMPT * TOKEN_BYTES
+    assert full["zipvl"]["layers"][0]["kept"] == dropped["zipvl"]["layers"][0]["kept"]
+
+
+def test_tau_one_is_dense_attention(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    got = facts(zipvl, page, llava_next, "--tau", "1")
+    assert got["same_answer"] and got["zipvl"]["active"] and got["zipvl"]["mean_ratio"] == 1.0
+
+
+def test_text(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    out = run(zipvl, page, llava_next, "--ratio", "0.25").stdout
+    for part in ("dense", "ZipVL", "time to first token", "cache after the prompt", "KiB", "layer   2", "█", "25.2%"):
+        assert part in out
+    assert "the default" not in out and "not active" not in out
+
+
+def test_a_run_that_stays_dense_says_so(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    result = run(zipvl, page, llava_next, "--dense-below", "5000")
+    assert "ZipVL was not active" in result.stdout
+    assert "layers 0-2: prompt shorter than dense_below=5000" in result.stdout
+    got = facts(zipvl, page, llava_next, "--dense-below", "5000")
+    assert got["zipvl"]["active"] is False
+    assert got["zipvl"]["reasons_for_dense"] == ["layers 0-2: prompt shorter than dense_below=5000"]
+    assert got["same_answer"]
+
+
+def test_bfloat16_and_another_architecture(zipvl: Zipvl, page: Path, llava: Path) -> None:
+    got = facts(zipvl, page, llava, "--dtype", "bfloat16", "--dense-below", "16", "--ratio", "0.5")
+    assert got["dtype"] == "bfloat16" and got["prompt_tokens"] == tiny.GRID**2 + 2
+    assert got["dense"]["cache_bytes"] == got["prompt_tokens"] * TOKEN_BYTES // 2
+    assert [layer["kept"] for layer in got["zipvl"]["layers"]] == [33, 33, 33]
+
+
+def test_default_model_in_a_process_of_its_own(page: Path, llava_next: Path) -> None:
+    """A real process: the model of ``ZIPVL_MODEL`` is used and named as the default; stderr stays empty."""
+    command = [sys.executable, "-m", "zipvl", "run", "--image", page, "--question", "KQ", "--max-new-tokens", "2"]
+    environment = {**os.environ, "ZIPVL_MODEL": str(llava_next), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"{llava_next} (the default; --model for another)" in done.stdout
+
+
+def test_help_and_version(zipvl: Zipvl) -> None:
+    from zipvl import __version__
+
+    assert zipvl("--version").stdout == f"zipvl {__version__}\n"
+    for args in ([], ["--help"], ["-h"]):
+        result = zipvl(*args)
+        assert result.exit_code == 0 and all(name in result.stdout for name in ("run", "inspect", "doctor"))
