@@ -111,6 +111,16 @@ def selected_mask(index: Tensor, count: Tensor) -> Tensor:
     return mask
 
 
+def strided(tensor: Tensor) -> Tensor:
+    """The values of ``tensor [rows, columns]`` as a view with gaps between the rows, an offset, and junk all around."""
+    rows, columns = tensor.shape
+    junk = torch.nan if tensor.dtype.is_floating_point else 1
+    surrounding = torch.full((2 * rows + 1, columns + 11), junk, dtype=tensor.dtype)
+    view = surrounding[1::2, 4 : columns + 4]
+    view.copy_(tensor)
+    return view
+
+
 def poison(tensor: Tensor, where: Tensor) -> Tensor:
     """A copy of ``tensor [B, H, N, D]``, strides kept, with NaN at the tokens of ``where [B, N]``."""
     poisoned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)

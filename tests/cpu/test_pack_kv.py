@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zipvl import ops, reference
 
-from .helpers import DTYPES, LAYOUTS, make_qkv, make_selection, poison, selected_mask
+from .helpers import DTYPES, LAYOUTS, make_qkv, make_selection, poison, selected_mask, strided
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -26,6 +26,15 @@ def test_rows_are_copied_bit_for_bit(D: int, dtype: torch.dtype, layout: str) ->
         assert actual.dtype == dtype and actual.shape == k.shape and actual.is_contiguous()
         for b in range(B):
             assert torch.equal(actual[b, :, : count[b]], expected_one[b, :, : count[b]])
+
+
+def test_strided_index() -> None:
+    _, k, v = make_qkv(3, 2, 2, 70, 64)
+    index, count = make_selection(3, 70)
+    plain, packed = ops.pack_kv(k, v, index, count), ops.pack_kv(k, v, strided(index), count)
+    for b in range(3):
+        assert torch.equal(packed[0][b, :, : count[b]], plain[0][b, :, : count[b]])
+        assert torch.equal(packed[1][b, :, : count[b]], plain[1][b, :, : count[b]])
 
 
 @given(N=st.integers(1, 40), data=st.data())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zipvl import ops, reference
 
-from .helpers import DTYPES, LAYOUTS, MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor
+from .helpers import DTYPES, LAYOUTS, MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor, strided
 
 
 def check(q: Tensor, k: Tensor, probes: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
@@ -81,6 +81,15 @@ def test_entries_that_are_no_position_are_no_probes(garbage: int) -> None:
     baseline = reference.probe_scores(q, k, clean)
     for actual, exact_one, baseline_one in zip(ops.probe_scores(q, k, dirty), exact, baseline, strict=True):
         assert_accurate(actual, exact_one, baseline_one, score_floor(q, k, exact_one))
+
+
+def test_strided_probes_and_mask() -> None:
+    q, k, _ = make_qkv(3, 4, 2, 70, 64)
+    mask = make_mask("inner", 3, 70)
+    assert mask is not None
+    probes = reference.probe_index(q, num_recent=7, num_random=6, token_mask=mask)
+    plain = ops.probe_scores(q, k, probes, token_mask=mask)
+    assert all(map(torch.equal, ops.probe_scores(q, k, strided(probes), token_mask=strided(mask)), plain))
 
 
 def test_no_probe_at_all_scores_zero() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zipvl import ops, reference
 
-from .helpers import MASKS, assert_selection_within_rounding, make_mask
+from .helpers import MASKS, assert_selection_within_rounding, make_mask, strided
 
 
 def integers(B: int, N: int, high: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -191,14 +191,6 @@ def test_same_bits_every_time_and_for_a_row_alone() -> None:
 def test_strided_inputs() -> None:
     budget, rank = integers(3, 120, 9)
     keep, mask = torch.rand(3, 120) < 0.1, torch.rand(3, 120) < 0.8
-
-    def strided(t: Tensor) -> Tensor:
-        surrounding = torch.ones(6, 131, dtype=t.dtype)
-        if t.dtype.is_floating_point:
-            surrounding.fill_(torch.nan)
-        view = surrounding[1::2, 4:124]
-        view.copy_(t)
-        return view
 
     index, count = check(strided(budget), strided(rank), ratio=0.4, keep_mask=strided(keep), token_mask=strided(mask))
     plain = ops.select_tokens(budget, rank, ratio=0.4, keep_mask=keep, token_mask=mask)

@@ -27,6 +27,7 @@ from .helpers import (
     poison,
     same_dtype_attention,
     selected_mask,
+    strided,
 )
 
 
@@ -132,6 +133,14 @@ def test_counts_are_clamped(count: int) -> None:
         assert bool((out == 0).all())
     else:
         assert torch.equal(out, ops.sparse_attn(q, k, v, index, full))
+
+
+@pytest.mark.parametrize("all_queries", [True, False])
+def test_strided_index(all_queries: bool) -> None:
+    q, k, v = make_qkv(3, 4, 2, 70, 64)
+    index, count = make_selection(3, 70)
+    plain = ops.sparse_attn(q, k, v, index, count, all_queries=all_queries)
+    assert torch.equal(ops.sparse_attn(q, k, v, strided(index), count, all_queries=all_queries), plain)
 
 
 @given(seed=st.integers(0, 2**32), count=st.integers(-3, 40), all_queries=st.booleans(), causal=st.booleans())

@@ -140,6 +140,19 @@ def test_tau_one_is_dense_attention() -> None:
     assert count.tolist() == [300, 300] and torch.equal(index, torch.arange(300, dtype=torch.int32).expand(2, 300))
 
 
+@pytest.mark.parametrize("D", [1, 7, 72, 100])
+def test_any_head_dim(D: int) -> None:
+    check(*make_qkv(2, 6, 2, 90, D), tau=0.7, num_recent=16, num_random=16)
+
+
+@pytest.mark.parametrize("all_queries", [True, False])
+def test_expanded_inputs(all_queries: bool) -> None:
+    """Strides of 0: one row for the whole batch, one key/value head shown as two, one query for every token."""
+    q, k, v = make_qkv(1, 6, 1, 90, 64)
+    shown = q[:, :, :1].expand(3, 6, 90, 64), k.expand(3, 2, 90, 64), v.expand(3, 2, 90, 64)
+    check(*shown, tau=0.7, all_queries=all_queries)
+
+
 def test_equals_its_stages() -> None:
     q, k, v = make_qkv(2, 6, 2, 400, 64, torch.bfloat16)
     mask = make_mask("left", 2, 400)
