@@ -1,0 +1,1 @@
+"""Measurements, apart from the tests: warm, in turns, checked against the reference first, recorded with origin."""
