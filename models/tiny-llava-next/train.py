@@ -65,9 +65,9 @@ QUESTION_LENGTH, ANSWER_LENGTH = 8, 4
 CHARACTER_LOSS_WEIGHT, BLANK_WEIGHT = 0.3, 0.05
 DENSE_SHARE = 0.3
 """Share of the last stage's batches that are dense, with eight questions."""
-ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.003, (0.0015, 0.008)
+ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.003, (0.0002, 0.008)
 TARGET_TAU, TARGET_RATIO = 0.975, 0.35
-CONTROL_EVERY, CONTROL_FROM, CONTROL_GAIN, CONTROL_STEP = 50, 0.4, 0.08, 0.05
+CONTROL_EVERY, CONTROL_FROM, CONTROL_GAIN, CONTROL_STEP = 50, 0.2, 0.15, 0.05
 """Past 40% of the last stage, every 50 steps, the entropy weight moves by at most 5% towards the target ratio."""
 MEASURE_EVERY = 25
 CONTROL_SEED, PROBE_SEED = 900_000_000, 1
@@ -227,6 +227,7 @@ class Trainer:
         self.step, self.stage_index, self.stage_step, self.seconds = 0, 0, 0, 0.0
         self.entropy_weight = ENTROPY_WEIGHT
         self.history: dict[str, deque[float]] = {}
+        self.tau_ratios: list[float] = []
 
     @property
     def stage(self) -> Stage:
@@ -243,6 +244,8 @@ class Trainer:
         """Share of prompt tokens for each layer in this step, from U(low, 1) with low falling to 0.15; None: dense."""
         if self.stage.kind != "sparsity" or chance.random() < DENSE_SHARE:
             return None
+        if self.tau_ratios and chance.random() < 0.5:
+            return [round(min(1.0, r * math.exp(chance.uniform(-0.4, 0.6))), 2) for r in self.tau_ratios]
         low = 0.6 - 0.45 * min(1.0, self.stage_step / (0.5 * self.stage.most_steps))
         layers = self.learner.model.config.text_config.num_hidden_layers
         return [round(chance.uniform(low, 1), 1) for _ in range(layers)]
@@ -282,7 +285,8 @@ class Trainer:
                 prompt_embeddings(self.learner.model, visual, batch.ids[:, :ANSWER_LENGTH]),
                 attention,
             )
-        ratio = torch.stack(attention.shares).mean().item()
+        self.tau_ratios = [share.mean().item() for share in attention.shares]
+        ratio = sum(self.tau_ratios) / len(self.tau_ratios)
         self.remember("ratio", ratio)
         if self.stage_step >= CONTROL_FROM * self.stage.most_steps:
             move = CONTROL_GAIN * (ratio / TARGET_RATIO - 1)

@@ -1,0 +1,132 @@
+"""Exact match and kept tokens of tiny-llava-next with the zipvl package, over held-out pages.
+
+    python evaluate.py --pages 1000                       # dense, then ten values of tau; one JSON line for each
+    python evaluate.py --pages 20 --taus 0.975 --batch 4  # a quick look on a CPU
+
+Answers are decoded by `model.generate`, batch by batch, inside `zipvl.sparse`. On a GPU the model runs in bfloat16, on
+a CPU in float32 unless `--dtype` says otherwise. Each line is written as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from network import BOS, IMAGE, VOCABULARY, pixel_values_from_pages
+from pages import ENTRY_COUNTS, FIRST_HELD_OUT_SEED, PAGE_SIDE, Page, held_out_pages
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import zipvl
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent.parent))
+from benchmarks._record import append  # noqa: E402
+
+TAUS = "0.999,0.995,0.99,0.985,0.98,0.975,0.97,0.96,0.95,0.9"
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95% interval of a share."""
+    z, share = 1.959964, right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return round(middle - half, 4), round(middle + half, 4)
+
+
+def model_inputs(pages: list[Page], device: torch.device, dtype: torch.dtype, visual_tokens: int) -> dict[str, Any]:
+    """What the processor and the chat template make of these pages and their questions (a test compares them)."""
+    images = torch.stack([page.image for page in pages]).to(device)
+    prompts = [[BOS, *[IMAGE] * visual_tokens, *(VOCABULARY[c] for c in f"?{page.label}=")] for page in pages]
+    input_ids = torch.tensor(prompts, device=device)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": pixel_values_from_pages(images).to(dtype),
+        "image_sizes": torch.tensor([[PAGE_SIDE, PAGE_SIDE]] * len(pages), device=device),
+    }
+
+
+def visual_token_count(model: torch.nn.Module) -> int:
+    """Visual tokens of a page of 672 px: base view, and 2 x 2 tiles with a newline after each row."""
+    across = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    return across**2 + 2 * across * (2 * across + 1)
+
+
+@torch.inference_mode()
+def answers(
+    model: torch.nn.Module, tokenizer: Any, pages: list[Page], config: zipvl.ZipVLConfig | None, batch: int
+) -> tuple[list[str], zipvl.Stats | None]:
+    """The model's answer to each page's question, and the statistics of the run (None: dense)."""
+    said: list[str] = []
+    visual = visual_token_count(model)
+    with zipvl.sparse(model, config) if config else nullcontext() as stats:
+        for start in tqdm(range(0, len(pages), batch), desc=f"tau {config.tau}" if config else "dense", leave=False):
+            inputs = model_inputs(pages[start : start + batch], model.device, model.dtype, visual)
+            tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+            said += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said, stats
+
+
+def main(
+    pages: int = 1000,
+    taus: Annotated[str, typer.Option(help="Comma separated; dense is always run first.")] = TAUS,
+    batch: int = 50,
+    cache: Annotated[str, typer.Option(help="drop or full.")] = "drop",
+    device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32; by default by device.")] = "",
+    first: Annotated[int, typer.Option(help="Skip so many held-out pages.")] = 0,
+    entries: Annotated[int | None, typer.Option(help="Entries on every page; by default 8 to 64 by seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the probe tokens.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Model folder.")] = FOLDER,
+    name: Annotated[str, typer.Option(help="benchmarks/results/NAME.jsonl")] = "tiny_llava_next",
+) -> None:
+    """Measures dense and each tau, prints a line and appends it to the results."""
+    target = torch.device(device)
+    torch_dtype = getattr(torch, dtype or ("bfloat16" if target.type == "cuda" else "float32"))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch_dtype).to(target).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held_out = held_out_pages(pages, first, entries)
+    settings: list[zipvl.ZipVLConfig | None] = [None]
+    settings += [zipvl.ZipVLConfig(tau=float(tau), cache=cache, seed=seed) for tau in taus.split(",") if tau]
+    for config in settings:
+        started = time.perf_counter()
+        said, stats = answers(model, tokenizer, held_out, config, batch)
+        right = [answer == page.answer for answer, page in zip(said, held_out, strict=True)]
+        groups = {
+            n: [ok for ok, page in zip(right, held_out, strict=True) if len(page.entries) == n] for n in ENTRY_COUNTS
+        }
+        measured = {
+            "benchmark": "tiny_llava_next",
+            "method": "zipvl" if config else "dense",
+            "tau": config.tau if config else None,
+            "cache": config.cache if config else None,
+            "pages": pages,
+            "exact_match": sum(right) / pages,
+            "interval95": wilson(sum(right), pages),
+            "mean_ratio": stats.mean_ratio if stats else 1.0,
+            "by_entries": {n: round(sum(group) / len(group), 4) for n, group in groups.items() if group},
+            "seconds": round(time.perf_counter() - started, 2),
+            "dtype": str(torch_dtype).removeprefix("torch."),
+            "batch": batch,
+            "first_page_seed": FIRST_HELD_OUT_SEED + first,
+            "entries": entries,
+            "probe_seed": seed,
+        }
+        append(name, measured, target)
+        low, high = measured["interval95"]
+        print(
+            f"{measured['method']:6s} tau {measured['tau'] or '-':>5} exact {measured['exact_match']:.4f} "
+            f"[{low:.4f}, {high:.4f}] kept {measured['mean_ratio']:.3f} {measured['seconds']:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
