@@ -118,10 +118,10 @@ def run(
 
     from zipvl.runner import ask
 
-    _say("asking, dense")
-    dense = ask(loaded.model, loaded.processor, page, question, max_new_tokens=max_new_tokens)
     _say("asking, ZipVL")
     sparse = ask(loaded.model, loaded.processor, page, question, config, max_new_tokens=max_new_tokens)
+    _say("asking, dense")
+    dense = ask(loaded.model, loaded.processor, page, question, max_new_tokens=max_new_tokens)
 
     from zipvl.report_run import print_run, run_facts
 

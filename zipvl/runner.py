@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,14 +204,23 @@ class _FirstToken(BaseStreamer):
 
 @contextmanager
 def _attention(model: Any, config: ZipVLConfig | None, *, record_index: bool) -> Iterator[Any]:
-    """The model's ordinary attention (yields ``None``), or ZipVL's (yields its ``Stats``)."""
+    """The model's ordinary attention (yields ``None``), or ZipVL's (yields its ``Stats``).
+
+    ZipVL's warnings are silenced, because the statistics hold the same reasons; its refusals become ``InputError``.
+    """
     if config is None:
         yield None
         return
     import zipvl
 
-    with zipvl.sparse(model, config, record_index=record_index) as stats:
-        yield stats
+    try:
+        with warnings.catch_warnings(), zipvl.sparse(model, config, record_index=record_index) as stats:
+            warnings.filterwarnings("ignore", message="zipvl", category=UserWarning)
+            yield stats
+    except ValueError as error:
+        if not str(error).lower().startswith("zipvl"):
+            raise
+        raise InputError("model", f"ZipVL cannot run this model: {first_line(error)}") from error
 
 
 def _generate(model: Any, inputs: Any, *, max_new_tokens: int, streamer: BaseStreamer | None = None) -> Any:

@@ -94,6 +94,21 @@ def test_bfloat16_and_another_architecture(zipvl: Zipvl, page: Path, llava: Path
     assert [layer["kept"] for layer in got["zipvl"]["layers"]] == [33, 33, 33]
 
 
+def test_a_refusal_of_zipvl_is_one_line(
+    zipvl: Zipvl, page: Path, llava_next: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ValueError("zipvl.sparse: this one is an encoder-decoder, which is not supported")
+
+    monkeypatch.setattr("zipvl.sparse", refuse)
+    result = zipvl("run", "--image", page, "--question", "KQ", "--model", llava_next)
+    assert result.exit_code == 2 and result.stdout == ""
+    expected = (
+        "--model: ZipVL cannot run this model: zipvl.sparse: this one is an encoder-decoder, which is not supported"
+    )
+    assert result.stderr == f"zipvl: {expected}\n"
+
+
 def test_default_model_in_a_process_of_its_own(page: Path, llava_next: Path) -> None:
     """A real process: the model of ``ZIPVL_MODEL`` is used and named as the default; stderr stays empty."""
     command = [sys.executable, "-m", "zipvl", "run", "--image", page, "--question", "KQ", "--max-new-tokens", "2"]
