@@ -52,7 +52,7 @@ class ZipVLCacheLayer(DynamicLayer):
                 "returned did not reach zipvl's attention function. Either another attention implementation ran "
                 '(use attn_implementation="zipvl" or zipvl.sparse(model)), the forward failed half-way (use a new '
                 "cache or reset() this one), or the model's attention alters its keys after the cache update (not "
-                "supported: use a DynamicCache)."
+                "supported with this cache)."
             )
         new = key_states.shape[-2]
         if self.packed is None and self._seen > 0:
@@ -199,19 +199,32 @@ class ZipVLCacheLayer(DynamicLayer):
             self.record.cache_bytes, self.record.full_cache_bytes = self.nbytes, self.full_nbytes
 
 
+def check_model(model_config: PretrainedConfig) -> None:
+    """Raises if a layer's cache of this model does not hold that layer's own keys and values.
+
+    Raises:
+        ValueError: naming the model's kind and the remedy.
+    """
+    text = model_config.get_text_config(decoder=True)
+    problem = None
+    if getattr(text, "num_kv_shared_layers", None) or getattr(text, "kv_sharing_modes", None):
+        problem = "shares keys and values between layers"
+    elif getattr(text, "kv_lora_rank", None):
+        problem = "caches latents in place of keys and values (multi-head latent attention)"
+    if problem is not None:
+        raise ValueError(
+            f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
+        )
+
+
 def make_sparse(cache: DynamicCache, config: ZipVLConfig, model_config: PretrainedConfig) -> None:
     """Gives an empty ``cache`` the layers of a ``ZipVLCache``: full-attention layers are replaced, others stay.
 
     Raises:
-        ValueError: the model shares keys and values between layers.
+        ValueError: the model is one that ``check_model`` refuses.
     """
-    text_config = model_config.get_text_config(decoder=True)
-    if getattr(text_config, "num_kv_shared_layers", None) or getattr(text_config, "kv_sharing_modes", None):
-        raise ValueError(
-            f"ZipVLCache: {text_config.model_type} shares keys and values between layers, which is not supported; "
-            "use a DynamicCache"
-        )
-    layers = cache.layers or DynamicCache(config=text_config).layers
+    check_model(model_config)
+    layers = cache.layers or DynamicCache(config=model_config).layers
     cache.layers = [ZipVLCacheLayer(config) if type(layer) is DynamicLayer else layer for layer in layers]
     cache.layer_class_to_replicate = None
 

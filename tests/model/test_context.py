@@ -106,11 +106,12 @@ def test_blocks_nest() -> None:
         with zipvl.sparse(model, ratio=0.25, cache="full") as inner:
             output = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
             assert output.past_key_values.config.cache == "full"
+            assert model(**inputs).past_key_values.config.cache == "full"
         assert outer.prefills == 0
         assert inner.layers[0].kept == [75]
         assert trace(model) == outside
         assert model(**inputs).past_key_values.layers[0].packed.lengths.tolist() == [150]
-        assert (outer.prefills, inner.prefills) == (1, 1)
+        assert (outer.prefills, inner.prefills) == (1, 2)
     assert trace(model) == before
 
 

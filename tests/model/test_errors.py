@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import TEXT, build, make_gemma3, make_llama, make_llava_next, text_inputs
+from tiny_models import TEXT, build, make_deepseek_v3, make_gemma3, make_llama, make_llava_next, text_inputs
 
 import zipvl
 
@@ -119,6 +119,17 @@ def test_shared_keys_and_values() -> None:
     config = tf.Gemma3nTextConfig(**TEXT, num_kv_shared_layers=2, layer_types=["full_attention"] * 3)
     with pytest.raises(ValueError, match="shares keys and values"):
         zipvl.ZipVLCache(config)
+
+
+def test_latent_attention() -> None:
+    model, inputs = make_deepseek_v3(), text_inputs(300)
+    with pytest.raises(ValueError, match="latent"), zipvl.sparse(model):
+        pass
+    with pytest.raises(ValueError, match="latent"):
+        zipvl.ZipVLCache(model)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation("zipvl")  # values of another head dimension: ordinary attention
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
 
 
 def test_offloading() -> None:

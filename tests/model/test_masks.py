@@ -37,6 +37,13 @@ def test_plain_causal_is_the_padding_mask(q: int, past: int) -> None:
     assert expand(ours, q, ours.device) is expand(ours, q, ours.device), "made once for all layers"
 
 
+def test_the_expanded_mask_is_that_of_the_queries_asked_for() -> None:
+    mask = PADDED.clone()
+    whole = expand(mask, 6, mask.device)
+    assert torch.equal(expand(mask, 2, mask.device), whole[:, :, 4:])
+    assert torch.equal(expand(mask, 6, mask.device), whole)
+
+
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 6, dtype=torch.bool)])
 def test_nothing_padded_is_none(mask: torch.Tensor | None) -> None:
     for q, past in ((6, 0), (1, 5)):

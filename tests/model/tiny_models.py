@@ -95,10 +95,25 @@ def make_gemma3_text() -> Any:
 def gemma3_text_config() -> Any:
     return tf.Gemma3TextConfig(
         **TEXT,
-        query_pre_attn_scalar=16,
+        query_pre_attn_scalar=40,  # not the head dimension: the scale is not the default one
         sliding_window=64,
         layer_types=["sliding_attention", "full_attention", "full_attention"],
     )
+
+
+def make_deepseek_v3() -> Any:
+    """Multi-head latent attention: the keys' head dimension is not the values'."""
+    text = {name: value for name, value in TEXT.items() if name != "head_dim"} | {"num_key_value_heads": 4}
+    config = tf.DeepseekV3Config(
+        **text,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=3,
+    )
+    return build(tf.DeepseekV3ForCausalLM, config)
 
 
 def make_llava_next() -> Any:

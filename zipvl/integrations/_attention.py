@@ -47,8 +47,7 @@ def attention_forward(
     if layer is None and key.is_meta and not query.is_meta:
         raise RuntimeError(
             f"zipvl attention ({type(module).__name__}): the keys of a packed ZipVLCache were altered between the "
-            "cache and the attention function. This model's attention is not supported with ZipVLCache; use a "
-            "DynamicCache."
+            "cache and the attention function, so this model's attention is not supported with ZipVLCache"
         )
     common = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "is_causal": is_causal}
     if _runs.is_bystander(module) and layer is None:

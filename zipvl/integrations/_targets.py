@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from zipvl.cache import check_model
 from zipvl.config import ZipVLConfig
 from zipvl.integrations._eligibility import layer_index, type_of_layer
 
@@ -33,7 +34,8 @@ def find(model: nn.Module) -> Target:
     """The language part of ``model``, which may be wrapped in further modules.
 
     Raises:
-        ValueError: there is none, it is an encoder-decoder, or it does not use transformers' attention interface.
+        ValueError: there is none, or it is an encoder-decoder, of a kind that ``check_model`` refuses, or without
+            transformers' attention interface.
     """
     name = type(model).__name__
     outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -41,6 +43,7 @@ def find(model: nn.Module) -> Target:
         raise ValueError(f"zipvl.sparse: {name} holds no transformers model")
     if getattr(outer.config, "is_encoder_decoder", False):
         raise ValueError(f"zipvl.sparse: {name} is an encoder-decoder, which is not supported; use a decoder model")
+    check_model(outer.config)
     text = outer.config.get_text_config(decoder=True)
     attention = [m for m in outer.modules() if layer_index(m) is not None and _decodes(m, text)]
     if not attention:
