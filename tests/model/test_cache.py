@@ -446,3 +446,29 @@ def test_positions_follow_what_was_seen() -> None:
         assert stats.active
         assert len(positions) == len(dense) == 4
         assert all(torch.equal(a, b) for a, b in zip(positions, dense, strict=True))
+
+
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_reads_back_one_number_a_layer_in_the_prefill_and_none_in_a_decode_step(cache: str) -> None:
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    model, inputs = make_llama(), text_inputs(300)
+    steps = [inputs, {"input_ids": torch.tensor([[5]])}, {"input_ids": torch.tensor([[7]])}]
+
+    def count(past: DynamicCache) -> list[int]:
+        found = []
+        for step in steps:
+            with Reads() as reads:
+                model(**step, past_key_values=past)
+            found.append(reads.count)
+        return found
+
+    dense = count(DynamicCache(config=model.config))
+    with zipvl.sparse(model, ratio=0.25, cache=cache):
+        sparse = count(zipvl.ZipVLCache(model, zipvl.ZipVLConfig(ratio=0.25, cache=cache)))  # type: ignore[arg-type]
+    assert [ours - theirs for ours, theirs in zip(sparse, dense, strict=True)] == [3 if cache == "drop" else 0, 0, 0]
