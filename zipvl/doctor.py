@@ -21,6 +21,7 @@ _TOLERANCE = 1e-4  # float32 attention of 48 tokens; measured differences are ne
 
 def examine() -> dict[str, Any]:
     """Everything ``zipvl doctor`` reports, ready for JSON. ``healthy``: all ops run on the CPU, and none is wrong."""
+    op_library = _op_library()
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     ops = [row for device in devices for row in _examine_ops(device)]
     if "cuda:0" not in devices:
@@ -33,7 +34,7 @@ def examine() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": [{"device": name, "name": _device_name(name)} for name in devices],
-        "op_library": _op_library(),
+        "op_library": op_library,
         "cuda_library": _cuda_library(),
         "build": _build_info(),
         "ops": ops,
@@ -106,8 +107,12 @@ def _device_name(device: str) -> str:
 
 
 def _op_library() -> dict[str, Any]:
-    path = _library.ops_library_path()
-    return {"path": str(path), "found": path.exists(), "loaded": hasattr(torch.ops.zipvl, "zipvl_attn")}
+    path, problem = _library.ops_library_path(), None
+    try:
+        import_module("zipvl.ops")
+    except ImportError as error:
+        problem = first_line(error)
+    return {"path": str(path), "found": path.exists(), "loaded": problem is None, "error": problem}
 
 
 def _cuda_library() -> dict[str, Any]:

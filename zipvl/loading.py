@@ -41,14 +41,15 @@ class Loaded:
 
 
 def default_model() -> str:
-    """``$ZIPVL_MODEL``, or the tiny model of the checkout that this package lies in."""
+    """``$ZIPVL_MODEL``, or the tiny model of the checkout that this package lies in (relative if below here)."""
     from_environment = os.environ.get("ZIPVL_MODEL")
     if from_environment:
         return from_environment
     folder = Path(__file__).resolve().parent.parent / "models" / "tiny-llava-next"
     if not (folder / "config.json").is_file():
         raise InputError("model", f"there is no default model at {folder}: pass a folder or hub id, or set ZIPVL_MODEL")
-    return str(folder)
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -43,8 +43,8 @@ def _installed(facts: dict[str, Any]) -> Table:
     for device in facts["devices"]:
         table.add_row(device["device"], escape(device["name"]))
     library = facts["op_library"]
-    state = "loaded" if library["loaded"] else "found, not loaded" if library["found"] else "missing"
-    table.add_row("op library", f"{state}: {escape(library['path'])}")
+    state = f"loaded: {library['path']}" if library["loaded"] else f"not loaded: {library['error']}"
+    table.add_row("op library", escape(state))
     cuda = facts["cuda_library"]
     where = f": {escape(cuda['path'])}" if cuda["path"] else ""
     table.add_row("CUDA library", f"loaded{where}" if cuda["loaded"] else f"not loaded: {escape(cuda['error'])}")

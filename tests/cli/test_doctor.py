@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,21 @@ def test_an_op_that_fails_is_found(zipvl: Zipvl, monkeypatch: pytest.MonkeyPatch
     assert [row["check"] for row in facts["ops"] if row["op"] == "decode_attn" and row["device"] == "cpu"] == [
         "failed: no such kernel"
     ]
+
+
+def test_an_op_library_that_does_not_load(zipvl: Zipvl, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name == "zipvl.ops":
+            raise ImportError("the package was not built")
+        return import_module(name)
+
+    monkeypatch.setattr("zipvl.doctor.import_module", load)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    result = zipvl("doctor")
+    assert result.exit_code == 1
+    assert "not loaded: the package was not built" in result.stdout and "broken" in result.stdout
+    facts = json.loads(zipvl("doctor", "--json").stdout)
+    assert facts["healthy"] is False and {row["state"] for row in facts["ops"]} == {"unavailable"}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+import zipvl.cli as zipvl_cli
+
 from . import tiny
 
 Zipvl = Callable[..., Result]
@@ -116,6 +118,35 @@ def test_default_model_in_a_process_of_its_own(page: Path, llava_next: Path) -> 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert f"{llava_next} (the default; --model for another)" in done.stdout
+
+
+def test_the_default_model_is_the_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zipvl.loading import default_model
+
+    monkeypatch.delenv("ZIPVL_MODEL", raising=False)
+    monkeypatch.setattr("zipvl.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
+    folder = tmp_path / "models" / "tiny-llava-next"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert default_model() == str(folder)
+    monkeypatch.chdir(tmp_path)
+    assert default_model() == "models/tiny-llava-next"
+    monkeypatch.setenv("ZIPVL_MODEL", "some/other")
+    assert default_model() == "some/other"
+
+
+def test_the_command_line_itself_imports_nothing_heavy() -> None:
+    """Help and usage errors wait for no import of torch; the package around the module is left out here."""
+    code = f"""
+import sys, types
+package = types.ModuleType("zipvl")
+package.__path__ = [{str(Path(zipvl_cli.__file__).parent)!r}]
+sys.modules["zipvl"] = package
+import zipvl.cli
+print(sorted({{"torch", "transformers", "matplotlib", "PIL"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_help_and_version(zipvl: Zipvl) -> None:
