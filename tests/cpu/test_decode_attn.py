@@ -100,6 +100,7 @@ def test_parts_of_a_cache_combine_through_lse() -> None:
     torch.testing.assert_close(a * (lse_a - lse).exp()[..., None] + b * (lse_b - lse).exp()[..., None], whole)
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_same_bits_every_time_and_for_a_row_alone() -> None:
     q, k, v = case(3, 14, 2, 500, 128, torch.bfloat16)
     lengths = torch.tensor([500, 17, 256], dtype=torch.int32)

@@ -121,6 +121,7 @@ def test_bad_keys_give_scores_that_are_not_finite(bad: float) -> None:
         assert torch.equal(broken_one[1], clean_one[1])
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_same_bits_every_time_and_for_a_row_alone() -> None:
     q, k, _ = make_qkv(3, 14, 2, 777, 128, torch.bfloat16)
     mask = make_mask("left", 3, 777)

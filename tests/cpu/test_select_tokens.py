@@ -177,6 +177,7 @@ def test_real_scores_flip_only_within_rounding(N: int) -> None:
         assert_selection_within_rounding(index, count, exact, (rounding, 0.0), tau=tau)
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_same_bits_every_time_and_for_a_row_alone() -> None:
     budget, rank = torch.rand(4, 3000), torch.rand(4, 3000)
     index, count = ops.select_tokens(budget, rank, tau=0.8)

@@ -157,6 +157,7 @@ def test_hostile_indices_never_leave_the_tensors(seed: int, count: int, all_quer
     assert out.shape == q.shape and bool(out.isfinite().all())
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_same_bits_every_time_and_for_a_row_alone() -> None:
     q, k, v = make_qkv(3, 14, 2, 300, 128, torch.bfloat16)
     index, count = make_selection(3, 300)

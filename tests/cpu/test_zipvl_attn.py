@@ -189,6 +189,7 @@ def test_bad_numbers_select_every_real_token_of_their_row(bad: float) -> None:
     )
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_same_bits_every_time_and_for_a_row_alone() -> None:
     q, k, v = make_qkv(3, 14, 2, 700, 128, torch.bfloat16)
     mask = make_mask("right", 3, 700)
