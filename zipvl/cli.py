@@ -38,7 +38,7 @@ class _OneLineErrors(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run, and turn usage errors and ``InputError`` into a line and exit code 2."""
+        """Run; usage errors and ``InputError`` end in a line and exit code 2, a missing import in a line and 1."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         try:
@@ -47,6 +47,9 @@ class _OneLineErrors(TyperGroup):
             _fail(str(error), error.exit_code)
         except typer.TyperException as error:
             _fail(error.format_message(), error.exit_code)
+        except ImportError as error:
+            hint = " (pip install 'zipvl[cli]')" if isinstance(error, ModuleNotFoundError) else ""
+            _fail(f"{str(error).removeprefix('zipvl: ')}{hint}", 1)
         except typer.Abort:
             _fail("aborted", 1)
         sys.exit(code if isinstance(code, int) else 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zipvl.errors import InputError, first_line
+from zipvl.support import support
 
 __all__ = ["Loaded", "default_model", "load", "resolve_device", "resolve_dtype"]
 
@@ -53,9 +55,9 @@ def default_model() -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is there."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is there and that zipvl's ops run on."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and _cuda_problem() is None else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -67,7 +69,17 @@ def resolve_device(name: str) -> torch.device:
             raise InputError("device", f"{name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise InputError("device", f"{name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
+        problem = _cuda_problem()
+        if problem is not None:
+            raise InputError("device", f"{name!r} asked for, but {problem}")
     return device
+
+
+def _cuda_problem() -> str | None:
+    """Why zipvl's ops do not run on CUDA devices; ``None`` where they do."""
+    import_module("zipvl.ops")
+    how = support("zipvl_attn", "cuda")
+    return how.reason if how.state == "unavailable" else None
 
 
 def resolve_dtype(name: str) -> torch.dtype | None:

@@ -30,7 +30,7 @@ def print_doctor(facts: dict[str, Any]) -> None:
     for reason, names in reasons.items():
         which = "every op" if len(names) == len({row["op"] for row in facts["ops"]}) else ", ".join(names)
         console.print(f"{escape(which)}: {escape(reason)}")
-    healthy = "[bold green]healthy[/]: every op runs on the CPU, and agrees with the reference wherever it runs"
+    healthy = "[bold green]healthy[/]: the ops run on the CPU and agree with the reference"
     console.print(healthy if facts["healthy"] else "[bold red]broken[/]: see the ops above that are not ok")
 
 

@@ -99,6 +99,8 @@ def _not_registered(op: str, device: torch.device) -> str | None:
 
     if device.type not in ("cpu", "cuda"):
         return f"zipvl runs on cpu and cuda, not on {device.type}"
+    if not hasattr(torch.ops.zipvl, op):
+        return f"the op library {_library.ops_library_path()} is not loaded"
     key = "CUDA" if device.type == "cuda" else "CPU"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"zipvl::{op}", key):
         return None

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from zipvl.loading import resolve_device
+
 from . import tiny
 
 Zipvl = Callable[..., Result]
@@ -60,6 +62,19 @@ def test_missing_options_and_unknown_command(zipvl: Zipvl, page: Path) -> None:
     refused(zipvl("run", "--question", "KQ"), "--image")
     refused(zipvl("run", "--image", page), "--question")
     refused(zipvl("dance"), "dance")
+
+
+def test_a_build_without_cuda_on_a_machine_with_a_gpu(
+    zipvl: Zipvl, page: Path, llava_next: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, CUDA is refused with the reason; ``auto`` takes the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch._C._dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    monkeypatch.setattr("zipvl._library.cuda_library_error", lambda: "this build has no CUDA library")
+    given = ["run", "--image", page, "--question", "KQ", "--model", llava_next]
+    refused(zipvl(*given, "--device", "cuda"), "--device: 'cuda' asked for, but", "this build has no CUDA library")
+    assert resolve_device("auto").type == "cpu"
 
 
 def test_images(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
@@ -141,6 +156,17 @@ def test_outputs(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path, out
     (tmp_path / "folder.png").mkdir()
     result = zipvl("inspect", "--image", page, "--question", "KQ", "--model", llava_next, "--output", tmp_path / output)
     refused(result, "--output: ", part)
+
+
+def test_a_missing_package_is_a_line(
+    zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "zipvl.report_html", raising=False)
+    output = tmp_path / "out.html"
+    result = zipvl("inspect", "--image", page, "--question", "KQ", "--model", llava_next, "--output", output)
+    assert result.exit_code == 1 and result.stdout == "" and list(tmp_path.iterdir()) == []
+    assert "matplotlib" in result.stderr and result.stderr.endswith("(pip install 'zipvl[cli]')\n")
 
 
 def test_unreachable_hub_is_a_quick_line(page: Path, tmp_path: Path) -> None:
