@@ -1,7 +1,8 @@
 """Exact match and kept tokens of tiny-llava-next with the zipvl package, over held-out pages.
 
-    python evaluate.py --pages 1000                       # dense, then ten values of tau; one JSON line for each
-    python evaluate.py --pages 20 --taus 0.975 --batch 4  # a quick look on a CPU
+    python evaluate.py run --pages 1000                       # dense, then ten values of tau; one JSON line for each
+    python evaluate.py run --pages 20 --taus 0.975 --batch 4  # a quick look on a CPU
+    python evaluate.py plot                                   # a table, and curve.png, of the results so far
 
 Answers are decoded by `model.generate`, batch by batch, inside `zipvl.sparse`. On a GPU the model runs in bfloat16, on
 a CPU in float32 unless `--dtype` says otherwise. Each line is written as soon as it is measured.
@@ -9,6 +10,8 @@ a CPU in float32 unless `--dtype` says otherwise. Each line is written as soon a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 import time
@@ -27,7 +30,7 @@ import zipvl
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent.parent))
-from benchmarks._record import append  # noqa: E402
+from benchmarks._record import RESULTS, append  # noqa: E402
 
 TAUS = "0.999,0.995,0.99,0.985,0.98,0.975,0.97,0.96,0.95,0.9"
 
@@ -53,6 +56,11 @@ def model_inputs(pages: list[Page], device: torch.device, dtype: torch.dtype, vi
     }
 
 
+def weights_digest(folder: Path) -> str:
+    """First 16 digits of the weights' SHA-256: which model a line of the results belongs to."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def visual_token_count(model: torch.nn.Module) -> int:
     """Visual tokens of a page of 672 px: base view, and 2 x 2 tiles with a newline after each row."""
     across = model.config.vision_config.image_size // model.config.vision_config.patch_size
@@ -74,7 +82,11 @@ def answers(
     return said, stats
 
 
-def main(
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def run(
     pages: int = 1000,
     taus: Annotated[str, typer.Option(help="Comma separated; dense is always run first.")] = TAUS,
     batch: int = 50,
@@ -115,6 +127,7 @@ def main(
             "seconds": round(time.perf_counter() - started, 2),
             "dtype": str(torch_dtype).removeprefix("torch."),
             "batch": batch,
+            "weights_sha256": weights_digest(folder),
             "first_page_seed": FIRST_HELD_OUT_SEED + first,
             "entries": entries,
             "probe_seed": seed,
@@ -128,5 +141,36 @@ def main(
         )
 
 
+@app.command()
+def plot(name: str = "tiny_llava_next", folder: Path = FOLDER) -> None:
+    """Prints a table of the last result for each setting on the most pages, and draws curve.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    digest = weights_digest(folder)
+    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    lines = [x for x in lines if x["weights_sha256"] == digest and x["cache"] in (None, "drop") and not x["entries"]]
+    most = max(line["pages"] for line in lines)
+    last = {line["tau"]: line for line in lines if line["pages"] == most}
+    dense, curve = last.pop(None), [last[tau] for tau in sorted(last, reverse=True)]
+    print("| tau | tokens kept | exact match | 95% interval |\n| --- | --- | --- | --- |")
+    for line in [dense, *curve]:
+        low, high = (f"{100 * bound:.1f}" for bound in line["interval95"])
+        print(f"| {line['tau'] or 'dense'} | {line['mean_ratio']:.1%} | {line['exact_match']:.1%} | {low} to {high} |")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    ratios, exact = [100 * x["mean_ratio"] for x in curve], [100 * x["exact_match"] for x in curve]
+    below = [value - 100 * x["interval95"][0] for value, x in zip(exact, curve, strict=True)]
+    above = [100 * x["interval95"][1] - value for value, x in zip(exact, curve, strict=True)]
+    axes.errorbar(ratios, exact, [below, above], marker="o", capsize=3, label="ZipVL, dropped tokens forgotten")
+    axes.axhline(100 * dense["exact_match"], color="grey", linestyle="--", label="dense")
+    for line, ratio, value in zip(curve, ratios, exact, strict=True):
+        axes.annotate(f"{line['tau']:g}", (ratio, value), textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axes.set(xlabel="prompt tokens kept, %", ylabel=f"exact match on {most} held-out pages, %", ylim=(0, 102))
+    axes.legend(loc="lower right")
+    figure.savefig(folder / "curve.png", dpi=120)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -68,16 +68,17 @@ class TrainingAttention:
 
     prompt: number of prompt tokens; those after it are answer tokens, which see the kept tokens and the answer so far.
     ratios: share of prompt tokens to keep in each layer, or None for dense attention.
+    Every layer has the same probe rows, as in the package.
     with_entropy: after a forward pass `entropy()` is the mean entropy of 24 probe rows over the prompt.
     """
 
     def __init__(self, prompt: int, ratios: list[float] | None, generator: torch.Generator, with_entropy: bool) -> None:
         self.prompt, self.ratios, self.generator, self.with_entropy = prompt, ratios, generator, with_entropy
+        self.rows = probe_positions(prompt, generator)
         self.entropies: list[Tensor] = []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_prompt, k_prompt = q[:, :, : self.prompt], k[:, :, : self.prompt]
-        rows = probe_positions(self.prompt, self.generator)
+        q_prompt, k_prompt, rows = q[:, :, : self.prompt], k[:, :, : self.prompt], self.rows
         if self.with_entropy:
             self.entropies.append(self._row_entropy(q_prompt, k_prompt, rows))
         if self.ratios is None or self.ratios[layer] >= 1:
@@ -117,8 +118,8 @@ class DecodingAttention:
     """Prefill with ZipVL's selection, then greedy decoding from the kept tokens (the `drop` cache), for evaluation.
 
     The first call for a layer is the prefill; each later call brings one new token, which sees the kept prompt tokens,
-    the tokens generated before it and itself. tau None (and ratio None) is dense attention.
-    `shares` holds, for each layer, the share of prompt tokens kept in each row, `[B]`.
+    the tokens generated before it and itself. tau None (and ratio None) is dense attention. Every layer has the same
+    probe rows, as in the package. `shares` holds, for each layer, the share of prompt tokens kept, `[B]`.
     """
 
     def __init__(self, generator: torch.Generator, tau: float | None = None, ratio: float | None = None) -> None:
@@ -127,6 +128,7 @@ class DecodingAttention:
         self.values: dict[int, Tensor] = {}
         self.kept: dict[int, Tensor] = {}
         self.shares: list[Tensor] = []
+        self.rows: Tensor | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._decode(layer, q, k, v) if layer in self.keys else self._prefill(layer, q, k, v)
@@ -136,7 +138,9 @@ class DecodingAttention:
         batch, _, length, _ = k.shape
         if self.tau is None and self.ratio is None:
             return torch.ones(batch, length, dtype=torch.bool, device=k.device)
-        accumulated, normalised = probe_scores(q, k, probe_positions(length, self.generator))
+        if self.rows is None:
+            self.rows = probe_positions(length, self.generator)
+        accumulated, normalised = probe_scores(q, k, self.rows)
         if self.ratio is not None:
             count = torch.full((batch,), -int(-self.ratio * length // 1), device=k.device)
         else:

@@ -65,10 +65,11 @@ QUESTION_LENGTH, ANSWER_LENGTH = 8, 4
 CHARACTER_LOSS_WEIGHT, BLANK_WEIGHT = 0.3, 0.05
 DENSE_SHARE = 0.3
 """Share of the last stage's batches that are dense, with eight questions."""
-ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.003, (0.0002, 0.008)
+ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.003, (0.0001, 0.008)
 TARGET_TAU, TARGET_RATIO = 0.975, 0.35
 CONTROL_EVERY, CONTROL_FROM, CONTROL_GAIN, CONTROL_STEP = 50, 0.2, 0.15, 0.05
-"""Past 40% of the last stage, every 50 steps, the entropy weight moves by at most 5% towards the target ratio."""
+"""Past 20% of a sparsity stage, every 50 steps, the entropy weight moves by at most 5% towards the target ratio."""
+LOWEST_RATIO = 0.15
 MEASURE_EVERY = 25
 CONTROL_SEED, PROBE_SEED = 900_000_000, 1
 
@@ -86,6 +87,11 @@ class Stage:
     least_steps: int
     most_steps: int
     may_fall_short: bool = False
+    peak_rate: float = 1e-3
+    first_low: float = 0.6
+    """Sparsity: the smallest ratio drawn at the beginning; it falls to `LOWEST_RATIO` by the middle of the stage."""
+    seconds: float = math.inf
+    """Ends the stage, and shapes its learning rate, if it comes before `most_steps`."""
 
     @property
     def name(self) -> str:
@@ -100,8 +106,10 @@ STAGES = (
     Stage("answers", (24,), 336, 128, 0.85, 100, 3000),
     Stage("answers", (24,), 672, 48, 0.85, 100, 2000),
     Stage("answers", (64,), 672, 48, 0.96, 100, 1200, may_fall_short=True),
-    Stage("sparsity", (8, 16, 24, 48, 64), 672, 48, 2.0, 0, 4000, may_fall_short=True),
+    Stage("sparsity", (8, 16, 24, 48, 64), 672, 48, 2.0, 0, 6000, may_fall_short=True, peak_rate=8e-4),
 )
+FINISH = replace(STAGES[-1], batch=96, most_steps=100_000, peak_rate=5e-4, first_low=0.15)
+"""An optional further stage, `--finish-seconds`: larger batches, the smallest ratios from the start."""
 
 
 @dataclass
@@ -224,7 +232,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.learner.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=self.device.type == "cuda"
         )
-        self.step, self.stage_index, self.stage_step, self.seconds = 0, 0, 0, 0.0
+        self.step, self.stage_index, self.stage_step, self.seconds, self.stage_start = 0, 0, 0, 0.0, 0.0
         self.entropy_weight = ENTROPY_WEIGHT
         self.history: dict[str, deque[float]] = {}
         self.tau_ratios: list[float] = []
@@ -233,20 +241,28 @@ class Trainer:
     def stage(self) -> Stage:
         return self.stages[self.stage_index]
 
+    @property
+    def progress(self) -> float:
+        """How much of the current stage is done at most, 1 at its end."""
+        return max(self.stage_step / self.stage.most_steps, (self.seconds - self.stage_start) / self.stage.seconds)
+
     def learning_rate(self) -> float:
-        """1e-3 with a slow decay in the curriculum; 8e-4 falling by a cosine in the last stage."""
+        """A slow decay in the curriculum; in a sparsity stage a cosine that falls to nearly nothing."""
+        peak = self.stage.peak_rate
         if self.stage.kind == "sparsity":
-            done = self.stage_step / self.stage.most_steps
-            return 8e-4 * min(1, (self.stage_step + 1) / 100) * max(0.02, math.cos(math.pi / 2 * done))
-        return 1e-3 * min(1, (self.step + 1) / 200) * max(0.3, math.cos(math.pi / 2 * min(1, self.step / 8000)))
+            return peak * min(1, (self.stage_step + 1) / 100) * max(0.02, math.cos(math.pi / 2 * min(1, self.progress)))
+        return peak * min(1, (self.step + 1) / 200) * max(0.3, math.cos(math.pi / 2 * min(1, self.step / 8000)))
 
     def ratios(self, chance: random.Random) -> list[float] | None:
-        """Share of prompt tokens for each layer in this step, from U(low, 1) with low falling to 0.15; None: dense."""
+        """Share of prompt tokens to keep in each layer in this step; None: dense.
+
+        Half the time near what `TARGET_TAU` kept in each layer when last measured, otherwise from U(low, 1).
+        """
         if self.stage.kind != "sparsity" or chance.random() < DENSE_SHARE:
             return None
         if self.tau_ratios and chance.random() < 0.5:
-            return [round(min(1.0, r * math.exp(chance.uniform(-0.4, 0.6))), 2) for r in self.tau_ratios]
-        low = 0.6 - 0.45 * min(1.0, self.stage_step / (0.5 * self.stage.most_steps))
+            return [round(min(1.0, ratio * math.exp(chance.uniform(-0.4, 0.6))), 2) for ratio in self.tau_ratios]
+        low = LOWEST_RATIO + (self.stage.first_low - LOWEST_RATIO) * max(0.0, 1 - 2 * self.progress)
         layers = self.learner.model.config.text_config.num_hidden_layers
         return [round(chance.uniform(low, 1), 1) for _ in range(layers)]
 
@@ -288,7 +304,7 @@ class Trainer:
         self.tau_ratios = [share.mean().item() for share in attention.shares]
         ratio = sum(self.tau_ratios) / len(self.tau_ratios)
         self.remember("ratio", ratio)
-        if self.stage_step >= CONTROL_FROM * self.stage.most_steps:
+        if self.progress >= CONTROL_FROM:
             move = CONTROL_GAIN * (ratio / TARGET_RATIO - 1)
             self.entropy_weight *= math.exp(max(-CONTROL_STEP, min(CONTROL_STEP, move)))
             self.entropy_weight = max(ENTROPY_BOUNDS[0], min(ENTROPY_BOUNDS[1], self.entropy_weight))
@@ -323,7 +339,7 @@ class Trainer:
         passed = self.recent("right") >= self.stage.passed and len(self.history.get("right", ())) >= 2
         if passed and self.stage_step >= self.stage.least_steps:
             return True
-        if self.stage_step < self.stage.most_steps:
+        if self.progress < 1:
             return False
         if not self.stage.may_fall_short:
             raise SystemExit(f"stage {self.stage.name} reached {self.recent('right'):.3f}, not {self.stage.passed}")
@@ -343,7 +359,7 @@ class Trainer:
                     if self.stage_index + 1 == len(self.stages):
                         self.save()
                         return True
-                    self.stage_index, self.stage_step = self.stage_index + 1, 0
+                    self.stage_index, self.stage_step, self.stage_start = self.stage_index + 1, 0, self.seconds
                     self.history.clear()
             if time.time() - saved > 45:
                 self.save()
@@ -356,7 +372,8 @@ class Trainer:
         """Writes the checkpoint, a light one of weights alone in bfloat16 (`*.light.pt`), and the model folder."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         progress = {
-            name: getattr(self, name) for name in ("step", "stage_index", "stage_step", "seconds", "entropy_weight")
+            name: getattr(self, name)
+            for name in ("step", "stage_index", "stage_step", "seconds", "stage_start", "entropy_weight")
         }
         state = {"progress": progress, "learner": self.learner.state_dict()}
         light = {"progress": progress, "learner": {k: v.bfloat16() for k, v in state["learner"].items()}}
@@ -423,6 +440,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
     seconds: Annotated[float, typer.Option(help="Stop (and save) after so long.")] = math.inf,
     sparsity_steps: Annotated[int, typer.Option(help="Length of the last stage.")] = STAGES[-1].most_steps,
+    finish_seconds: Annotated[float, typer.Option(help="Add the finishing stage, for so long.")] = 0.0,
     first_stage: Annotated[int | None, typer.Option(help="Jump to this stage, for trials.")] = None,
     seed: int = 0,
     compiled: bool = torch.cuda.is_available(),
@@ -431,14 +449,16 @@ def train(
     """Runs all stages and writes the model folder."""
     torch.set_float32_matmul_precision("high")
     stages = (*STAGES[:-1], replace(STAGES[-1], most_steps=sparsity_steps))
+    if finish_seconds:
+        stages = (*stages, replace(FINISH, seconds=finish_seconds))
     if smoke:
-        stages = tuple(replace(s, batch=2, most_steps=2, may_fall_short=True) for s in stages)
+        stages = tuple(replace(s, batch=2, most_steps=2, seconds=math.inf, may_fall_short=True) for s in stages)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(stages, out, checkpoint, seed, compiled)
     if resume:
         trainer.resume(resume)
     if first_stage is not None:
-        trainer.stage_index, trainer.stage_step = first_stage, 0
+        trainer.stage_index, trainer.stage_step, trainer.stage_start = first_stage, 0, trainer.seconds
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {trainer.device}, stage {trainer.stage.name}", flush=True)
     print("finished" if trainer.run(seconds) else "time is up; go on with --resume", flush=True)
