@@ -384,7 +384,14 @@ class Trainer:
         save_folder(self.learner.model, self.out)
 
     def resume(self, file: Path) -> None:
-        """Goes on from a checkpoint; from a light one with a fresh optimizer."""
+        """Goes on from a checkpoint; from a light one, or a model folder, with a fresh optimizer.
+
+        A folder has no character head and no progress: name the stage to go on with.
+        """
+        if file.is_dir():
+            shipped = LlavaNextForConditionalGeneration.from_pretrained(file, dtype=torch.float32)
+            self.learner.model.load_state_dict(shipped.state_dict())
+            return
         state = torch.load(file, map_location=self.device, weights_only=True)
         self.learner.load_state_dict(state["learner"])
         if "optimizer" in state:
@@ -437,7 +444,7 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 def train(
     out: Annotated[Path, typer.Option(help="Model folder to write.")] = Path(__file__).parent,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint file to write.")] = CHECKPOINT,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint or model folder to go on from.")] = None,
     seconds: Annotated[float, typer.Option(help="Stop (and save) after so long.")] = math.inf,
     sparsity_steps: Annotated[int, typer.Option(help="Length of the last stage.")] = STAGES[-1].most_steps,
     finish_seconds: Annotated[float, typer.Option(help="Add the finishing stage, for so long.")] = 0.0,
