@@ -69,6 +69,8 @@ ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.003, (0.0001, 0.008)
 TARGET_TAU, TARGET_RATIO = 0.975, 0.35
 CONTROL_EVERY, CONTROL_FROM, CONTROL_GAIN, CONTROL_STEP = 50, 0.2, 0.15, 0.05
 """Past 20% of a sparsity stage, every 50 steps, the entropy weight moves by at most 5% towards the target ratio."""
+SHIPPED_ENTROPY_WEIGHT = 0.00033
+"""Where the controller had brought it when the shipped weights were saved."""
 LOWEST_RATIO = 0.15
 MEASURE_EVERY = 25
 CONTROL_SEED, PROBE_SEED = 900_000_000, 1
@@ -391,6 +393,7 @@ class Trainer:
         if file.is_dir():
             shipped = LlavaNextForConditionalGeneration.from_pretrained(file, dtype=torch.float32)
             self.learner.model.load_state_dict(shipped.state_dict())
+            self.entropy_weight = SHIPPED_ENTROPY_WEIGHT
             return
         state = torch.load(file, map_location=self.device, weights_only=True)
         self.learner.load_state_dict(state["learner"])
