@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import torch
@@ -263,6 +266,35 @@ def assert_selection_within_rounding(
                 "a clear winner is out"
             )
             assert not bool(chosen[free][rank[b, free] < by_rank[taken - 1] - 2 * tolerance[1]].any()), "a loser is in"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def peak_growth(program: str) -> int:
+    """Bytes by which the peak of resident memory grows when a process of its own calls ``run()``.
+
+    ``program`` defines ``run`` and makes its inputs; ``run`` is called on small inputs (``run(small=True)``) first, so
+    that what libraries allocate once is not counted. The peak is ``VmHWM``, which belongs to the process alone
+    (``ru_maxrss`` starts at what the parent had).
+    """
+    measured = f"""
+import re
+from pathlib import Path
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+{textwrap.dedent(program)}
+run(small=True)
+before = peak()
+run(small=False)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
