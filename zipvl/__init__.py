@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from zipvl import ops
+from zipvl._library import ops_library_path
 from zipvl.config import ZipVLConfig
 
 try:
@@ -17,11 +18,11 @@ try:
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-__all__ = ["ZipVLConfig", "__version__", "ops"]
+__all__ = ["ZipVLConfig", "__version__", "ops", "ops_library_path"]
 
 if find_spec("transformers") is not None:
     from zipvl.cache import ZipVLCache
-    from zipvl.integrations.transformers import sparse
+    from zipvl.integrations.transformers import configure, sparse
     from zipvl.stats import Stats
 
-    __all__ += ["Stats", "ZipVLCache", "sparse"]
+    __all__ += ["Stats", "ZipVLCache", "configure", "sparse"]

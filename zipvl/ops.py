@@ -196,47 +196,71 @@ def decode_attn(
 # ---- fakes: shapes, dtypes and strides of the results, for torch.compile and torch.export
 
 
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the fake of op ``name``. A call that mixes real and meta tensors arrives here too, so devices are
+    checked as the op itself does."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        arguments = [argument.name for argument in getattr(torch.ops.zipvl, name).default._schema.arguments]
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            given = (*zip(arguments, args, strict=False), *kwargs.items())
+            tensors = [(argument, value) for argument, value in given if isinstance(value, Tensor)]
+            expected = tensors[0][1].device
+            for argument, tensor in tensors[1:]:
+                if tensor.device != expected:
+                    raise RuntimeError(
+                        f"{name}: {argument} must be on {expected} like the other tensors, got {tensor.device}"
+                    )
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"zipvl::{name}", checked)
+        return fake
+
+    return register
+
+
 def _attention_output(q: Tensor) -> Tensor:
     B, Hq, N, D = q.shape
     return q.new_empty((B, N, Hq, D)).transpose(1, 2)
 
 
-@torch.library.register_fake("zipvl::probe_index")
+@_fake("probe_index")
 def _(
     q: Tensor, *, num_recent: int = 64, num_random: int = 64, seed: int = 0, token_mask: Tensor | None = None
 ) -> Tensor:
     return q.new_empty((q.shape[0], num_recent + num_random), dtype=torch.int32)
 
 
-@torch.library.register_fake("zipvl::probe_scores")
+@_fake("probe_scores")
 def _(q: Tensor, k: Tensor, probe_index: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     shape = (k.shape[0], k.shape[2])
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("zipvl::select_tokens")
+@_fake("select_tokens")
 def _(budget_score: Tensor, rank_score: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     index = torch.empty_like(budget_score, dtype=torch.int32, memory_format=torch.contiguous_format)
     return index, index.new_empty((budget_score.shape[0],))
 
 
-@torch.library.register_fake("zipvl::pack_kv")
+@_fake("pack_kv")
 def _(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.register_fake("zipvl::sparse_attn")
+@_fake("sparse_attn")
 def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, **_: Any) -> Tensor:
     return _attention_output(q)
 
 
-@torch.library.register_fake("zipvl::zipvl_attn")
+@_fake("zipvl_attn")
 def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, N = q.shape[0], q.shape[2]
     return _attention_output(q), q.new_empty((B, N), dtype=torch.int32), q.new_empty((B,), dtype=torch.int32)
 
 
-@torch.library.register_fake("zipvl::decode_attn")
+@_fake("decode_attn")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return _attention_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 

@@ -33,7 +33,7 @@ Result call(const char* name, const char* overload, const Args&... args) {
   using torch::stable::detail::to;
   constexpr std::size_t kResults = result_count<Result>::value;
   std::array<StableIValue, std::max(sizeof...(Args), kResults)> stack{from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   if constexpr (std::is_same_v<Result, Tensor>) {
     return to<Tensor>(stack[0]);
   } else {
@@ -137,11 +137,5 @@ inline void copy_into(Tensor target, const Tensor& source) { torch::stable::copy
 
 // ---- matrix products
 using torch::stable::matmul;
-// q [1, Hq, n, D], k, v [1, Hkv, m, D], allowed [n, m] bool or absent
-inline Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& allowed,
-                        bool causal, double scale) {
-  return call("aten::scaled_dot_product_attention", "", q, k, v, allowed, /*dropout_p=*/0.0, causal,
-              std::optional<double>(scale), /*enable_gqa=*/q.size(1) != k.size(1));
-}
 
 }  // namespace zipvl::aten

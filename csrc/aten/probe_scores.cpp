@@ -4,15 +4,16 @@
 #include <vector>
 
 #include "aten/call.h"
+#include "aten/head_tasks.h"
 #include "aten/kernels.h"
 
 namespace zipvl::aten {
 namespace {
 
-// The probes of one batch row.
+// The probes of one batch row, or a block of them.
 struct Probes {
-  Tensor position;              // [P] int64, inside [0, N)
-  std::optional<Tensor> valid;  // [P] bool; absent when all are
+  Tensor position;              // [P] int64, ascending, inside [0, N)
+  std::optional<Tensor> valid;  // [P] bool; absent when all are, which is also when the host may read the positions
 };
 
 Probes probes_of(const Tensor& probe_index, std::int64_t b, std::int64_t tokens) {
@@ -37,12 +38,27 @@ Probes probes_of(const Tensor& probe_index, std::int64_t b, std::int64_t tokens)
   return {where(valid, wide, first), valid};
 }
 
-// [P, N] bool: which tokens each probe may attend to.
-Tensor visible(const Probes& probes, const Tensor& real, const Tensor& positions, bool causal) {
-  const std::int64_t count = probes.position.size(0);
-  Tensor allowed = expand(unsqueeze(real, 0), {count, real.size(0)});
+// The tokens that a block of probes sees: columns [0, seen), the first `clear` of them seen by every probe.
+struct Columns {
+  std::int64_t clear, seen;
+};
+
+Columns columns_of(const Probes& probes, std::int64_t tokens, bool causal, bool masked) {
+  if (probes.valid || !causal) {
+    return {probes.valid || masked ? 0 : tokens, tokens};
+  }
+  const std::int64_t* position = probes.position.const_data_ptr<std::int64_t>();
+  const auto [first, last] = std::minmax_element(position, position + probes.position.size(0));
+  return {masked ? 0 : *first + 1, *last + 1};
+}
+
+// [P, seen - clear] bool: the tokens from `clear` on that each probe may attend to. real [N] bool, positions [N].
+Tensor visible(const Probes& probes, const Tensor& real, const Tensor& positions, const Columns& columns, bool causal) {
+  const std::int64_t width = columns.seen - columns.clear;
+  Tensor allowed = expand(unsqueeze(slice(real, 0, columns.clear, width), 0), {probes.position.size(0), width});
   if (causal) {
-    allowed = logical_and(allowed, less_equal(unsqueeze(positions, 0), unsqueeze(probes.position, 1)));
+    const Tensor position = unsqueeze(slice(positions, 0, columns.clear, width), 0);
+    allowed = logical_and(allowed, less_equal(position, unsqueeze(probes.position, 1)));
   }
   if (probes.valid) {
     allowed = logical_and(allowed, unsqueeze(*probes.valid, 1));
@@ -51,7 +67,10 @@ Tensor visible(const Probes& probes, const Tensor& real, const Tensor& positions
 }
 
 // The probes that see no token [1, p, 1], whose softmax row is 0 / 0; absent where the host knows that all see some.
-std::optional<Tensor> blind_probes(const Tensor& hidden) {
+std::optional<Tensor> blind_probes(const Tensor& hidden, const Columns& columns) {
+  if (columns.clear > 0) {
+    return std::nullopt;
+  }
   const Tensor blind = all(hidden, 1, /*keepdim=*/true);
   if (hidden.is_cpu() && !*any(blind, 0, false).const_data_ptr<bool>()) {
     return std::nullopt;
@@ -59,18 +78,28 @@ std::optional<Tensor> blind_probes(const Tensor& hidden) {
   return unsqueeze(blind, 0);
 }
 
-// q [h, p, D], k_transposed [D, N], hidden [p, N] bool -> the sum over heads and probes of softmax(scale q k) [N]
+// q [h, p, D], k_transposed [D, seen], hidden [p, seen - clear] bool -> the sum over heads and probes of
+// softmax(scale q k) [seen]
 Tensor column_sums(const Tensor& q, const Tensor& k_transposed, const Tensor& hidden,
-                   const std::optional<Tensor>& blind, const Tensor& scale) {
-  const std::int64_t heads = q.size(0), probes = q.size(1), tokens = k_transposed.size(1);
-  Tensor scores =
-      reshape(matmul(reshape(multiply(q, scale), {heads * probes, q.size(2)}), k_transposed), {heads, probes, tokens});
-  masked_fill_(scores, unsqueeze(hidden, 0), -std::numeric_limits<double>::infinity());
+                   const std::optional<Tensor>& blind, const Columns& columns, const Tensor& scale) {
+  const std::int64_t heads = q.size(0), probes = q.size(1);
+  Tensor scores = reshape(matmul(reshape(multiply(q, scale), {heads * probes, q.size(2)}), k_transposed),
+                          {heads, probes, columns.seen});
+  if (columns.clear < columns.seen) {
+    masked_fill_(slice(scores, 2, columns.clear, columns.seen - columns.clear), unsqueeze(hidden, 0),
+                 -std::numeric_limits<double>::infinity());
+  }
   scores = softmax(scores, 2);
   if (blind) {
     masked_fill_(scores, *blind, 0.0);
   }
-  return sum(reshape(scores, {heads * probes, tokens}), 0, /*keepdim=*/false);
+  return sum(reshape(scores, {heads * probes, columns.seen}), 0, /*keepdim=*/false);
+}
+
+// total[0 : part] += part
+void add_into(const Tensor& total, std::int64_t begin, const Tensor& part) {
+  const Tensor target = slice(total, 0, begin, part.size(0));
+  copy_into(target, plus(target, part));
 }
 
 }  // namespace
@@ -90,29 +119,41 @@ std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const 
     const Probes probes = probes_of(probe_index, b, tokens);
     const std::int64_t count = probes.position.size(0);
     const Tensor real_row = select(real, 0, b);
-    Tensor total = zeros({tokens}, ScalarType::Float, q.device());
-    Tensor viewers = zeros({tokens}, ScalarType::Float, q.device());
+    const Tensor sums = zeros({tokens}, ScalarType::Float, q.device());
+    const Tensor viewers = zeros({tokens}, ScalarType::Float, q.device());
     for (std::int64_t p = 0; p < count; p += plan.probes_per_block) {
       const std::int64_t rows = std::min(plan.probes_per_block, count - p);
       Probes block{slice(probes.position, 0, p, rows), std::nullopt};
       if (probes.valid) {
         block.valid = slice(*probes.valid, 0, p, rows);
       }
-      const Tensor allowed = visible(block, real_row, positions, causal);
+      const Columns columns = columns_of(block, tokens, causal, token_mask.has_value());
+      const Tensor allowed = visible(block, real_row, positions, columns, causal);
       const Tensor hidden = logical_not(allowed);
-      const std::optional<Tensor> blind = blind_probes(hidden);
-      viewers = plus(viewers, sum(allowed, 0, false, ScalarType::Float));
-      for (std::int64_t g = 0; g < kv_heads; ++g) {
-        const Tensor k_transposed = transpose(to(select(select(k, 0, b), 0, g), ScalarType::Float), 0, 1);
-        for (std::int64_t h = 0; h < group; h += plan.heads_per_block) {
-          const Tensor heads = slice(select(q, 0, b), 0, g * group + h, std::min(plan.heads_per_block, group - h));
-          const Tensor q_block = to(take_rows(heads, block.position), ScalarType::Float);
-          total = plus(total, column_sums(q_block, k_transposed, hidden, blind, factor));
+      const std::optional<Tensor> blind = blind_probes(hidden, columns);
+      add_into(viewers, 0, full({columns.clear}, static_cast<double>(rows), ScalarType::Float, q.device()));
+      add_into(viewers, columns.clear, sum(allowed, 0, false, ScalarType::Float));
+      const std::vector<Tensor> parts = run_tasks(plan.head_tasks, [&](std::int64_t task) {
+        const std::int64_t heads_each = kv_heads / plan.head_tasks;
+        Tensor part = zeros({columns.seen}, ScalarType::Float, q.device());
+        for (std::int64_t g = task * heads_each; g < (task + 1) * heads_each; ++g) {
+          const Tensor k_seen = slice(select(select(k, 0, b), 0, g), 0, 0, columns.seen);
+          const Tensor k_transposed = transpose(to(k_seen, ScalarType::Float), 0, 1);
+          for (std::int64_t h = 0; h < group; h += plan.heads_per_block) {
+            const Tensor heads = slice(select(q, 0, b), 0, g * group + h, std::min(plan.heads_per_block, group - h));
+            const Tensor q_block = to(take_rows(heads, block.position), ScalarType::Float);
+            part = plus(part, column_sums(q_block, k_transposed, hidden, blind, columns, factor));
+          }
         }
+        return part;
+      });
+      for (const Tensor& part : parts) {
+        add_into(sums, 0, part);
       }
     }
-    total = divide(total, scalar(static_cast<double>(query_heads), ScalarType::Float));
-    // Where no probe may look the total is 0, and so is 0 / 1.
+    Tensor total = divide(sums, scalar(static_cast<double>(query_heads), ScalarType::Float));
+    // A probe with a NaN leaves NaN in hidden places too; where no probe may look the score is 0 all the same.
+    total = where(less(scalar(0.0, ScalarType::Float), viewers), total, scalar(0.0, ScalarType::Float));
     const Tensor mean = divide(total, maximum(viewers, scalar(1.0, ScalarType::Float)));
     copy_into(select(accumulated, 0, b), total);
     copy_into(select(normalized, 0, b), mean);

@@ -1,9 +1,11 @@
-// Attention among the selected tokens (ZipVL Sec. 3, Algorithm 1). The stages of a row: read its selection, gather K
-// and V, attend, put the results where their queries stood.
+// Attention among the selected tokens (ZipVL Sec. 3, Algorithm 1). A row of the batch: read its selection, gather K and
+// V, then blocks of queries, each against the keys that its last query sees.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "aten/call.h"
+#include "aten/head_tasks.h"
 #include "aten/kernels.h"
 
 namespace zipvl::aten {
@@ -12,7 +14,7 @@ namespace {
 // T of one batch row, in ascending order.
 struct Selection {
   Tensor position;              // [n] int64, inside [0, N)
-  std::optional<Tensor> valid;  // [n] bool; absent when every place counts
+  std::optional<Tensor> valid;  // [n] bool; absent when every place counts, which is also when the host may read them
 };
 
 Selection host_selection(const Tensor& index, const Tensor& count, std::int64_t b, std::int64_t tokens) {
@@ -39,80 +41,105 @@ Selection device_selection(const Tensor& index, const Tensor& count, std::int64_
   return {where(valid, row, first), valid};
 }
 
-// x [H, N, D] -> the selected rows [H, n, D]; rows that do not count are 0, whatever stands in x.
+// x [H, N, D] -> the selected rows [H, n, D] in float32; rows that do not count are 0, whatever stands in x.
 Tensor gather_rows(const Tensor& x, const Selection& selection) {
-  const Tensor rows = take_rows(x, selection.position);
+  const Tensor rows = to(take_rows(x, selection.position), ScalarType::Float);
   if (selection.valid) {
     masked_fill_(rows, unsqueeze(unsqueeze(logical_not(*selection.valid), 0), 2), 0.0);
   }
   return rows;
 }
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& allowed, bool causal,
-              double scale) {
-  return select(attention(unsqueeze(q, 0), unsqueeze(k, 0), unsqueeze(v, 0), allowed, causal, scale), 0, 0);
-}
+// The keys that a block of queries sees: columns [0, seen), the first `clear` of them seen by every query.
+struct Columns {
+  std::int64_t clear, seen;
+};
 
-// Queries q [Hq, n, D] standing at positions `rows` [n] against the selected keys, those past the row's position hidden
-// under causal: [Hq, n, D], 0 where a row sees no key.
-Tensor attend_masked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rows, const Selection& keys,
-                     bool causal, double scale) {
-  Tensor allowed = causal ? less_equal(unsqueeze(keys.position, 0), unsqueeze(rows, 1))
-                          : full({rows.size(0), keys.position.size(0)}, 1.0, ScalarType::Bool, q.device());
-  if (keys.valid) {
-    allowed = logical_and(allowed, unsqueeze(*keys.valid, 0));
-  }
-  const Tensor out = attend(q, k, v, allowed, /*causal=*/false, scale);
-  masked_fill_(out, unsqueeze(logical_not(any(allowed, 1, true)), 0), 0.0);
-  return out;
-}
-
-// How many of the ascending keys stand at or before `row`; all of them where only the device can tell.
-std::int64_t keys_up_to(const Selection& keys, std::int64_t row) {
+// rows [n]: positions of the block's queries, ascending.
+Columns columns_of(const Selection& keys, const Tensor& rows, bool causal) {
   const std::int64_t count = keys.position.size(0);
   if (keys.valid) {
-    return count;
+    return {0, count};
+  }
+  if (!causal) {
+    return {count, count};
   }
   const std::int64_t* begin = keys.position.const_data_ptr<std::int64_t>();
-  return std::upper_bound(begin, begin + count, row) - begin;
+  const std::int64_t* row = rows.const_data_ptr<std::int64_t>();
+  return {std::upper_bound(begin, begin + count, row[0]) - begin,
+          std::upper_bound(begin, begin + count, row[rows.size(0) - 1]) - begin};
 }
 
-// Every row of q [Hq, R, D], standing at positions `rows`, in blocks: [Hq, R, D]
-Tensor attend_in_blocks(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rows, const Selection& keys,
-                        bool causal, bool rows_are_positions, double scale, std::int64_t rows_per_block) {
-  const std::int64_t total = rows.size(0);
-  const Tensor out = empty({q.size(0), total, q.size(2)}, q.scalar_type(), q.device());
-  for (std::int64_t begin = 0; begin < total; begin += rows_per_block) {
-    const std::int64_t n = std::min(rows_per_block, total - begin);
-    const std::int64_t seen = causal && rows_are_positions ? keys_up_to(keys, begin + n - 1) : keys.position.size(0);
-    Tensor target = slice(out, 1, begin, n);
-    if (seen == 0) {
-      torch::stable::zero_(target);
-      continue;
+// [n, seen - clear] bool: the columns from `clear` on that each query must not see.
+Tensor hidden_columns(const Selection& keys, const Tensor& rows, const Columns& columns, bool causal) {
+  const std::int64_t width = columns.seen - columns.clear;
+  const Tensor position = unsqueeze(slice(keys.position, 0, columns.clear, width), 0);
+  Tensor hidden =
+      causal ? less(unsqueeze(rows, 1), position) : zeros({rows.size(0), width}, ScalarType::Bool, rows.device());
+  if (keys.valid) {
+    hidden = logical_or(hidden, unsqueeze(logical_not(slice(*keys.valid, 0, columns.clear, width)), 0));
+  }
+  return hidden;
+}
+
+// A block of n queries, as every head sees it.
+struct Block {
+  Columns columns;
+  std::optional<Tensor> hidden;  // [1, n, seen - clear] bool; absent when nothing is
+  std::optional<Tensor> blind;   // [1, n, 1] bool: queries that see no key; absent when there are none
+};
+
+Block block_of(const Selection& keys, const Tensor& rows, bool causal) {
+  Block block{columns_of(keys, rows, causal), std::nullopt, std::nullopt};
+  if (block.columns.clear < block.columns.seen) {
+    const Tensor hidden = hidden_columns(keys, rows, block.columns, causal);
+    block.hidden = unsqueeze(hidden, 0);
+    if (block.columns.clear == 0) {
+      block.blind = unsqueeze(all(hidden, 1, /*keepdim=*/true), 0);
     }
-    const Selection block{slice(keys.position, 0, 0, seen), keys.valid};
-    copy_into(target, attend_masked(slice(q, 1, begin, n), slice(k, 1, 0, seen), slice(v, 1, 0, seen),
-                                    slice(rows, 0, begin, n), block, causal, scale));
   }
-  return out;
+  return block;
 }
 
-// rows [Hq, n, D] of the selected queries -> out [N, Hq, D], other rows 0
-void scatter_rows(const Tensor& rows, const Selection& selection, const Tensor& places, const Tensor& out) {
-  const Tensor by_token = transpose(rows, 0, 1);
-  if (!selection.valid) {
-    index_copy_(out, 0, selection.position, by_token);
-    return;
+// Queries q [Hq, n, D] of a block against the selected keys; k, v [Hkv, m, D] float32, at least one key seen.
+// Returns [n, Hq, D] float32; a query that sees no key gives 0.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Block& block, const Tensor& scale) {
+  const Columns& columns = block.columns;
+  const std::int64_t heads = q.size(0), n = q.size(1), head_dim = q.size(2);
+  const std::int64_t kv_heads = k.size(0), group = heads / kv_heads;
+  const Tensor scaled = reshape(multiply(to(q, ScalarType::Float), scale), {kv_heads, group * n, head_dim});
+  const Tensor scores = matmul(scaled, transpose(slice(k, 1, 0, columns.seen), 1, 2));
+  const Tensor by_query = reshape(scores, {heads, n, columns.seen});
+  if (block.hidden) {
+    masked_fill_(slice(by_query, 2, columns.clear, columns.seen - columns.clear), *block.hidden,
+                 -std::numeric_limits<double>::infinity());
   }
+  const Tensor weights = softmax(by_query, 2);
+  if (block.blind) {
+    masked_fill_(weights, *block.blind, 0.0);
+  }
+  const Tensor out = matmul(reshape(weights, {kv_heads, group * n, columns.seen}), slice(v, 1, 0, columns.seen));
+  return transpose(reshape(out, {heads, n, head_dim}), 0, 1);
+}
+
+// The heads of x [H, ...] that belong to one of `tasks` tasks.
+Tensor head_part(const Tensor& x, std::int64_t task, std::int64_t tasks) {
+  const std::int64_t heads = x.size(0) / tasks;
+  return slice(x, 0, task * heads, heads);
+}
+
+// rows [n, Hq, D], results of the selected queries -> out [N, Hq, D], other rows 0; where only the device knows which
+// places of the selection count.
+void scatter_valid(const Tensor& rows, const Selection& selection, const Tensor& places, const Tensor& out) {
   // Which place of the selection each token took; the extra last entry takes the places that do not count.
   const std::int64_t tokens = out.size(0);
-  const Tensor target =
-      where(*selection.valid, selection.position, scalar(static_cast<double>(tokens), ScalarType::Long));
-  Tensor place = scatter(full({tokens + 1}, -1.0, ScalarType::Long, out.device()), 0, target, places);
-  place = slice(place, 0, 0, tokens);
+  const Tensor outside = scalar(static_cast<double>(tokens), ScalarType::Long);
+  const Tensor target = where(*selection.valid, selection.position, outside);
+  const Tensor place =
+      slice(scatter(full({tokens + 1}, -1.0, ScalarType::Long, out.device()), 0, target, places), 0, 0, tokens);
   const Tensor zero = scalar(0, ScalarType::Long);
   const Tensor chosen = less_equal(zero, place);
-  copy_into(out, index_select(by_token, 0, where(chosen, place, zero)));
+  copy_into(out, index_select(rows, 0, where(chosen, place, zero)));
   masked_fill_(out, unsqueeze(unsqueeze(logical_not(chosen), 1), 2), 0.0);
 }
 
@@ -122,24 +149,43 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    double scale, const plan::SparseAttnPlan& plan, bool causal, bool all_queries) {
   const std::int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   const Tensor places = iota(tokens, ScalarType::Long, q.device());
+  const Tensor factor = scalar(scale, ScalarType::Float);
   const Tensor out = zeros({batch, tokens, heads, head_dim}, q.scalar_type(), q.device());
   for (std::int64_t b = 0; b < batch; ++b) {
     const Selection keys =
         q.is_cpu() ? host_selection(index, count, b, tokens) : device_selection(index, count, b, places);
-    if (keys.position.size(0) == 0) {
-      continue;
-    }
     const Tensor q_row = select(q, 0, b), out_row = select(out, 0, b);
     const Tensor k_rows = gather_rows(select(k, 0, b), keys), v_rows = gather_rows(select(v, 0, b), keys);
-    const Tensor queries = all_queries ? q_row : gather_rows(q_row, keys);
-    const Tensor& rows = all_queries ? places : keys.position;
-    const Tensor result = plan.masked ? attend_in_blocks(queries, k_rows, v_rows, rows, keys, causal, all_queries,
-                                                         scale, plan.rows_per_block)
-                                      : attend(queries, k_rows, v_rows, std::nullopt, causal && !all_queries, scale);
-    if (all_queries) {
-      copy_into(out_row, transpose(result, 0, 1));
-    } else {
-      scatter_rows(result, keys, places, out_row);
+    const Tensor& queries = all_queries ? places : keys.position;
+    // With places that do not count, results wait here until it is known where they belong.
+    const bool waits = keys.valid && !all_queries;
+    const Tensor results = waits ? empty({tokens, heads, head_dim}, q.scalar_type(), q.device()) : out_row;
+    for (std::int64_t begin = 0, total = queries.size(0); begin < total; begin += plan.rows_per_block) {
+      const std::int64_t n = std::min(plan.rows_per_block, total - begin);
+      const Tensor rows = slice(queries, 0, begin, n);
+      const Block block = block_of(keys, rows, causal);
+      if (block.columns.seen == 0) {
+        continue;  // no query of the block sees a key, and `out` is 0 already
+      }
+      const Tensor q_block = all_queries ? slice(q_row, 1, begin, n) : take_rows(q_row, rows);
+      const std::vector<Tensor> parts = run_tasks(plan.head_tasks, [&](std::int64_t task) {
+        return to(attend(head_part(q_block, task, plan.head_tasks), head_part(k_rows, task, plan.head_tasks),
+                         head_part(v_rows, task, plan.head_tasks), block, factor),
+                  q.scalar_type());
+      });
+      const std::int64_t heads_each = heads / plan.head_tasks;
+      for (std::int64_t task = 0; task < plan.head_tasks; ++task) {
+        const Tensor target = slice(results, 1, task * heads_each, heads_each);
+        const Tensor& part = parts[static_cast<std::size_t>(task)];
+        if (all_queries || waits) {
+          copy_into(slice(target, 0, begin, n), part);
+        } else {
+          index_copy_(target, 0, rows, part);
+        }
+      }
+    }
+    if (waits) {
+      scatter_valid(results, keys, places, out_row);
     }
   }
   return transpose(out, 1, 2);

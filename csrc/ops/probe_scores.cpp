@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const 
     return {aten::zeros(shape, aten::ScalarType::Float, q.device()),
             aten::zeros(shape, aten::ScalarType::Float, q.device())};
   }
-  const auto plan = plan::plan_probe_scores(
-      {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probe_index.size(1), sizes.head_dim});
+  const auto plan = plan::plan_probe_scores({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens,
+                                             probe_index.size(1), sizes.head_dim, host_threads(q)});
   return aten::probe_scores(q, k, probe_index, scale_or_default(scale, sizes.head_dim), causal, token_mask, plan);
 }
 

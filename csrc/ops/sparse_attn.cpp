@@ -36,7 +36,7 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   }
   const auto plan =
       plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, sizes.head_dim,
-                              most_keys(count, sizes.tokens), causal, all_queries, q.is_cpu()});
+                              most_keys(count, sizes.tokens), causal, all_queries, q.is_cpu(), host_threads(q)});
   return aten::sparse_attn(q, k, v, index, count, scale_or_default(scale, sizes.head_dim), plan, causal, all_queries);
 }
 

@@ -3,12 +3,17 @@
 #include <algorithm>
 #include <sstream>
 
+#include "plan/head_tasks.h"
+
 namespace zipvl::plan {
 namespace {
 
 // 2**20 float32 scores are 4 MiB: enough rows to keep a matrix product busy, and the passes over a block (mask,
 // softmax, sum) find it in the cache.
 constexpr std::int64_t kScoresPerBlock = std::int64_t{1} << 20;
+// Probes go up in position, and a block computes only the columns up to its last probe: short blocks skip more of what
+// causal hides, and 16 probes of a group's heads are rows enough for a matrix product.
+constexpr std::int64_t kMostProbes = 16;
 // A block holds its scores, their softmax and a mask, of 4, 4 and 1 bytes; K of one head as float32 stands beside them.
 constexpr std::int64_t kBytesPerScore = 9;
 
@@ -20,12 +25,14 @@ ProbeScoresPlan plan_probe_scores(const ProbeScoresProblem& problem) {
   const std::int64_t group = problem.query_heads / problem.kv_heads;
   const std::int64_t rows = std::max<std::int64_t>(1, kScoresPerBlock / std::max<std::int64_t>(1, problem.tokens));
   ProbeScoresPlan plan{};
-  plan.heads_per_block = std::clamp<std::int64_t>(rows / std::max<std::int64_t>(1, problem.probes), 1, group);
-  plan.probes_per_block = std::clamp<std::int64_t>(rows, 1, std::max<std::int64_t>(1, problem.probes));
+  plan.probes_per_block = std::clamp<std::int64_t>(rows, 1, std::min(problem.probes, kMostProbes));
+  plan.heads_per_block = std::clamp<std::int64_t>(rows / plan.probes_per_block, 1, group);
+  plan.head_tasks = head_tasks(problem.kv_heads, problem.threads);
   plan.blocks = problem.batch * problem.kv_heads * ceil_div(group, plan.heads_per_block) *
                 ceil_div(problem.probes, plan.probes_per_block);
   const std::int64_t block_scores = plan.heads_per_block * plan.probes_per_block * problem.tokens;
-  plan.workspace_bytes = block_scores * kBytesPerScore + problem.tokens * problem.head_dim * 4;
+  plan.workspace_bytes = std::min(plan.head_tasks, problem.threads) *
+                         (block_scores * kBytesPerScore + problem.tokens * problem.head_dim * 4);
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.query_heads) *
                static_cast<double>(problem.probes) * static_cast<double>(problem.tokens) *
                static_cast<double>(problem.head_dim);
@@ -35,7 +42,7 @@ ProbeScoresPlan plan_probe_scores(const ProbeScoresProblem& problem) {
 std::string ProbeScoresPlan::describe() const {
   std::ostringstream text;
   text << "probe_scores over ATen: " << blocks << " blocks of " << heads_per_block << " heads x " << probes_per_block
-       << " probes, " << workspace_bytes << " bytes of workspace, " << flops << " FLOPs";
+       << " probes in " << head_tasks << " tasks, " << workspace_bytes << " bytes of workspace, " << flops << " FLOPs";
   return text.str();
 }
 

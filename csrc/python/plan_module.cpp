@@ -14,7 +14,10 @@ using namespace zipvl::plan;  // NOLINT: this file is nothing but its binding
 namespace {
 
 void check_sizes(std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-                 std::int64_t head_dim) {
+                 std::int64_t head_dim, std::int64_t threads) {
+  if (threads < 1) {
+    throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+  }
   if (batch < 0 || tokens < 0 || query_heads < 1 || kv_heads < 1 || head_dim < 1 || query_heads % kv_heads != 0) {
     throw std::invalid_argument(
         "sizes must satisfy batch, tokens >= 0, heads and head_dim >= 1, query_heads % kv_heads == 0; got batch " +
@@ -38,6 +41,7 @@ PYBIND11_MODULE(_plan, m) {
   py::class_<ProbeScoresPlan>(m, "ProbeScoresPlan")
       .def_readonly("heads_per_block", &ProbeScoresPlan::heads_per_block)
       .def_readonly("probes_per_block", &ProbeScoresPlan::probes_per_block)
+      .def_readonly("head_tasks", &ProbeScoresPlan::head_tasks)
       .def_readonly("blocks", &ProbeScoresPlan::blocks)
       .def_readonly("workspace_bytes", &ProbeScoresPlan::workspace_bytes)
       .def_readonly("flops", &ProbeScoresPlan::flops)
@@ -45,35 +49,37 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan_probe_scores",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
-         std::int64_t head_dim) {
-        check_sizes(batch, query_heads, kv_heads, tokens, head_dim);
+         std::int64_t head_dim, std::int64_t threads) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim, threads);
         if (probes < 1) {
           throw std::invalid_argument("probes must be at least 1, got " + std::to_string(probes));
         }
-        return plan_probe_scores({batch, query_heads, kv_heads, tokens, probes, head_dim});
+        return plan_probe_scores({batch, query_heads, kv_heads, tokens, probes, head_dim, threads});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("probes"), py::arg("head_dim"));
+      py::arg("probes"), py::arg("head_dim"), py::arg("threads") = 1);
 
   py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
-      .def_readonly("masked", &SparseAttnPlan::masked)
       .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)
-      .def_readonly("mask_bytes", &SparseAttnPlan::mask_bytes)
+      .def_readonly("head_tasks", &SparseAttnPlan::head_tasks)
+      .def_readonly("blocks", &SparseAttnPlan::blocks)
+      .def_readonly("workspace_bytes", &SparseAttnPlan::workspace_bytes)
       .def_readonly("flops", &SparseAttnPlan::flops)
       .def("__str__", &SparseAttnPlan::describe);
   m.def(
       "plan_sparse_attn",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-         std::int64_t head_dim, std::int64_t keys, bool causal, bool all_queries, bool count_on_host) {
-        check_sizes(batch, query_heads, kv_heads, tokens, head_dim);
+         std::int64_t head_dim, std::int64_t keys, bool causal, bool all_queries, bool count_on_host,
+         std::int64_t threads) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim, threads);
         if (keys < 0 || keys > tokens) {
           throw std::invalid_argument("keys must be in [0, " + std::to_string(tokens) + "], got " +
                                       std::to_string(keys));
         }
         return plan_sparse_attn(
-            {batch, query_heads, kv_heads, tokens, head_dim, keys, causal, all_queries, count_on_host});
+            {batch, query_heads, kv_heads, tokens, head_dim, keys, causal, all_queries, count_on_host, threads});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
       py::arg("head_dim"), py::arg("keys"), py::arg("causal") = true, py::arg("all_queries") = false,
-      py::arg("count_on_host") = true);
+      py::arg("count_on_host") = true, py::arg("threads") = 1);
 }

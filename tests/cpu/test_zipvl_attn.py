@@ -217,3 +217,20 @@ def test_empty(B: int, N: int, masked: bool) -> None:
     mask = torch.ones(B, N, dtype=torch.bool) if masked else None
     out, index, count = ops.zipvl_attn(q, k, v, token_mask=mask)
     assert out.shape == (B, 4, N, 64) and index.shape == (B, N) and count.tolist() == [0] * B
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_threads_that_share_the_heads_out(kv_heads: int) -> None:
+    """Heads may run on other threads, where the caller's inference mode is off."""
+    q, k, v = make_qkv(2, 4, kv_heads, 300, 64)
+    mask = make_mask("left", 2, 300)
+    alone = ops.zipvl_attn(q, k, v, ratio=0.4, token_mask=mask)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            shared = ops.zipvl_attn(q.clone(), k.clone(), v.clone(), ratio=0.4, token_mask=mask.clone())
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(shared[0], alone[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(shared[1], alone[1]) and torch.equal(shared[2], alone[2])

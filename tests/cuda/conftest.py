@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks._record import record
 
+from benchmarks import _record
 from zipvl import _library
 
 HERE = Path(__file__).parent
@@ -45,4 +45,4 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     outcomes = session.config.pluginmanager.get_plugin("zipvl-gpu-outcomes")
     if torch.cuda.is_available() and outcomes is not None and sum(outcomes.counts.values()):
-        record("gpu_tests", {"tests": outcomes.counts}, device="cuda")
+        _record.append("gpu_tests", {"tests": outcomes.counts}, device="cuda")

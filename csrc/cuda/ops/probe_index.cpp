@@ -34,7 +34,7 @@ Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_ra
     params.mask_stride[1] = token_mask->stride(1);
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
   const cudaError_t error = launch_probe_index(params, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) {
     checks::fail(kOp, "kernel launch failed: ", cudaGetErrorString(error));

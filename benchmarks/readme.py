@@ -1,0 +1,109 @@
+"""Writes the README's tables from benchmarks/results: ``python -m benchmarks.readme`` (``--check`` only compares).
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` and shows the newest result of its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+Result = dict[str, Any]
+
+
+def results(name: str) -> list[Result]:
+    """The lines of ``benchmarks/results/NAME.jsonl``, oldest first."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def source(result: Result) -> str:
+    """Where a result was measured, as one line of text."""
+    device = result["device"]
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    return f"{device['name']}{threads}, torch {result['versions']['torch']}, {result['date'][:10]}"
+
+
+def cpu_prefill() -> list[str]:
+    """One layer on the CPU: stages against dense attention, the newest run at ratio 0.25."""
+    run = [r for r in results("cpu_prefill") if r["ratio"] == 0.25][-1]
+    shape, times = run["shape"], run["times"]
+    labels = {
+        "dense": "dense `scaled_dot_product_attention`",
+        "zipvl_attn": "`zipvl_attn`",
+        "probe": "of it `probe_index`, `probe_scores`",
+        "select": "of it `select_tokens`",
+        "attend": "of it `sparse_attn`",
+    }
+    dense = times["dense"]["median_ms"]
+    rows = [
+        f"| {label} | {times[stage]['median_ms']:.1f} | {dense / times[stage]['median_ms']:.2f}x |"
+        for stage, label in labels.items()
+    ]
+    title = (
+        f"One layer, {shape['N']:,} tokens, {shape['Hq']}/{shape['Hkv']} heads, D {shape['D']}, float32, ratio "
+        f"{run['ratio']} ({source(run)}):"
+    )
+    return [title, "", "| | median ms | dense / this |", "| --- | ---: | ---: |", *rows]
+
+
+def tiny_llava_next() -> list[str]:
+    """Exact match of the tiny model against tau, the newest run of each setting over the most pages."""
+    newest: dict[tuple[Any, ...], Result] = {}
+    for run in results("tiny_llava_next"):
+        if run["cache"] in (None, "drop") and run["entries"] is None:
+            key = (run["method"], run["tau"])
+            if key not in newest or run["pages"] >= newest[key]["pages"]:
+                newest[key] = run
+    ordered = sorted(newest.values(), key=lambda run: (run["method"] != "dense", -(run["tau"] or 2)))
+    rows = [
+        f"| {'dense' if run['method'] == 'dense' else 'tau ' + str(run['tau'])} | {100 * run['mean_ratio']:.1f}% "
+        f"| {100 * run['exact_match']:.1f}% | {100 * run['interval95'][0]:.1f} - {100 * run['interval95'][1]:.1f} "
+        f"| {run['pages']:,} |"
+        for run in ordered
+    ]
+    title = f"`models/tiny-llava-next`, `drop` cache, held-out pages ({source(ordered[0])}):"
+    head = ["| | tokens kept | exact match | 95% interval | pages |", "| --- | ---: | ---: | ---: | ---: |"]
+    return [title, "", *head, *rows]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"cpu_prefill": cpu_prefill, "tiny_llava_next": tiny_llava_next}
+
+
+def rendered(text: str) -> str:
+    """``text`` with every marked table made anew.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        body = "\n".join(TABLES[found["name"]]())
+        return f"<!-- table:{found['name']} -->\n{body}\n<!-- end:{found['name']} -->"
+
+    return re.sub(r"<!-- table:(?P<name>\w+) -->.*?<!-- end:(?P=name) -->", table, text, flags=re.DOTALL)
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Change nothing; exit 1 where a table is not current.")] = False,
+) -> None:
+    """Makes the README's tables from the recorded results."""
+    before = README.read_text()
+    after = rendered(before)
+    if check and before != after:
+        sys.exit("README.md is not what benchmarks/results say: run 'python -m benchmarks.readme'")
+    if not check:
+        README.write_text(after)
+
+
+if __name__ == "__main__":
+    typer.run(main)
