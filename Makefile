@@ -46,7 +46,7 @@ $(VENV)/build.stamp: $(VENV)/packages.stamp $(BUILD_INPUTS)
 	touch $@
 
 demo: $(VENV)/build.stamp
-	$(BIN)/zipvl run --image models/tiny-llava-next/pages/demo.png --question "$(shell cat models/tiny-llava-next/pages/demo.question)"
+	$(BIN)/zipvl run --image models/tiny-llava-next/pages/demo.png --question JT --tau 0.99
 
 test: $(VENV)/build.stamp
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
