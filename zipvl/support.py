@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
+from zipvl.ops import NAMES as OPS
+
 __all__ = ["DTYPES", "OPS", "Support", "can_run_native", "support", "why_not"]
 
-OPS = ("probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "decode_attn")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # The ops with a CUDA kernel of their own (csrc/cuda/ops/register_cuda.cpp); the others run over ATen there.

@@ -6,44 +6,12 @@
 #include "aten/call.h"
 #include "aten/head_tasks.h"
 #include "aten/kernels.h"
+#include "aten/positions.h"
 
 namespace zipvl::aten {
 namespace {
 
-// The probes of one batch row, or a block of them.
-struct Probes {
-  Tensor position;              // [P] int64, ascending, inside [0, N)
-  std::optional<Tensor> valid;  // [P] bool; absent when all are, which is also when the host may read the positions
-};
-
-Probes probes_of(const Tensor& probe_index, std::int64_t b, std::int64_t tokens) {
-  const Tensor row = select(probe_index, 0, b);
-  if (probe_index.is_cpu()) {
-    std::vector<std::int64_t> kept;
-    const std::int32_t* entries = row.const_data_ptr<std::int32_t>();
-    for (std::int64_t i = 0; i < row.size(0); ++i) {
-      const std::int64_t position = entries[i * row.stride(0)];
-      if (position >= 0 && position < tokens) {
-        kept.push_back(position);
-      }
-    }
-    const Tensor position = empty({static_cast<std::int64_t>(kept.size())}, ScalarType::Long, row.device());
-    std::copy(kept.begin(), kept.end(), position.mutable_data_ptr<std::int64_t>());
-    return {position, std::nullopt};
-  }
-  const Tensor wide = to(row, ScalarType::Long);
-  const Tensor first = scalar(0, ScalarType::Long);
-  const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
-  const Tensor valid = logical_and(less_equal(first, wide), less_equal(wide, last));
-  return {where(valid, wide, first), valid};
-}
-
-// The tokens that a block of probes sees: columns [0, seen), the first `clear` of them seen by every probe.
-struct Columns {
-  std::int64_t clear, seen;
-};
-
-Columns columns_of(const Probes& probes, std::int64_t tokens, bool causal, bool masked) {
+Columns columns_of(const Positions& probes, std::int64_t tokens, bool causal, bool masked) {
   if (probes.valid || !causal) {
     return {probes.valid || masked ? 0 : tokens, tokens};
   }
@@ -53,7 +21,8 @@ Columns columns_of(const Probes& probes, std::int64_t tokens, bool causal, bool 
 }
 
 // [P, seen - clear] bool: the tokens from `clear` on that each probe may attend to. real [N] bool, positions [N].
-Tensor visible(const Probes& probes, const Tensor& real, const Tensor& positions, const Columns& columns, bool causal) {
+Tensor visible(const Positions& probes, const Tensor& real, const Tensor& positions, const Columns& columns,
+               bool causal) {
   const std::int64_t width = columns.seen - columns.clear;
   Tensor allowed = expand(unsqueeze(slice(real, 0, columns.clear, width), 0), {probes.position.size(0), width});
   if (causal) {
@@ -116,14 +85,14 @@ std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const 
   const Tensor normalized = zeros({batch, tokens}, ScalarType::Float, q.device());
 
   for (std::int64_t b = 0; b < batch; ++b) {
-    const Probes probes = probes_of(probe_index, b, tokens);
+    const Positions probes = positions_of(select(probe_index, 0, b), std::nullopt, tokens);
     const std::int64_t count = probes.position.size(0);
     const Tensor real_row = select(real, 0, b);
     const Tensor sums = zeros({tokens}, ScalarType::Float, q.device());
     const Tensor viewers = zeros({tokens}, ScalarType::Float, q.device());
     for (std::int64_t p = 0; p < count; p += plan.probes_per_block) {
       const std::int64_t rows = std::min(plan.probes_per_block, count - p);
-      Probes block{slice(probes.position, 0, p, rows), std::nullopt};
+      Positions block{slice(probes.position, 0, p, rows), std::nullopt};
       if (probes.valid) {
         block.valid = slice(*probes.valid, 0, p, rows);
       }

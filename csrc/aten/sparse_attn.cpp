@@ -7,42 +7,13 @@
 #include "aten/call.h"
 #include "aten/head_tasks.h"
 #include "aten/kernels.h"
+#include "aten/positions.h"
 
 namespace zipvl::aten {
 namespace {
 
-// T of one batch row, in ascending order.
-struct Selection {
-  Tensor position;              // [n] int64, inside [0, N)
-  std::optional<Tensor> valid;  // [n] bool; absent when every place counts, which is also when the host may read them
-};
-
-Selection host_selection(const Tensor& index, const Tensor& count, std::int64_t b, std::int64_t tokens) {
-  const Tensor row = select(index, 0, b);
-  const std::int32_t* entries = row.const_data_ptr<std::int32_t>();
-  std::vector<std::int64_t> kept;
-  for (std::int64_t i = 0, n = host_count(count, b, tokens); i < n; ++i) {
-    const std::int64_t position = entries[i * row.stride(0)];
-    if (position >= 0 && position < tokens) {
-      kept.push_back(position);
-    }
-  }
-  const Tensor position = empty({static_cast<std::int64_t>(kept.size())}, ScalarType::Long, row.device());
-  std::copy(kept.begin(), kept.end(), position.mutable_data_ptr<std::int64_t>());
-  return {position, std::nullopt};
-}
-
-Selection device_selection(const Tensor& index, const Tensor& count, std::int64_t b, const Tensor& places) {
-  const Tensor row = to(select(index, 0, b), ScalarType::Long);
-  const Tensor first = scalar(0, ScalarType::Long);
-  const Tensor last = scalar(static_cast<double>(row.size(0) - 1), ScalarType::Long);
-  const Tensor inside = logical_and(less_equal(first, row), less_equal(row, last));
-  const Tensor valid = logical_and(inside, less(places, to(select(count, 0, b), ScalarType::Long)));
-  return {where(valid, row, first), valid};
-}
-
 // x [H, N, D] -> the selected rows [H, n, D] in float32; rows that do not count are 0, whatever stands in x.
-Tensor gather_rows(const Tensor& x, const Selection& selection) {
+Tensor gather_rows(const Tensor& x, const Positions& selection) {
   const Tensor rows = to(take_rows(x, selection.position), ScalarType::Float);
   if (selection.valid) {
     masked_fill_(rows, unsqueeze(unsqueeze(logical_not(*selection.valid), 0), 2), 0.0);
@@ -50,13 +21,8 @@ Tensor gather_rows(const Tensor& x, const Selection& selection) {
   return rows;
 }
 
-// The keys that a block of queries sees: columns [0, seen), the first `clear` of them seen by every query.
-struct Columns {
-  std::int64_t clear, seen;
-};
-
-// rows [n]: positions of the block's queries, ascending.
-Columns columns_of(const Selection& keys, const Tensor& rows, bool causal) {
+// The selected keys that a block of queries sees; rows [n]: the queries' positions, ascending.
+Columns columns_of(const Positions& keys, const Tensor& rows, bool causal) {
   const std::int64_t count = keys.position.size(0);
   if (keys.valid) {
     return {0, count};
@@ -66,12 +32,13 @@ Columns columns_of(const Selection& keys, const Tensor& rows, bool causal) {
   }
   const std::int64_t* begin = keys.position.const_data_ptr<std::int64_t>();
   const std::int64_t* row = rows.const_data_ptr<std::int64_t>();
-  return {std::upper_bound(begin, begin + count, row[0]) - begin,
-          std::upper_bound(begin, begin + count, row[rows.size(0) - 1]) - begin};
+  const std::int64_t first = std::upper_bound(begin, begin + count, row[0]) - begin;
+  const std::int64_t last = std::upper_bound(begin, begin + count, row[rows.size(0) - 1]) - begin;
+  return {std::min(first, last), std::max(first, last)};
 }
 
 // [n, seen - clear] bool: the columns from `clear` on that each query must not see.
-Tensor hidden_columns(const Selection& keys, const Tensor& rows, const Columns& columns, bool causal) {
+Tensor hidden_columns(const Positions& keys, const Tensor& rows, const Columns& columns, bool causal) {
   const std::int64_t width = columns.seen - columns.clear;
   const Tensor position = unsqueeze(slice(keys.position, 0, columns.clear, width), 0);
   Tensor hidden =
@@ -89,7 +56,7 @@ struct Block {
   std::optional<Tensor> blind;   // [1, n, 1] bool: queries that see no key; absent when there are none
 };
 
-Block block_of(const Selection& keys, const Tensor& rows, bool causal) {
+Block block_of(const Positions& keys, const Tensor& rows, bool causal) {
   Block block{columns_of(keys, rows, causal), std::nullopt, std::nullopt};
   if (block.columns.clear < block.columns.seen) {
     const Tensor hidden = hidden_columns(keys, rows, block.columns, causal);
@@ -130,7 +97,7 @@ Tensor head_part(const Tensor& x, std::int64_t task, std::int64_t tasks) {
 
 // rows [n, Hq, D], results of the selected queries -> out [N, Hq, D], other rows 0; where only the device knows which
 // places of the selection count.
-void scatter_valid(const Tensor& rows, const Selection& selection, const Tensor& places, const Tensor& out) {
+void scatter_valid(const Tensor& rows, const Positions& selection, const Tensor& places, const Tensor& out) {
   // Which place of the selection each token took; the extra last entry takes the places that do not count.
   const std::int64_t tokens = out.size(0);
   const Tensor outside = scalar(static_cast<double>(tokens), ScalarType::Long);
@@ -152,8 +119,7 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const Tensor factor = scalar(scale, ScalarType::Float);
   const Tensor out = zeros({batch, tokens, heads, head_dim}, q.scalar_type(), q.device());
   for (std::int64_t b = 0; b < batch; ++b) {
-    const Selection keys =
-        q.is_cpu() ? host_selection(index, count, b, tokens) : device_selection(index, count, b, places);
+    const Positions keys = positions_of(select(index, 0, b), select(count, 0, b), tokens);
     const Tensor q_row = select(q, 0, b), out_row = select(out, 0, b);
     const Tensor k_rows = gather_rows(select(k, 0, b), keys), v_rows = gather_rows(select(v, 0, b), keys);
     const Tensor& queries = all_queries ? places : keys.position;

@@ -1,10 +1,44 @@
 // Small facts about tokens that several ops share.
 #include <algorithm>
+#include <vector>
 
 #include "aten/call.h"
 #include "aten/kernels.h"
+#include "aten/positions.h"
 
 namespace zipvl::aten {
+namespace {
+
+Positions host_positions(const Tensor& row, std::int64_t count, std::int64_t tokens) {
+  const std::int32_t* entries = row.const_data_ptr<std::int32_t>();
+  std::vector<std::int64_t> kept;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t position = entries[i * row.stride(0)];
+    if (position >= 0 && position < tokens) {
+      kept.push_back(position);
+    }
+  }
+  const Tensor position = empty({static_cast<std::int64_t>(kept.size())}, ScalarType::Long, row.device());
+  std::copy(kept.begin(), kept.end(), position.mutable_data_ptr<std::int64_t>());
+  return {position, std::nullopt};
+}
+
+}  // namespace
+
+Positions positions_of(const Tensor& row, const std::optional<Tensor>& count, std::int64_t tokens) {
+  const std::int64_t places = row.size(0);
+  if (row.is_cpu()) {
+    return host_positions(row, count ? host_count(unsqueeze(*count, 0), 0, places) : places, tokens);
+  }
+  const Tensor wide = to(row, ScalarType::Long);
+  const Tensor first = scalar(0, ScalarType::Long);
+  const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
+  Tensor valid = logical_and(less_equal(first, wide), less_equal(wide, last));
+  if (count) {
+    valid = logical_and(valid, less(iota(places, ScalarType::Long, row.device()), to(*count, ScalarType::Long)));
+  }
+  return {where(valid, wide, first), valid};
+}
 
 Tensor real_tokens(const std::optional<Tensor>& token_mask, std::int64_t batch, std::int64_t tokens, Device device) {
   return token_mask ? *token_mask : full({batch, tokens}, 1.0, ScalarType::Bool, device);
