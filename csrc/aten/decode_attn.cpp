@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "aten/call.h"
+#include "aten/host_reads.h"
 #include "aten/kernels.h"
 
 namespace zipvl::aten {
@@ -15,7 +16,7 @@ std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, c
   const Tensor lse = full({batch, heads, 1}, -kInfinity, ScalarType::Float, q.device());
   const Tensor factor = scalar(scale, ScalarType::Float);
   for (std::int64_t b = 0; b < batch; ++b) {
-    const std::int64_t seen = q.is_cpu() ? host_count(lengths, b, slots) : slots;
+    const std::int64_t seen = host_may_read(q) ? host_count(lengths, b, slots) : slots;
     if (seen == 0) {
       continue;
     }
@@ -24,7 +25,7 @@ std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, c
     v = to(slice(v, 1, 0, seen), ScalarType::Float);
     const Tensor rows = multiply(to(reshape(select(q, 0, b), {kv_heads, group, head_dim}), ScalarType::Float), factor);
     const Tensor scores = matmul(rows, transpose(k, 1, 2));
-    if (!q.is_cpu()) {
+    if (!host_may_read(q)) {
       const Tensor hidden =
           less_equal(to(select(lengths, 0, b), ScalarType::Long), iota(seen, ScalarType::Long, q.device()));
       masked_fill_(scores, hidden, -kInfinity);
@@ -32,7 +33,7 @@ std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, c
       v = where(unsqueeze(unsqueeze(hidden, 0), 2), zero, v);
     }
     Tensor weights = softmax(scores, 2);
-    if (!q.is_cpu()) {
+    if (!host_may_read(q)) {
       const Tensor none = less_equal(select(lengths, 0, b), scalar(0, ScalarType::Int));
       masked_fill_(weights, none, 0.0);
     }

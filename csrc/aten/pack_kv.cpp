@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "aten/call.h"
+#include "aten/host_reads.h"
 #include "aten/kernels.h"
 
 namespace zipvl::aten {
@@ -23,7 +24,7 @@ std::tuple<Tensor, Tensor> pack_kv(const Tensor& k, const Tensor& v, const Tenso
   const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
   const Tensor inside = minimum(maximum(to(index, ScalarType::Long), first), last);
   for (std::int64_t b = 0; b < batch; ++b) {
-    const std::int64_t places = k.is_cpu() ? host_count(count, b, tokens) : tokens;
+    const std::int64_t places = host_may_read(k) ? host_count(count, b, tokens) : tokens;
     const Tensor position = slice(select(inside, 0, b), 0, 0, places);
     pack_rows(select(k, 0, b), position, select(k_packed, 0, b));
     pack_rows(select(v, 0, b), position, select(v_packed, 0, b));

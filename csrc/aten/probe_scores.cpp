@@ -5,6 +5,7 @@
 
 #include "aten/call.h"
 #include "aten/head_tasks.h"
+#include "aten/host_reads.h"
 #include "aten/kernels.h"
 #include "aten/positions.h"
 
@@ -41,7 +42,7 @@ std::optional<Tensor> blind_probes(const Tensor& hidden, const Columns& columns)
     return std::nullopt;
   }
   const Tensor blind = all(hidden, 1, /*keepdim=*/true);
-  if (hidden.is_cpu() && !*any(blind, 0, false).const_data_ptr<bool>()) {
+  if (host_may_read(hidden) && !*any(blind, 0, false).const_data_ptr<bool>()) {
     return std::nullopt;
   }
   return unsqueeze(blind, 0);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "aten/call.h"
+#include "aten/host_reads.h"
 #include "aten/kernels.h"
 #include "aten/positions.h"
 
@@ -27,7 +28,7 @@ Positions host_positions(const Tensor& row, std::int64_t count, std::int64_t tok
 
 Positions positions_of(const Tensor& row, const std::optional<Tensor>& count, std::int64_t tokens) {
   const std::int64_t places = row.size(0);
-  if (row.is_cpu()) {
+  if (host_may_read(row)) {
     return host_positions(row, count ? host_count(unsqueeze(*count, 0), 0, places) : places, tokens);
   }
   const Tensor wide = to(row, ScalarType::Long);

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "aten/call.h"
+#include "aten/host_reads.h"
 #include "aten/kernels.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
@@ -11,7 +12,7 @@ namespace {
 
 // The most selected tokens any row can have, as far as the host knows without asking the device.
 std::int64_t most_keys(const Tensor& count, std::int64_t tokens) {
-  if (!count.is_cpu()) {
+  if (!aten::host_may_read(count)) {
     return tokens;
   }
   std::int64_t most = 0;
@@ -34,9 +35,9 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
     return aten::transpose(aten::empty(shape, q.scalar_type(), q.device()), 1, 2);
   }
-  const auto plan =
-      plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, sizes.head_dim,
-                              most_keys(count, sizes.tokens), causal, all_queries, q.is_cpu(), host_threads(q)});
+  const auto plan = plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens,
+                                            sizes.head_dim, most_keys(count, sizes.tokens), causal, all_queries,
+                                            aten::host_may_read(q), host_threads(q)});
   return aten::sparse_attn(q, k, v, index, count, scale_or_default(scale, sizes.head_dim), plan, causal, all_queries);
 }
 
