@@ -127,9 +127,6 @@ inline Tensor take_rows(const Tensor& x, const Tensor& position) {
 inline void index_copy_(const Tensor& x, std::int64_t dim, const Tensor& index, const Tensor& source) {
   call("aten::index_copy_", "", x, dim, index, source);
 }
-inline Tensor gather(const Tensor& x, std::int64_t dim, const Tensor& index) {
-  return call("aten::gather", "", x, dim, index, false);
-}
 inline Tensor scatter(const Tensor& x, std::int64_t dim, const Tensor& index, const Tensor& source) {
   return call("aten::scatter", "src", x, dim, index, source);
 }
