@@ -1,10 +1,12 @@
-// The ops that have native CUDA kernels: check, allocate, launch. Meanings and shapes: ops/ops.h.
+// The ops that have native CUDA kernels: check, plan, allocate, launch; what a kernel does not take goes to zipvl::ops,
+// which computes it over ATen on the GPU. Meanings and shapes: ops/ops.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 namespace zipvl::cuda {
 
@@ -12,5 +14,19 @@ using torch::stable::Tensor;
 
 Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
                    const std::optional<Tensor>& token_mask);
+
+std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index,
+                                        std::optional<double> scale, bool causal,
+                                        const std::optional<Tensor>& token_mask);
+
+std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tensor& rank_score, double tau,
+                                         std::optional<double> ratio, std::int64_t min_tokens,
+                                         const std::optional<Tensor>& keep_mask,
+                                         const std::optional<Tensor>& token_mask);
+
+std::tuple<Tensor, Tensor> pack_kv(const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
+
+Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
+                   std::optional<double> scale, bool causal, bool all_queries);
 
 }  // namespace zipvl::cuda

@@ -1,12 +1,9 @@
 #include "cuda/ops/ops.h"
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <string>
-
 #include "aten/call.h"
+#include "cuda/ops/device.h"
 #include "cuda/probe_index/probe_index.h"
 #include "ops/checks.h"
 
@@ -33,12 +30,7 @@ Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_ra
     params.mask_stride[0] = token_mask->stride(0);
     params.mask_stride[1] = token_mask->stride(1);
   }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-  const cudaError_t error = launch_probe_index(params, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) {
-    checks::fail(kOp, "kernel launch failed: ", cudaGetErrorString(error));
-  }
+  check_launch(kOp, launch_probe_index(params, stream_of(q)));
   return out;
 }
 

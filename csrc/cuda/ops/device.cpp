@@ -1,0 +1,65 @@
+#include "cuda/ops/device.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <string_view>
+
+#include "ops/checks.h"
+
+namespace zipvl::cuda {
+namespace {
+
+constexpr int kMostDevices = 64;
+
+// An attribute of the device, asked once: the runtime's own call takes a microsecond.
+template <cudaDeviceAttr Attribute>
+int attribute(int device) {
+  static std::array<std::atomic<int>, kMostDevices> known{};  // value + 1; 0: not asked yet
+  if (device < 0 || device >= kMostDevices) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, Attribute, device);
+    return value;
+  }
+  int value = known[static_cast<std::size_t>(device)].load(std::memory_order_relaxed) - 1;
+  if (value < 0) {
+    cudaDeviceGetAttribute(&value, Attribute, device);
+    known[static_cast<std::size_t>(device)].store(value + 1, std::memory_order_relaxed);
+  }
+  return value;
+}
+
+[[maybe_unused]] bool sm80_is_forced() {
+  const char* value = std::getenv("ZIPVL_FORCE_SM80");
+  return value != nullptr && std::string_view(value) != "" && std::string_view(value) != "0";
+}
+
+}  // namespace
+
+KernelFamily kernel_family([[maybe_unused]] int device) {
+#ifdef ZIPVL_HAS_SM90
+  constexpr int kHopper = 9;
+  if (attribute<cudaDevAttrComputeCapabilityMajor>(device) == kHopper && !sm80_is_forced()) {
+    return KernelFamily::kSm90;
+  }
+#endif
+  return KernelFamily::kSm80;
+}
+
+int multiprocessors(int device) { return attribute<cudaDevAttrMultiProcessorCount>(device); }
+
+cudaStream_t stream_of(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) {
+    checks::fail(op, "kernel launch failed: ", cudaGetErrorString(error));
+  }
+}
+
+}  // namespace zipvl::cuda

@@ -1,0 +1,45 @@
+// Synchronisation beside mbarriers: named barriers, register redistribution between warpgroups, and dependent launches.
+#pragma once
+
+#include <cstdint>
+
+namespace zipvl::cuda::ptx {
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) of the block: waits for `threads` threads, those that only arrive
+// included.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Registers a thread of this warpgroup; every warp of it calls.
+template <int Registers>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+#endif
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Programmatic dependent launch: waits until the kernels before this one in the stream are done and their writes seen;
+// returns at once in a kernel launched without the attribute.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel of the stream start; its own wait still orders memory.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+#else
+__device__ __forceinline__ void wait_for_previous_kernel() {}
+__device__ __forceinline__ void let_next_kernel_start() {}
+#endif
+
+}  // namespace zipvl::cuda::ptx
