@@ -1,0 +1,14 @@
+// Launch of the portable kernel (sm_80 and later). No Torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/sparse_attn/params.h"
+
+namespace zipvl::cuda {
+
+// A head_dim that SparseAttnParams does not name, or a grid that does not fit, is cudaErrorInvalidValue. The packed
+// workspace is not used.
+cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream);
+
+}  // namespace zipvl::cuda
