@@ -264,4 +264,13 @@ void scale(const char* op, std::optional<double> value) {
   }
 }
 
+AttentionSizes sparse_attn(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
+                           const Tensor& count, std::optional<double> scale_value) {
+  const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, Named{"v", v});
+  query_tokens(op, q, sizes.tokens);
+  selection(op, q, index, count, sizes.batch, sizes.tokens);
+  scale(op, scale_value);
+  return sizes;
+}
+
 }  // namespace zipvl::checks

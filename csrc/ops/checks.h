@@ -66,6 +66,10 @@ void budget(const char* op, double tau, std::optional<double> ratio, std::int64_
 void probe_index(const char* op, const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
                  const std::optional<Tensor>& token_mask);
 
+// Every tensor and number of sparse_attn.
+AttentionSizes sparse_attn(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
+                           const Tensor& count, std::optional<double> scale);
+
 // A bool [B, N] mask on the device of `like`; absent is fine.
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens);

@@ -27,10 +27,7 @@ std::int64_t most_keys(const Tensor& count, std::int64_t tokens) {
 Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
                    std::optional<double> scale, bool causal, bool all_queries) {
   constexpr const char* kOp = "sparse_attn";
-  const auto sizes = checks::attention_inputs(kOp, q, {"k", k}, checks::Named{"v", v});
-  checks::query_tokens(kOp, q, sizes.tokens);
-  checks::selection(kOp, q, index, count, sizes.batch, sizes.tokens);
-  checks::scale(kOp, scale);
+  const auto sizes = checks::sparse_attn(kOp, q, k, v, index, count, scale);
   if (sizes.batch == 0 || sizes.tokens == 0) {
     const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
     return aten::transpose(aten::empty(shape, q.scalar_type(), q.device()), 1, 2);

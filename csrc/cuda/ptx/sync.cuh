@@ -15,8 +15,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// Registers a thread of this warpgroup; every warp of it calls.
+// Registers a thread of this warpgroup, sm_90a; every warp of it calls.
 template <int Registers>
 __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
@@ -26,7 +25,6 @@ template <int Registers>
 __device__ __forceinline__ void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
-#endif
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // Programmatic dependent launch: waits until the kernels before this one in the stream are done and their writes seen;

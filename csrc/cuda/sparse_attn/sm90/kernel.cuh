@@ -1,0 +1,125 @@
+// The Hopper kernel: a persistent block a multiprocessor, one producer warpgroup and the consumers.
+#pragma once
+
+#include "cuda/ptx/sync.cuh"
+#include "cuda/sparse_attn/sm90/epilogue.cuh"
+#include "cuda/sparse_attn/sm90/load.cuh"
+#include "cuda/sparse_attn/sm90/mma.cuh"
+#include "cuda/sparse_attn/sm90/scheduler.cuh"
+
+namespace zipvl::cuda::sm90 {
+
+template <typename Traits>
+__device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
+  constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupThreads / kWarpThreads;
+  for (int i = 0; i < Traits::kQueryStages; ++i) {
+    ptx::mbarrier_init(&shared.q_full[i], kQueryWarps * kWarpThreads);
+    ptx::mbarrier_init(&shared.q_empty[i], kConsumerWarps);
+  }
+  for (int i = 0; i < Traits::kStages; ++i) {
+    ptx::mbarrier_init(&shared.k_full[i], 1);
+    ptx::mbarrier_init(&shared.k_empty[i], kConsumerWarps);
+    ptx::mbarrier_init(&shared.v_full[i], 1);
+    ptx::mbarrier_init(&shared.v_empty[i], kConsumerWarps);
+  }
+  ptx::mbarrier_init_fence();
+}
+
+template <typename Traits>
+__device__ __forceinline__ void produce(const AttnParams& params, const CUtensorMap* k_map, const CUtensorMap* v_map,
+                                        SharedStorage<Traits>& shared) {
+  const int lane = threadIdx.x % kWarpThreads;
+  switch (static_cast<ProducerWarp>(threadIdx.x / kWarpThreads)) {
+    case ProducerWarp::kKeysValues:
+      if (lane == 0) {
+        load_keys_values(params, k_map, v_map, shared);
+      }
+      break;
+    case ProducerWarp::kQueries0:
+    case ProducerWarp::kQueries1:
+      load_queries(params, shared, threadIdx.x / kWarpThreads - static_cast<int>(ProducerWarp::kQueries0), lane);
+      break;
+    case ProducerWarp::kZeros:
+      if (!params.all_queries) {
+        write_zeros(params, shared, lane);
+      }
+      break;
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void consume(const AttnParams& params, SharedStorage<Traits>& shared) {
+  using Element = typename Traits::Element;
+  // Through lane 0, so that the compiler knows it to be the same in the whole warp: addresses of operands depend on it.
+  const int warpgroup = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1, 0);
+  const int row_of_thread = warpgroup * 64 + (threadIdx.x % kWarpgroupThreads) / kWarpThreads * 16 +
+                            threadIdx.x % kWarpThreads / 4;  // and the row 8 after it
+  Consumer<Traits> consumer(shared, params.scale_log2, warpgroup);
+  consumer.begin_turns();
+  for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
+    const Tile tile = walk.tile();
+    const KeyRange keys = keys_seen<Traits::kBlockM>(params, tile, warpgroup * 64);
+    const int blocks = (keys.last + Traits::kBlockN - 1) / Traits::kBlockN;
+    RowState rows;
+    Element* target[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of_thread + 8 * i;
+      const int place = tile.block * Traits::kBlockM + row;
+      rows.max[i] = -INFINITY;
+      rows.sum[i] = 0.0F;
+      rows.limit[i] = keys_seen<Traits::kBlockM>(params, tile, row).first;
+      target[i] = nullptr;
+      if (place < query_rows(params, tile.batch)) {
+        const std::int64_t token =
+            params.all_queries
+                ? place
+                : min(max(params.index[tile.batch * params.index_stride[0] + place * params.index_stride[1]], 0),
+                      params.tokens - 1);
+        target[i] = static_cast<Element*>(params.out) +
+                    ((tile.batch * static_cast<std::int64_t>(params.tokens) + token) * params.query_heads + tile.head) *
+                        Traits::kHeadDim;
+      }
+    }
+    float o[Traits::kHeadDim / 2];
+    if (blocks > 0) {
+      consumer.attend(o, rows, blocks, keys.first);
+    } else {
+      consumer.skip();
+#pragma unroll
+      for (float& x : o) {
+        x = 0.0F;
+      }
+    }
+    store_rows<Element>(o, rows, target);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    sparse_attn_sm90(const __grid_constant__ AttnParams params, const __grid_constant__ CUtensorMap k_map,
+                     const __grid_constant__ CUtensorMap v_map) {
+  extern __shared__ unsigned char shared_bytes[];
+  auto& shared =
+      *reinterpret_cast<SharedStorage<Traits>*>((reinterpret_cast<std::uintptr_t>(shared_bytes) + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    init_barriers(shared);
+    ptx::tma_prefetch(&k_map);
+    ptx::tma_prefetch(&v_map);
+  }
+  ptx::wait_for_previous_kernel();
+  if (threadIdx.x / kWarpThreads == 1) {
+    constexpr int kKeyBytes = 2 * Traits::kHeadDim * sizeof(typename Traits::Element);
+    make_tile_table<Traits::kBlockM>(params, shared.table, kKeyBytes, threadIdx.x % kWarpThreads);
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroupThreads) {
+    ptx::shrink_registers<Traits::kProducerRegisters>();
+    produce<Traits>(params, &k_map, &v_map, shared);
+  } else {
+    ptx::grow_registers<Traits::kConsumerRegisters>();
+    consume<Traits>(params, shared);
+  }
+}
+
+}  // namespace zipvl::cuda::sm90

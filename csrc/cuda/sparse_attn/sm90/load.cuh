@@ -1,0 +1,121 @@
+// The producer warpgroup: K and V tiles by the copy engine, query rows gathered with cp.async, and zeros written to the
+// rows of the output that nobody selected.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/sparse_attn/sm90/scheduler.cuh"
+
+namespace zipvl::cuda::sm90 {
+
+// One thread. Keys of a tile go from the last block to the first; values follow one block behind, as they are used.
+template <typename Traits>
+__device__ __forceinline__ void load_keys_values(const AttnParams& params, const CUtensorMap* k_map,
+                                                 const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
+  constexpr int kBlockN = Traits::kBlockN;
+  RingPlace<Traits::kStages> k_place, v_place;
+  const auto load = [&](const CUtensorMap* map, typename Traits::Element* target, std::uint64_t* full,
+                        std::uint64_t* empty, RingPlace<Traits::kStages>& place, const Tile& tile, int block) {
+    ptx::mbarrier_wait(&empty[place.stage], place.parity ^ 1);
+    ptx::mbarrier_arrive_expect(&full[place.stage], Traits::kKeyBytes);
+#pragma unroll
+    for (int slab = 0; slab < Traits::kSlabs; ++slab) {
+      ptx::tma_load_4d(target + place.stage * Traits::kKeyElements + slab * kBlockN * kSlabColumns, map,
+                       &full[place.stage], slab * kSlabColumns, block * kBlockN, tile.head / params.group, tile.batch);
+    }
+    place.advance();
+  };
+  for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
+    const Tile tile = walk.tile();
+    const int blocks = (keys_seen<Traits::kBlockM>(params, tile, 0).last + kBlockN - 1) / kBlockN;
+    for (int block = blocks - 1; block >= 0; --block) {
+      load(k_map, shared.k[0], shared.k_full, shared.k_empty, k_place, tile, block);
+      if (block < blocks - 1) {
+        load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_place, tile, block + 1);
+      }
+    }
+    if (blocks > 0) {
+      load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_place, tile, 0);
+    }
+  }
+}
+
+// `warp` of kQueryWarps warps: its share of each tile's query rows, into the swizzled layout of the copy engine. Rows
+// past the end repeat row 0 and are never stored.
+template <typename Traits>
+__device__ __forceinline__ void load_queries(const AttnParams& params, SharedStorage<Traits>& shared, int warp,
+                                             int lane) {
+  constexpr int kRows = Traits::kBlockM / kQueryWarps;  // of this warp
+  constexpr int kPieces = Traits::kSlabs * 8;           // of 16 bytes in a row of the slabs
+  constexpr int kRowsAtOnce = kWarpThreads / (kPieces < 32 ? kPieces : 32);
+  constexpr int kPieceElements = 16 / sizeof(typename Traits::Element);
+  static_assert(kPieces <= kWarpThreads && kRows % kWarpThreads == 0);
+  const int piece = lane % kPieces, row_of_lane = lane / kPieces;
+  const bool inside = piece * kPieceElements < Traits::kHeadDim;
+  RingPlace<Traits::kQueryStages> place;
+  for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
+    const Tile tile = walk.tile();
+    const int rows = query_rows(params, tile.batch);
+    const std::int32_t* index = params.index + tile.batch * params.index_stride[0];
+    const auto* q = static_cast<const typename Traits::Element*>(params.q) + tile.batch * params.q_stride[0] +
+                    tile.head * params.q_stride[1] + piece * kPieceElements;
+    int position[kRows / kWarpThreads];
+#pragma unroll
+    for (int i = 0; i < kRows / kWarpThreads; ++i) {
+      const int row = tile.block * Traits::kBlockM + warp * kRows + i * kWarpThreads + lane;
+      position[i] = 0;
+      if (row < rows) {
+        position[i] = params.all_queries ? row : min(max(index[row * params.index_stride[1]], 0), params.tokens - 1);
+      }
+    }
+    ptx::mbarrier_wait(&shared.q_empty[place.stage], place.parity ^ 1);
+    const std::uint32_t target = ptx::shared_address(shared.q[place.stage]) + (piece / 8) * Traits::kBlockM * 128;
+#pragma unroll
+    for (int i = 0; i < kRows / kWarpThreads; ++i) {
+#pragma unroll 4
+      for (int step = 0; step < kWarpThreads; step += kRowsAtOnce) {
+        const int row = warp * kRows + i * kWarpThreads + step + row_of_lane;
+        const int from = __shfl_sync(0xFFFFFFFFU, position[i], step + row_of_lane);
+        if (inside) {
+          ptx::cp_async_16(target + row * 128 + ((piece % 8) ^ (row % 8)) * 16, q + from * params.q_stride[2]);
+        }
+      }
+    }
+    ptx::mbarrier_arrive_after_cp_async(&shared.q_full[place.stage]);
+    place.advance();
+  }
+}
+
+// One warp: its share of the gaps between selected tokens. Tokens of a gap are one run of bytes in the output, which
+// the copy engine fills from a piece of shared zeros while the tensor cores work.
+template <typename Traits>
+__device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStorage<Traits>& shared, int lane) {
+  for (int i = lane; i < kZeroBytes / 16; i += kWarpThreads) {
+    reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
+  }
+  ptx::fence_async_shared();
+  __syncwarp();
+  const std::int64_t token_bytes =
+      static_cast<std::int64_t>(params.query_heads) * Traits::kHeadDim * sizeof(typename Traits::Element);
+  for (int b = 0; b < params.batch; ++b) {
+    const int count = selected(params, b);
+    const std::int32_t* index = params.index + b * params.index_stride[0];
+    auto* out = static_cast<unsigned char*>(params.out) + b * params.tokens * token_bytes;
+    for (int j = blockIdx.x * kWarpThreads + lane; j <= count; j += gridDim.x * kWarpThreads) {
+      const int begin = j == 0 ? 0 : min(max(index[(j - 1) * params.index_stride[1]], -1), params.tokens - 1) + 1;
+      const int end = j == count ? params.tokens : min(max(index[j * params.index_stride[1]], 0), params.tokens);
+      std::int64_t left = (end - begin) * token_bytes;
+      for (unsigned char* at = out + begin * token_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
+        ptx::bulk_store(at, shared.zeros, left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
+      }
+      ptx::bulk_commit();
+      ptx::bulk_wait_read<4>();
+    }
+  }
+  ptx::bulk_wait_read<0>();
+}
+
+}  // namespace zipvl::cuda::sm90

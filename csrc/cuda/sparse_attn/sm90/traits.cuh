@@ -1,0 +1,82 @@
+// Tiles, pipelines and shared memory of the Hopper kernel, for one element type and head dimension.
+#pragma once
+
+#include <cstdint>
+
+namespace zipvl::cuda::sm90 {
+
+constexpr int kWarpThreads = 32;
+constexpr int kWarpgroupThreads = 128;
+constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
+constexpr int kZeroBytes = 4096;  // of shared zeros that the copy engine writes to rows outside the selection
+constexpr int kMostBatches = 64;  // batch rows in the scheduler's table
+// Packed K and V that the tiles running side by side may read: most of the H100's 50 MB of L2, less what queries and
+// outputs pass through it.
+constexpr std::int64_t kL2Bytes = std::int64_t{32} << 20;
+
+template <typename ElementType, int HeadDim>
+struct Traits {
+  using Element = ElementType;
+  static constexpr int kHeadDim = HeadDim;
+  // Each consumer warpgroup owns 64 query rows. Two of them at 224 registers hold the scores, the weights and the
+  // output of a 64 x 128 tile at D 128 (160 registers) without spilling; a third would leave 160 in all.
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockM = 64 * kConsumers;
+  // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
+  static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
+  static constexpr int kSlabs = (HeadDim + kSlabColumns - 1) / kSlabColumns;
+  static constexpr int kStages = HeadDim == 64 ? 4 : 2;        // of K and of V: 64 KiB each (32 at D 64 with 2)
+  static constexpr int kQueryStages = HeadDim == 256 ? 1 : 2;  // the next tile's queries load during this one
+  static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
+  // setmaxnreg: 56 + 2 * 224 = 504, what 384 threads at 168 registers were launched with.
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+
+  static constexpr int kQueryElements = kSlabs * kBlockM * kSlabColumns;
+  static constexpr int kKeyElements = kSlabs * kBlockN * kSlabColumns;
+  static constexpr std::uint32_t kKeyBytes = kKeyElements * sizeof(Element);
+};
+
+// Warps of the producer warpgroup.
+enum class ProducerWarp { kKeysValues = 0, kQueries0 = 1, kQueries1 = 2, kZeros = 3 };
+constexpr int kQueryWarps = 2;
+
+// Named barriers; 0 is __syncthreads. One a consumer warpgroup: its turn to issue products.
+enum class NamedBarrier { kTurn0 = 1 };
+
+// The order of the tiles, made once a block (scheduler.cuh).
+struct TileTable {
+  int batches;                   // with at least one tile
+  int blocks[kMostBatches];      // query blocks of those batch rows, descending
+  int batch[kMostBatches];       // which batch row
+  int section_heads;             // key/value heads whose tiles run together, so that their K and V stay in L2
+  int before[kMostBatches + 1];  // (block, batch) pairs before the levels that k + 1 batch rows share; last: all
+};
+
+template <typename Traits>
+struct SharedStorage {
+  alignas(1024) typename Traits::Element q[Traits::kQueryStages][Traits::kQueryElements];
+  alignas(1024) typename Traits::Element k[Traits::kStages][Traits::kKeyElements];
+  alignas(1024) typename Traits::Element v[Traits::kStages][Traits::kKeyElements];
+  alignas(128) unsigned char zeros[kZeroBytes];
+  std::uint64_t q_full[Traits::kQueryStages], q_empty[Traits::kQueryStages];
+  std::uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
+  std::uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
+  TileTable table;
+};
+
+// A place in a ring of `Stages` buffers: which buffer, and the parity of the pass through the ring.
+template <int Stages>
+struct RingPlace {
+  int stage = 0;
+  std::uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == Stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace zipvl::cuda::sm90
