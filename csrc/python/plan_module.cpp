@@ -6,6 +6,7 @@
 
 #include "plan/probe_scores.h"
 #include "plan/sparse_attn.h"
+#include "plan/sparse_attn_cuda.h"
 #include "python/build_info.h"
 
 namespace py = pybind11;
@@ -82,4 +83,28 @@ PYBIND11_MODULE(_plan, m) {
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
       py::arg("head_dim"), py::arg("keys"), py::arg("causal") = true, py::arg("all_queries") = false,
       py::arg("count_on_host") = true, py::arg("threads") = 1);
+
+  py::enum_<SparseAttnKernel>(m, "SparseAttnKernel")
+      .value("SM90", SparseAttnKernel::kSm90)
+      .value("SM80", SparseAttnKernel::kSm80)
+      .value("ATEN", SparseAttnKernel::kAten);
+  py::class_<SparseAttnCudaPlan>(m, "SparseAttnCudaPlan")
+      .def_readonly("kernel", &SparseAttnCudaPlan::kernel)
+      .def_readonly("reason", &SparseAttnCudaPlan::reason)
+      .def_readonly("capacity", &SparseAttnCudaPlan::capacity)
+      .def_readonly("seen_tokens", &SparseAttnCudaPlan::seen_tokens)
+      .def_readonly("workspace_bytes", &SparseAttnCudaPlan::workspace_bytes)
+      .def("__str__", &SparseAttnCudaPlan::describe);
+  m.def(
+      "plan_sparse_attn_cuda",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
+         std::int64_t head_dim, bool half_precision, bool aligned, double scale, bool causal, bool all_queries,
+         bool hopper) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
+        return plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, aligned, scale,
+                                      causal, all_queries, hopper});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
+      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("scale") = 1.0,
+      py::arg("causal") = true, py::arg("all_queries") = false, py::arg("hopper") = true);
 }
