@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from network import BOS, IMAGE, VOCABULARY, pixel_values_from_pages
-from pages import ENTRY_COUNTS, FIRST_HELD_OUT_SEED, PAGE_SIDE, Page, held_out_pages
+from network import BOS, IMAGE, VOCABULARY, pixel_values_from_pages, tile_side_of
+from pages import ENTRY_COUNTS, FIRST_HELD_OUT_SEED, PAGE_SIDE, PATCH, Page, held_out_pages
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -43,15 +43,16 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return round(middle - half, 4), round(middle + half, 4)
 
 
-def model_inputs(pages: list[Page], device: torch.device, dtype: torch.dtype, visual_tokens: int) -> dict[str, Any]:
+def model_inputs(model: torch.nn.Module, pages: list[Page]) -> dict[str, Any]:
     """What the processor and the chat template make of these pages and their questions (a test compares them)."""
+    device, visual_tokens = model.device, visual_token_count(model)
     images = torch.stack([page.image for page in pages]).to(device)
     prompts = [[BOS, *[IMAGE] * visual_tokens, *(VOCABULARY[c] for c in f"?{page.label}=")] for page in pages]
     input_ids = torch.tensor(prompts, device=device)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "pixel_values": pixel_values_from_pages(images).to(dtype),
+        "pixel_values": pixel_values_from_pages(images, tile_side_of(model)).to(model.dtype),
         "image_sizes": torch.tensor([[PAGE_SIDE, PAGE_SIDE]] * len(pages), device=device),
     }
 
@@ -62,9 +63,9 @@ def weights_digest(folder: Path) -> str:
 
 
 def visual_token_count(model: torch.nn.Module) -> int:
-    """Visual tokens of a page of 672 px: base view, and 2 x 2 tiles with a newline after each row."""
-    across = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    return across**2 + 2 * across * (2 * across + 1)
+    """Visual tokens of a page of 672 px: base view, and the rows of all tiles with a newline after each."""
+    base, page = tile_side_of(model) // PATCH, PAGE_SIDE // PATCH
+    return base**2 + page * (page + 1)
 
 
 @torch.inference_mode()
@@ -73,10 +74,9 @@ def answers(
 ) -> tuple[list[str], zipvl.Stats | None]:
     """The model's answer to each page's question, and the statistics of the run (None: dense)."""
     said: list[str] = []
-    visual = visual_token_count(model)
     with zipvl.sparse(model, config) if config else nullcontext() as stats:
         for start in tqdm(range(0, len(pages), batch), desc=f"tau {config.tau}" if config else "dense", leave=False):
-            inputs = model_inputs(pages[start : start + batch], model.device, model.dtype, visual)
+            inputs = model_inputs(model, pages[start : start + batch])
             tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
             said += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return said, stats
@@ -104,7 +104,7 @@ def run(
     torch_dtype = getattr(torch, dtype or ("bfloat16" if target.type == "cuda" else "float32"))
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch_dtype).to(target).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    held_out = held_out_pages(pages, first, entries)
+    held_out = held_out_pages(pages, tile_side_of(model), first, entries)
     settings: list[zipvl.ZipVLConfig | None] = [None]
     settings += [zipvl.ZipVLConfig(tau=float(tau), cache=cache, seed=seed) for tau in taus.split(",") if tau]
     for config in settings:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pages import CHARACTERS, PATCH, TILE_SIDE
+from pages import CHARACTERS, PAGE_SIDE, PATCH
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -38,10 +38,10 @@ VOCABULARY = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *map(chr, ran
 CHARACTER_IDS = [VOCABULARY[c] for c in CHARACTERS]
 """Token of each drawable character, in the order of `pages.CHARACTERS`."""
 
-GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672]]
+TILE_SIDE = 224
+"""Tiles of a new model; everything else asks the model's configuration (`tile_side_of`)."""
 IMAGE_MEAN, IMAGE_STD = 0.88, 0.25
 """Grey of the paper, and a spread that brings the ink to about -2 .. -3."""
-TILE_PATCHES = TILE_SIDE // PATCH
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -56,14 +56,25 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_config() -> LlavaNextConfig:
-    """CLIP tower of 4 layers, 192 wide, over 336 px tiles; Llama of 6 layers, 256 wide, 4 query, 2 KV heads of 64."""
+def grid_pinpoints(tile_side: int) -> list[list[int]]:
+    """Heights and widths that an image may be tiled at: up to a whole page, more than one tile."""
+    sides = range(tile_side, PAGE_SIDE + 1, tile_side)
+    return [[height, width] for height in sides for width in sides if height + width > 2 * tile_side]
+
+
+def tile_side_of(model: LlavaNextForConditionalGeneration) -> int:
+    """Side in pixels of the tiles a model was made for."""
+    return int(model.config.vision_config.image_size)
+
+
+def build_config(tile_side: int = TILE_SIDE) -> LlavaNextConfig:
+    """CLIP tower of 4 layers, 192 wide, over square tiles; Llama of 6 layers, 256 wide, 4 query, 2 KV heads of 64."""
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=3,
-        image_size=TILE_SIDE,
+        image_size=tile_side,
         patch_size=PATCH,
         projection_dim=192,
         hidden_act="gelu",
@@ -84,18 +95,18 @@ def build_config() -> LlavaNextConfig:
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
-        image_grid_pinpoints=GRID_PINPOINTS,
-        image_seq_length=TILE_PATCHES**2,
+        image_grid_pinpoints=grid_pinpoints(tile_side),
+        image_seq_length=(tile_side // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
 
 
-def build_model(seed: int = 0) -> LlavaNextForConditionalGeneration:
+def build_model(seed: int = 0, tile_side: int = TILE_SIDE) -> LlavaNextForConditionalGeneration:
     """The untrained model in float32. Layers start as PyTorch initialises them, which learns faster here than 0.02."""
     torch.manual_seed(seed)
-    model = LlavaNextForConditionalGeneration(build_config()).float()
+    model = LlavaNextForConditionalGeneration(build_config(tile_side)).float()
     position_embedding = model.model.vision_tower.get_submodule(_tower_prefix(model) + "embeddings.position_embedding")
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)) and module is not position_embedding:
@@ -106,8 +117,8 @@ def build_model(seed: int = 0) -> LlavaNextForConditionalGeneration:
     return model
 
 
-def build_processor() -> LlavaNextProcessor:
-    """Processor of the model: any-resolution tiles of 336 px, one token for each printable ASCII character."""
+def build_processor(tile_side: int = TILE_SIDE) -> LlavaNextProcessor:
+    """Processor of the model: any-resolution tiles, one token for each printable ASCII character."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -123,9 +134,9 @@ def build_processor() -> LlavaNextProcessor:
         clean_up_tokenization_spaces=False,
     )
     image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE_SIDE},
-        crop_size={"height": TILE_SIDE, "width": TILE_SIDE},
-        image_grid_pinpoints=GRID_PINPOINTS,
+        size={"shortest_edge": tile_side},
+        crop_size={"height": tile_side, "width": tile_side},
+        image_grid_pinpoints=grid_pinpoints(tile_side),
         resample=2,  # bilinear
         image_mean=[IMAGE_MEAN] * 3,
         image_std=[IMAGE_STD] * 3,
@@ -146,7 +157,7 @@ def save_folder(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
     shipped.load_state_dict(model.state_dict())
     shipped.generation_config = model.generation_config
     shipped.to(torch.bfloat16).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    build_processor(tile_side_of(model)).save_pretrained(folder)
 
 
 def _tower_prefix(model: LlavaNextForConditionalGeneration) -> str:
@@ -154,18 +165,19 @@ def _tower_prefix(model: LlavaNextForConditionalGeneration) -> str:
     return "vision_model." if hasattr(model.model.vision_tower, "vision_model") else ""
 
 
-def pixel_values_from_pages(pages: Tensor, base_view: bool = True) -> Tensor:
-    """What the processor makes of square pages: uint8 `[B, S, S]` -> float32 `[B, tiles, 3, s, s]`, `s = min(S, 336)`.
+def pixel_values_from_pages(pages: Tensor, tile_side: int, base_view: bool = True) -> Tensor:
+    """What the processor makes of square pages: uint8 `[B, S, S]` -> float32 `[B, tiles, 3, s, s]`.
 
-    The base view (the whole page shrunk to 336 px) comes first if asked for, then the tiles in raster order.
+    `s` is the tile's side, or S if that is smaller. The base view (the whole page shrunk to a tile) comes first if
+    asked for, then the tiles in raster order.
     """
     batch, side, _ = pages.shape
-    tile_side = min(side, TILE_SIDE)
+    tile_side = min(side, tile_side)
     across = side // tile_side
     page = pages.float()
     tiles = page.view(batch, across, tile_side, across, tile_side).transpose(2, 3).flatten(1, 2)
     if base_view:
-        small = F.interpolate(page[:, None], size=(TILE_SIDE, TILE_SIDE), mode="bilinear", antialias=True)
+        small = F.interpolate(page[:, None], size=(tile_side, tile_side), mode="bilinear", antialias=True)
         tiles = torch.cat([small.round().clamp(0, 255), tiles], 1)
     normalised = (tiles / 255 - IMAGE_MEAN) / IMAGE_STD
     return normalised[:, :, None].expand(-1, -1, 3, -1, -1)
@@ -181,7 +193,7 @@ def vision_features(
 ) -> Tensor:
     """Last hidden states of the vision tower without the CLS token, `[n, 3, s, s]` -> `[n, (s / 14)**2, 192]`.
 
-    Tiles smaller than 336 px use the top left part of the position embeddings (first training stages).
+    Tiles smaller than the model's use the top left part of the position embeddings (first training stages).
     """
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
@@ -191,7 +203,8 @@ def vision_features(
     )  # [n, 3, rows, 14, columns, 14]
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     patches = F.linear(patches, tower.embeddings.patch_embedding.weight.flatten(1))
-    places = torch.arange(TILE_PATCHES**2, device=patches.device).view(TILE_PATCHES, TILE_PATCHES)[:across, :across]
+    full = tile_side_of(model) // PATCH
+    places = torch.arange(full**2, device=patches.device).view(full, full)[:across, :across]
     places = torch.cat([places.new_zeros(1), 1 + places.reshape(-1)])
     cls = tower.embeddings.class_embedding.expand(patches.shape[0], 1, -1).to(patches.dtype)
     hidden = torch.cat([cls, patches], 1) + tower.embeddings.position_embedding(places)
@@ -212,8 +225,8 @@ def tiles_to_raster(tiles: Tensor) -> Tensor:
 def pack_features(model: LlavaNextForConditionalGeneration, features: Tensor, base_view: bool = True) -> Tensor:
     """Projected visual tokens in LLaVA-NeXT's order, `[B, tiles, patches, 192]` -> `[B, visual tokens, 256]`.
 
-    Base view first, then the rows of the page, each followed by the newline embedding: 576 + 48 * 49 = 2,928 tokens
-    for a page of 672 px.
+    Base view first, then the rows of the page, each followed by the newline embedding: 256 + 48 * 49 = 2,608 tokens
+    for a page of 672 px in tiles of 224 px.
     """
     projected = model.model.multi_modal_projector(features)
     grid = tiles_to_raster(projected[:, int(base_view) :])

@@ -4,8 +4,9 @@ One drawing function, `draw`, serves training (thousands of pages a second, batc
 shipped beside the model. Everything random comes from a `torch.Generator`, so a seed names a page.
 
 Seeds: `training_generator` only takes seeds below `FIRST_HELD_OUT_SEED`, `held_out_page` only seeds from there on.
+A page also depends on the side of the model's tiles, whose borders no entry crosses.
 
-Run as a script to (re)write the shipped pages: ``python pages.py --folder pages``.
+Run as a script to (re)write the pages shipped with a model folder: ``python pages.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ BLANK = len(CHARACTERS)
 """Index that stands for a space, and the label of a half patch without a character."""
 
 PAGE_SIDE = 672
-TILE_SIDE = 336
 PATCH = 14
 CELL_WIDTH, CELL_HEIGHT = 112, 33
 ENTRY_LENGTH = 6
@@ -71,8 +71,8 @@ class Page:
 
 
 @cache
-def glyphs() -> Tensor:
-    """Bitmaps of `CHARACTERS` and of a space, float in `[0, 1]`, `[37, 19, 10]`, on the CPU."""
+def glyphs(device: torch.device | str = "cpu") -> Tensor:
+    """Bitmaps of `CHARACTERS` and of a space, float in `[0, 1]`, `[37, 19, 10]`, copied to a device once."""
     from matplotlib import font_manager  # slow to import, and loading the model does not need it
 
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono", fallback_to_default=False), FONT_SIZE)
@@ -82,7 +82,7 @@ def glyphs() -> Tensor:
         image = Image.new("L", (width, height), 0)
         ImageDraw.Draw(image).text((0, 0), character, font=font, fill=255)
         bitmaps.append(np.asarray(image, dtype=np.float32) / 255)
-    return torch.from_numpy(np.stack(bitmaps))
+    return torch.from_numpy(np.stack(bitmaps)).to(device)
 
 
 def _shuffled(batch: int, items: int, take: int, generator: torch.Generator) -> Tensor:
@@ -90,18 +90,18 @@ def _shuffled(batch: int, items: int, take: int, generator: torch.Generator) -> 
     return torch.rand(batch, items, generator=generator, device=generator.device).argsort(1)[:, :take]
 
 
-def random_layout(batch: int, entries: int, side: int, generator: torch.Generator) -> Layout:
+def random_layout(batch: int, entries: int, side: int, tile_side: int, generator: torch.Generator) -> Layout:
     """Places `entries` entries with different labels in random cells, with jitter; no entry crosses a tile's border.
 
-    The tensors live on the generator's device. A page of 672 px has 120 cells (30 for each tile of 336 px), one of
-    336 px has 30, one of 168 px has 5.
+    The tensors live on the generator's device. A tile of 224 px has 12 cells, so a page of 672 px has 108; a tile of
+    336 px has 30, the page 120. A page smaller than a tile is one tile: 168 px are 5 cells.
     """
     device = generator.device
 
     def integers(high: int) -> Tensor:
         return torch.randint(0, high, (batch, entries), generator=generator, device=device)
 
-    tile_side = min(side, TILE_SIDE)
+    tile_side = min(side, tile_side)
     tiles = side // tile_side
     columns, rows = max(1, tile_side // CELL_WIDTH), tile_side // CELL_HEIGHT
     cell_width = tile_side // columns
@@ -123,7 +123,7 @@ def draw(layout: Layout, generator: torch.Generator) -> Tensor:
     """Pages of a layout with noise, uint8 `[B, side, side]`, on the layout's device."""
     batch, entries, _ = layout.text.shape
     device, side = layout.text.device, layout.side
-    bitmaps = glyphs().to(device)
+    bitmaps = glyphs(device)
     _, height, width = bitmaps.shape
     words = bitmaps[layout.text].permute(0, 1, 3, 2, 4).reshape(batch, entries, height, ENTRY_LENGTH * width)
     rows = layout.y[..., None, None] + torch.arange(height, device=device)[:, None]
@@ -165,16 +165,16 @@ def training_generator(seed: int, device: torch.device | str) -> torch.Generator
     return torch.Generator(device).manual_seed(seed)
 
 
-def held_out_page(seed: int, entries: int | None = None) -> Page:
+def held_out_page(seed: int, tile_side: int, entries: int | None = None) -> Page:
     """The held-out page of a seed (at least `FIRST_HELD_OUT_SEED`), drawn on the CPU: the same on every machine.
 
-    entries: how many entries it carries; None draws one of `ENTRY_COUNTS`.
+    tile_side: of the model that will read it. entries: how many entries it carries; None draws one of `ENTRY_COUNTS`.
     """
     if seed < FIRST_HELD_OUT_SEED:
         raise ValueError(f"held-out seeds start at {FIRST_HELD_OUT_SEED}, got {seed}")
     generator = torch.Generator().manual_seed(seed)
     drawn = ENTRY_COUNTS[int(torch.randint(len(ENTRY_COUNTS), (1,), generator=generator))]
-    layout = random_layout(1, entries or drawn, PAGE_SIDE, generator)
+    layout = random_layout(1, entries or drawn, PAGE_SIDE, tile_side, generator)
     question = choose_questions(layout, 1, generator)[0, 0]
     image = draw(layout, generator)[0]
     words = ["".join((CHARACTERS + " ")[i] for i in word) for word in layout.text[0].tolist()]
@@ -182,9 +182,9 @@ def held_out_page(seed: int, entries: int | None = None) -> Page:
     return Page(seed, image, dict(word.split() for word in words), label)
 
 
-def held_out_pages(count: int, first: int = 0, entries: int | None = None) -> list[Page]:
+def held_out_pages(count: int, tile_side: int, first: int = 0, entries: int | None = None) -> list[Page]:
     """`count` held-out pages, from the `first`-th held-out seed on."""
-    return [held_out_page(FIRST_HELD_OUT_SEED + first + i, entries) for i in range(count)]
+    return [held_out_page(FIRST_HELD_OUT_SEED + first + i, tile_side, entries) for i in range(count)]
 
 
 def save_page(page: Page, folder: Path, name: str) -> None:
@@ -195,10 +195,11 @@ def save_page(page: Page, folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def main(folder: Path = Path(__file__).parent / "pages") -> None:
-    """Writes the shipped pages: demo (24 entries), easy (8), dense (48) and full (64)."""
+def main(folder: Path = Path(__file__).parent) -> None:
+    """Writes the pages shipped with a model folder: demo (24 entries), easy (8), dense (48) and full (64)."""
+    tile_side = json.loads((folder / "config.json").read_text())["vision_config"]["image_size"]
     for offset, (name, entries) in enumerate([("demo", 24), ("easy", 8), ("dense", 48), ("full", 64)]):
-        save_page(held_out_page(2 * FIRST_HELD_OUT_SEED + offset, entries), folder, name)
+        save_page(held_out_page(2 * FIRST_HELD_OUT_SEED + offset, tile_side, entries), folder / "pages", name)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ this one is short, differentiable where training needs it, and lets train.py eva
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,13 +36,12 @@ def probe_logits(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 
     q `[B, Hq, n, D]`, k `[B, Hkv, n, D]`, rows `[r]` -> `[B, Hq, r, n]`.
     """
-    grouped = q[:, :, rows].unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, group * rows, D]
+    grouped = q.index_select(2, rows).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, group * rows, D]
     logits = (grouped @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
     future = torch.arange(k.shape[2], device=k.device)[None] > rows[:, None]
     return logits.unflatten(2, (-1, rows.numel())).flatten(1, 2).masked_fill(future, MASKED)
 
 
-@torch.no_grad()
 def probe_scores(q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Accumulated and normalised scores of each token over the probe rows, both `[B, n]` float32."""
     accumulated = probe_logits(q, k, rows).softmax(-1).mean(1).sum(1)
@@ -63,55 +65,121 @@ def keep_best(normalised: Tensor, count: Tensor) -> Tensor:
     return rank < count[:, None].clamp(min=1)
 
 
+def row_entropy(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Mean entropy of some rows' attention, each divided by the largest it could be: the log of its context length.
+
+    So a row early in the prompt, which sees few tokens, counts as much as a late one. A scalar with gradient.
+    """
+    log_probability = probe_logits(q, k, rows).log_softmax(-1)
+    entropy = -(log_probability.exp() * log_probability).sum(-1)
+    return (entropy / (rows + 1).clamp(min=2).log()).mean()
+
+
+def best_tokens(normalised: Tensor, limit: int, count: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Positions of the last token and the best ones by normalised score, and which of them are kept.
+
+    limit: how many to return, `[B, limit]`. count `[B]`: how many of them each row keeps; None: all. The kept ones come
+    first, ascending; the second result is their mask, None if it would be all true.
+    """
+    length = normalised.shape[1]
+    score = normalised.clone()
+    score[:, -1] = float("inf")
+    best = score.topk(limit, -1).indices
+    if count is None:
+        return best.sort(-1).values, None
+    surplus = torch.arange(limit, device=best.device) >= count[:, None]
+    order = (best + length * surplus).sort(-1).values
+    return order % length, order < length
+
+
+def attend_among(q: Tensor, k: Tensor, v: Tensor, prompt: int, index: Tensor, kept: Tensor | None) -> Tensor:
+    """Causal attention among the kept tokens of a prompt; tokens after it see those and, causally, themselves.
+
+    q `[B, Hq, n, D]`, k and v `[B, Hkv, n, D]`; index and kept as `best_tokens` gives them for the first `prompt`
+    tokens. Prompt rows that are not kept are 0. Returns `[B, Hq, n, D]`.
+    """
+    place = index[:, None, :, None]
+
+    def take(x: Tensor) -> Tensor:
+        return x[:, :, :prompt].gather(2, place.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    keys, values = take(k), take(v)
+    # Surplus tokens stand behind the kept ones, where no kept row sees them.
+    attended = F.scaled_dot_product_attention(take(q), keys, values, is_causal=True, enable_gqa=True)
+    if kept is not None:
+        attended = attended.masked_fill(~kept[:, None, :, None], 0)
+    out = torch.zeros_like(q[:, :, :prompt]).scatter(2, place.expand_as(attended), attended.to(q.dtype))
+    if q.shape[2] == prompt:
+        return out
+    queries = q[:, :, prompt:].unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, a, D]
+    keys, values = torch.cat([keys, k[:, :, prompt:]], 2), torch.cat([values, v[:, :, prompt:]], 2)
+    answers = queries.shape[3]
+    logits = (queries @ keys.transpose(2, 3)[:, :, None]).float() * q.shape[-1] ** -0.5
+    column = torch.arange(keys.shape[2], device=q.device)
+    unseen = column > index.shape[1] + torch.arange(answers, device=q.device)[:, None]  # [a, t + a]
+    if kept is not None:
+        surplus = F.pad(~kept, (0, answers), value=False)
+        unseen = unseen | surplus[:, None, None, None]
+    probability = logits.masked_fill(unseen, MASKED).softmax(-1).to(values.dtype)
+    answered = (probability @ values[:, :, None]).flatten(1, 2)
+    return torch.cat([out, answered.to(q.dtype)], 2)
+
+
 class TrainingAttention:
     """Attention of a training step: dense, or among tokens chosen as ZipVL would, with answers as they will be decoded.
 
     prompt: number of prompt tokens; those after it are answer tokens, which see the kept tokens and the answer so far.
-    ratios: share of prompt tokens to keep in each layer, or None for dense attention.
+    ratios: share of prompt tokens to keep in each layer. tau: the share of attention mass that decides, row by row, how
+    many are kept, exactly as in evaluation; limits: the largest share of each layer that a row may then keep, which
+    saves time if it is above what tau needs (None: everything). Neither ratios nor tau: dense attention.
     Every layer has the same probe rows, as in the package.
-    with_entropy: after a forward pass `entropy()` is the mean entropy of 24 probe rows over the prompt.
+    with_entropy: collect in `entropies` the mean relative entropy of 24 probe rows over the prompt, layer by layer.
+    functions: `probe_scores` and `row_entropy`, or compiled versions of them.
+
+    `shares` holds, for each layer of a forward pass with tau, the share of prompt tokens that tau asks for, `[B]`.
     """
 
-    def __init__(self, prompt: int, ratios: list[float] | None, generator: torch.Generator, with_entropy: bool) -> None:
-        self.prompt, self.ratios, self.generator, self.with_entropy = prompt, ratios, generator, with_entropy
+    def __init__(
+        self,
+        prompt: int,
+        generator: torch.Generator,
+        *,
+        ratios: list[float] | None = None,
+        tau: float | None = None,
+        limits: list[float] | None = None,
+        with_entropy: bool = False,
+        functions: tuple[Callable, Callable] = (probe_scores, row_entropy),
+    ) -> None:
+        self.prompt, self.ratios, self.tau, self.limits, self.with_entropy = prompt, ratios, tau, limits, with_entropy
+        self.score_function, self.entropy_function = functions
         self.rows = probe_positions(prompt, generator)
+        random_rows = self.rows[: -min(RECENT_PROBES, self.rows.numel() - 1)]
+        shuffled = torch.randperm(random_rows.numel(), generator=generator, device=self.rows.device)
+        self.entropy_rows = torch.cat([random_rows.index_select(0, shuffled[:12]), self.rows[-12:]])
         self.entropies: list[Tensor] = []
+        self.shares: list[Tensor] = []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_prompt, k_prompt, rows = q[:, :, : self.prompt], k[:, :, : self.prompt], self.rows
+        q_prompt, k_prompt = q[:, :, : self.prompt], k[:, :, : self.prompt]
         if self.with_entropy:
-            self.entropies.append(self._row_entropy(q_prompt, k_prompt, rows))
-        if self.ratios is None or self.ratios[layer] >= 1:
+            self.entropies.append(self.entropy_function(q_prompt, k_prompt, self.entropy_rows))
+        if self.tau is None and (self.ratios is None or self.ratios[layer] >= 1):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        _, normalised = probe_scores(q_prompt, k_prompt, rows)
-        normalised[:, -1] = float("inf")
-        count = max(int(self.ratios[layer] * self.prompt), 8)
-        kept = normalised.topk(count, -1).indices.sort(-1).values
-        answers = torch.arange(self.prompt, q.shape[2], device=q.device).expand(q.shape[0], -1)
-        return attend_among(q, k, v, torch.cat([kept, answers], 1))
+        with torch.no_grad():
+            accumulated, normalised = self.score_function(q_prompt.detach(), k_prompt.detach(), self.rows)
+            count = None
+            if self.tau is not None:
+                count = tokens_needed(accumulated, self.tau)
+                self.shares.append(count / self.prompt)
+            index, kept = best_tokens(normalised, self._limit(layer), count)
+        return attend_among(q, k, v, self.prompt, index, kept)
 
-    def _row_entropy(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-        """Mean entropy in nats of up to 12 of the random probe rows and of the last 12 rows, a scalar with gradient."""
-        random_rows = rows[: -min(RECENT_PROBES, rows.numel() - 1)]
-        shuffled = torch.randperm(random_rows.numel(), generator=self.generator, device=rows.device)
-        chosen = torch.cat([random_rows[shuffled[:12]], rows[-12:]])
-        log_probability = probe_logits(q, k, chosen).log_softmax(-1)
-        return -(log_probability.exp() * log_probability).sum(-1).mean()
-
-    def entropy(self) -> Tensor:
-        """Mean over the layers of this forward pass, a scalar."""
-        return torch.stack(self.entropies).mean()
-
-
-def attend_among(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
-    """Causal attention among the tokens `index` `[B, t]` (ascending), `[B, Hq, n, D]`; rows outside are 0."""
-    place = index[:, None, :, None]
-
-    def take(x: Tensor) -> Tensor:
-        return x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3]))
-
-    attended = F.scaled_dot_product_attention(take(q), take(k), take(v), is_causal=True, enable_gqa=True)
-    return torch.zeros_like(q).scatter(2, place.expand_as(attended), attended.to(q.dtype))
+    def _limit(self, layer: int) -> int:
+        """Most tokens of a row that this layer keeps."""
+        if self.ratios is not None:
+            return min(self.prompt, max(math.ceil(self.ratios[layer] * self.prompt), 8))
+        share = 1.0 if self.limits is None else self.limits[layer]
+        return min(self.prompt, math.ceil(share * self.prompt / 128) * 128)  # few sizes, so that memory is reused
 
 
 class DecodingAttention:

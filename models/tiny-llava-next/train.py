@@ -1,11 +1,11 @@
 """Trains tiny-llava-next from nothing on one GPU and saves the whole model folder.
 
 Stages (`STAGES`): the vision tower alone with a character loss; questions about small pages with few entries; larger
-pages with more; then a last stage that makes attention concentrate and survive ZipVL's token selection. Every stage
-before the last ends when the model passes it. Random numbers come from the step number, so a resumed run sees the pages
-it would have seen.
+pages with more; then a last stage that makes attention concentrate and survive ZipVL's token selection, mostly by
+training on that selection itself (`Trainer.plan`). Every stage before the last ends when the model passes it; the last
+takes the seconds that are left. Random numbers come from the step number.
 
-    python train.py train                                # the whole run
+    python train.py train --seconds 780                  # the whole run; the folder is saved every 45 seconds
     python train.py train --resume checkpoints/last.pt   # go on from there
     python train.py evaluate --pages 300                 # dense and sparse exact match, in plain PyTorch
 """
@@ -16,8 +16,8 @@ import json
 import math
 import random
 import time
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +27,7 @@ import typer
 from network import (
     CHARACTER_IDS,
     EOS,
+    TILE_SIDE,
     VOCABULARY,
     attention_inputs,
     attention_outputs,
@@ -38,6 +39,7 @@ from network import (
     prompt_embeddings,
     run_text_layers,
     save_folder,
+    tile_side_of,
     tiles_to_raster,
     vision_features,
 )
@@ -55,7 +57,7 @@ from pages import (
     random_layout,
     training_generator,
 )
-from sparse_attention import DecodingAttention, TrainingAttention
+from sparse_attention import DecodingAttention, TrainingAttention, probe_scores, row_entropy
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration
 
@@ -63,37 +65,40 @@ CHECKPOINT = Path(__file__).parent / "checkpoints/last.pt"
 QUESTION_LENGTH, ANSWER_LENGTH = 8, 4
 """Tokens of `?KQ=482<eos>`, and how many of them are answered: three digits and the end."""
 CHARACTER_LOSS_WEIGHT, BLANK_WEIGHT = 0.3, 0.05
-DENSE_SHARE = 0.3
+TARGET_TAU, TARGET_RATIO = 0.975, 0.36
+OTHER_TAUS = (0.955, 0.99)
+"""A third of the batches that select by tau take another tau from this range."""
+LATE = 0.6
+"""From this part of the last stage on most batches select by tau."""
+DENSE_SHARE, LATE_DENSE_SHARE = 0.3, 0.2
 """Share of the last stage's batches that are dense, with eight questions."""
-ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.003, (0.0001, 0.008)
-TARGET_TAU, TARGET_RATIO = 0.975, 0.35
-CONTROL_EVERY, CONTROL_FROM, CONTROL_GAIN, CONTROL_STEP = 50, 0.2, 0.15, 0.05
-"""Past 20% of a sparsity stage, every 50 steps, the entropy weight moves by at most 5% towards the target ratio."""
-SHIPPED_ENTROPY_WEIGHT = 0.00033
-"""Where the controller had brought it when the shipped weights were saved."""
+TAU_SHARE, LATE_TAU_SHARE = 0.5, 0.9
+"""Of the others, the share that selects by tau."""
 LOWEST_RATIO = 0.15
-MEASURE_EVERY = 25
-CONTROL_SEED, PROBE_SEED = 900_000_000, 1
+ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.008, (0.0003, 0.03)
+FIRST_TARGET, TARGET_REACHED = 0.85, 0.35
+"""The ratio that the entropy weight is steered to falls from 0.85 to `TARGET_RATIO` over 35% of the last stage."""
+CONTROL_GAIN, CONTROL_STEP, CONTROL_POWER, MOST_EXCESS = 0.1, 0.03, 3.0, 2.5
+ENOUGH, PLENTY = 0.12, 0.25
+"""A layer that keeps less than 12% has no entropy in the loss, one that keeps more than 25% its full share."""
+NOTE_EVERY, LOG_SECONDS, SAVE_SECONDS = 25, 8, 45
+TRAINING_PROBES, PROBE_SEED = 500_000_000, 1
+"""Added to a step's seed for the probes of that step; the seed of the probes in evaluation."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """kind: 'characters' (vision only), 'answers' or 'sparsity'. A stage ends once the mean of its last measurements
-    reaches `passed` (not before `least_steps`), or at `most_steps`: then an early stage has failed."""
+    """kind: 'characters' (vision only), 'answers' or 'sparsity'. A stage before the last ends once the mean over the
+    last 25 steps reaches `passed` (not before `least_steps`), or after `most_seconds`."""
 
     kind: str
     entries: tuple[int, ...]
     side: int
     batch: int
     passed: float
-    least_steps: int
-    most_steps: int
-    may_fall_short: bool = False
     peak_rate: float = 1e-3
-    first_low: float = 0.6
-    """Sparsity: the smallest ratio drawn at the beginning; it falls to `LOWEST_RATIO` by the middle of the stage."""
-    seconds: float = math.inf
-    """Ends the stage, and shapes its learning rate, if it comes before `most_steps`."""
+    least_steps: int = 50
+    most_seconds: float = math.inf
 
     @property
     def name(self) -> str:
@@ -101,17 +106,31 @@ class Stage:
 
 
 STAGES = (
-    Stage("characters", (16,), 336, 64, 0.90, 100, 2500),
-    Stage("answers", (3,), 168, 256, 0.85, 100, 6000),
-    Stage("answers", (4,), 168, 256, 0.85, 100, 4000),
-    Stage("answers", (8,), 336, 128, 0.85, 100, 3000),
-    Stage("answers", (24,), 336, 128, 0.85, 100, 3000),
-    Stage("answers", (24,), 672, 48, 0.85, 100, 2000),
-    Stage("answers", (64,), 672, 48, 0.96, 100, 1200, may_fall_short=True),
-    Stage("sparsity", (8, 16, 24, 48, 64), 672, 48, 2.0, 0, 6000, may_fall_short=True, peak_rate=8e-4),
+    Stage("characters", (8,), 224, 120, 0.90),
+    Stage("answers", (3,), 168, 240, 0.85),
+    Stage("answers", (4,), 168, 240, 0.85),
+    Stage("answers", (8,), 224, 240, 0.85),
+    Stage("answers", (24,), 448, 96, 0.85),
+    Stage("answers", (24,), 672, 48, 0.90),
+    Stage("answers", (64,), 672, 48, 0.985, most_seconds=130),
+    Stage("sparsity", (8, 16, 24, 32, 48, 64), 672, 48, math.inf, peak_rate=8e-4),
 )
-FINISH = replace(STAGES[-1], batch=96, most_steps=100_000, peak_rate=5e-4, first_low=0.15)
-"""An optional further stage, `--finish-seconds`: larger batches, the smallest ratios from the start."""
+"""Batches with one question, in the last stage, have a third more pages."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step's attention selects tokens: by a share for each layer, by tau, or (neither) not at all."""
+
+    ratios: list[float] | None = None
+    tau: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Under which name the step's exact match is noted."""
+        if self.tau is not None:
+            return "right_tau" if self.tau == TARGET_TAU else "right_other_tau"
+        return "right" if self.ratios is None else "right_ratios"
 
 
 @dataclass
@@ -132,16 +151,26 @@ class Batch:
 
 @dataclass
 class Measured:
-    """One step's loss and what it was made of; `right` is the share of characters or answers that were right."""
+    """One step's loss and what it was made of; `right` is the share of characters or answers that were right.
+
+    shares: of prompt tokens kept, `[B, layers]`, if tau decided them.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
     right: Tensor
+    shares: Tensor | None = None
+
+
+@cache
+def character_table(device: torch.device) -> Tensor:
+    """The token of each character index, copied to the device once: a copy in each step would wait for the GPU."""
+    return torch.tensor([*CHARACTER_IDS, VOCABULARY[" "]], device=device)
 
 
 def question_ids(questions: Tensor) -> Tensor:
     """Tokens of `?KQ=482<eos>` for each question, one after the other: `[B, n, 6]` characters -> `[B, 8 * n]`."""
-    table = torch.tensor([*CHARACTER_IDS, VOCABULARY[" "]], device=questions.device)
+    table = character_table(questions.device)
     letters, digits = table[questions[..., :2]], table[questions[..., 3:]]
 
     def constant(token: int) -> Tensor:
@@ -151,36 +180,37 @@ def question_ids(questions: Tensor) -> Tensor:
     return torch.cat(parts, -1).flatten(1)
 
 
-def make_batch(stage: Stage, seed: int, questions: int, device: torch.device) -> Batch:
+def make_batch(stage: Stage, tile_side: int, seed: int, pages: int, questions: int, device: torch.device) -> Batch:
     """Draws a training batch; the seed fixes it (for one kind of device)."""
     generator = training_generator(seed, device)
     entries = random.Random(seed).choice(stage.entries)
-    layout = random_layout(stage.batch, entries, stage.side, generator)
+    layout = random_layout(pages, entries, stage.side, tile_side, generator)
     base_view = stage.side == PAGE_SIDE
-    grid = stage.side // PATCH
+    grid, base = stage.side // PATCH, tile_side // PATCH
     return Batch(
-        pixel_values_from_pages(draw(layout, generator), base_view),
+        pixel_values_from_pages(draw(layout, generator), tile_side, base_view),
         patch_labels(layout),
         question_ids(choose_questions(layout, min(questions, entries), generator)),
         base_view,
-        grid * (grid + 1) + base_view * 24 * 24,
+        grid * (grid + 1) + base_view * base**2,
     )
 
 
 class Learner(nn.Module):
     """The model, the character head that only training needs, and how a batch turns into a loss."""
 
-    def __init__(self, seed: int, compiled: bool) -> None:
+    def __init__(self, seed: int, compiled: bool, tile_side: int = TILE_SIDE) -> None:
         super().__init__()
-        self.model = build_model(seed)
+        self.model = build_model(seed, tile_side)
         self.character_head = nn.Linear(self.model.config.vision_config.hidden_size, 2 * (BLANK + 1))
         weight = torch.ones(BLANK + 1)
         weight[BLANK] = BLANK_WEIGHT
         self.register_buffer("character_weight", weight, persistent=False)
-        functions = (encoder_layer, attention_inputs, attention_outputs)
+        functions = (encoder_layer, attention_inputs, attention_outputs, probe_scores, row_entropy)
         if compiled:
+            torch._dynamo.config.recompile_limit = 32  # past it a function would silently run uncompiled
             functions = tuple(torch.compile(function, dynamic=True) for function in functions)
-        self.vision_layer, self.text_layer = functions[0], functions[1:]
+        self.vision_layer, self.text_layer, self.attention_functions = functions[0], functions[1:3], functions[3:]
 
     def features(self, batch: Batch) -> Tensor:
         """Vision features of all tiles, `[B, tiles, patches, 192]`."""
@@ -203,15 +233,15 @@ class Learner(nn.Module):
         visual = pack_features(self.model, features, batch.base_view)
         hidden = prompt_embeddings(self.model, visual, batch.ids[:, :-1])
         hidden = run_text_layers(self.model, hidden, attention, layer_functions=self.text_layer)[:, 1 + batch.visual :]
-        place = torch.arange(1, batch.ids.shape[1], device=hidden.device) % QUESTION_LENGTH
-        answered = place >= QUESTION_LENGTH - ANSWER_LENGTH
-        logits = next_token_logits(self.model, hidden[:, answered]).float()
-        targets = batch.ids[:, 1:][:, answered]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        right = (logits.argmax(-1) == targets).unflatten(1, (-1, ANSWER_LENGTH)).all(-1).float().mean()
+        hidden = F.pad(hidden, (0, 0, 0, 1)).unflatten(1, (-1, QUESTION_LENGTH))[:, :, ANSWER_LENGTH - 1 : -1]
+        targets = batch.ids.unflatten(1, (-1, QUESTION_LENGTH))[:, :, ANSWER_LENGTH:]
+        logits = next_token_logits(self.model, hidden).float()  # [B, questions, 4, vocabulary]
+        loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
+        right = (logits.argmax(-1) == targets).all(-1).float().mean()
         return loss, right
 
-    def forward(self, batch: Batch, kind: str, attention: TrainingAttention, entropy_weight: float) -> Measured:
+    def forward(self, batch: Batch, kind: str, attention: TrainingAttention, entropy_weights: Tensor) -> Measured:
+        """entropy_weights: of each layer's mean entropy, `[layers]`."""
         features = self.features(batch)
         characters, named = self.character_loss(features, batch)
         if kind == "characters":
@@ -219,16 +249,34 @@ class Learner(nn.Module):
         answers, right = self.answer_loss(features, batch, attention)
         loss, parts = answers + CHARACTER_LOSS_WEIGHT * characters, {"answers": answers, "characters": characters}
         if attention.with_entropy:
-            parts["entropy"] = attention.entropy()
-            loss = loss + entropy_weight * parts["entropy"]
-        return Measured(loss, parts, right)
+            entropies = torch.stack(attention.entropies)
+            parts["entropy"] = entropies.mean()
+            loss = loss + (entropy_weights * entropies).mean()
+        return Measured(loss, parts, right, torch.stack(attention.shares, 1) if attention.shares else None)
+
+
+@dataclass
+class Kept:
+    """Shares of prompt tokens that `TARGET_TAU` kept in each layer when last noted: mean, and the most in any row."""
+
+    mean: list[float] = field(default_factory=list)
+    most: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Mean over the layers."""
+        return sum(self.mean) / len(self.mean)
 
 
 class Trainer:
-    """The loop over the stages: learning rate, optimizer, entropy control, checkpoints and log."""
+    """The loop over the stages: learning rate, optimizer, entropy control, checkpoints and log.
 
-    def __init__(self, stages: tuple[Stage, ...], out: Path, checkpoint: Path, seed: int, compiled: bool) -> None:
-        self.stages, self.out, self.checkpoint, self.seed = stages, out, checkpoint, seed
+    Nothing is read back from the GPU in a step; every 25 steps `note` reads what they measured, all at once.
+    """
+
+    def __init__(self, out: Path, checkpoint: Path, seed: int, compiled: bool, seconds: float, smoke: bool) -> None:
+        self.out, self.checkpoint, self.seed, self.budget = out, checkpoint, seed, seconds
+        self.smoke_steps = 2 if smoke else None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.learner = Learner(seed, compiled).to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -236,169 +284,185 @@ class Trainer:
         )
         self.step, self.stage_index, self.stage_step, self.seconds, self.stage_start = 0, 0, 0, 0.0, 0.0
         self.entropy_weight = ENTROPY_WEIGHT
-        self.history: dict[str, deque[float]] = {}
-        self.tau_ratios: list[float] = []
+        self.kept = Kept()
+        self.layer_weights = self.weights_of_layers()
+        self.unread: dict[str, list[Tensor]] = {}
+        self.unread_shares: list[Tensor] = []
+        self.numbers: dict[str, float] = {}
+        self.logged = -math.inf
 
     @property
     def stage(self) -> Stage:
-        return self.stages[self.stage_index]
+        return STAGES[self.stage_index]
+
+    @property
+    def last_stage(self) -> bool:
+        return self.stage_index + 1 == len(STAGES)
 
     @property
     def progress(self) -> float:
-        """How much of the current stage is done at most, 1 at its end."""
-        return max(self.stage_step / self.stage.most_steps, (self.seconds - self.stage_start) / self.stage.seconds)
+        """How much of the current stage's time is over; 0 where it has no limit."""
+        if self.smoke_steps:
+            return self.stage_step / (self.smoke_steps * (6 if self.last_stage else 1))
+        limit = self.budget - self.stage_start if self.last_stage else self.stage.most_seconds
+        return min(1.0, (self.seconds - self.stage_start) / limit)
 
     def learning_rate(self) -> float:
-        """A slow decay in the curriculum; in a sparsity stage a cosine that falls to nearly nothing."""
-        peak = self.stage.peak_rate
-        if self.stage.kind == "sparsity":
-            return peak * min(1, (self.stage_step + 1) / 100) * max(0.02, math.cos(math.pi / 2 * min(1, self.progress)))
-        return peak * min(1, (self.step + 1) / 200) * max(0.3, math.cos(math.pi / 2 * min(1, self.step / 8000)))
+        """Constant in the curriculum, falling to 30% in a stage of limited time; in the last a cosine to nearly 0."""
+        peak, done = self.stage.peak_rate, self.progress
+        if self.last_stage:
+            return peak * min(1, (self.stage_step + 1) / 100) * max(0.01, math.cos(math.pi / 2 * done))
+        return peak * min(1, (self.step + 1) / 200) * (1 - 0.7 * done)
 
-    def ratios(self, chance: random.Random) -> list[float] | None:
-        """Share of prompt tokens to keep in each layer in this step; None: dense.
+    def plan(self, chance: random.Random) -> Plan:
+        """How this step selects tokens.
 
-        Half the time near what `TARGET_TAU` kept in each layer when last measured, otherwise from U(low, 1).
+        In the last stage: dense; by tau, as it will be evaluated; or by shares, half of them near what `TARGET_TAU`
+        kept when last noted, the others from U(low, 1), low falling from 0.6 to `LOWEST_RATIO` by mid-stage.
         """
-        if self.stage.kind != "sparsity" or chance.random() < DENSE_SHARE:
-            return None
-        if self.tau_ratios and chance.random() < 0.5:
-            return [round(min(1.0, ratio * math.exp(chance.uniform(-0.4, 0.6))), 2) for ratio in self.tau_ratios]
-        low = LOWEST_RATIO + (self.stage.first_low - LOWEST_RATIO) * max(0.0, 1 - 2 * self.progress)
-        layers = self.learner.model.config.text_config.num_hidden_layers
-        return [round(chance.uniform(low, 1), 1) for _ in range(layers)]
+        late = self.progress >= LATE
+        if not self.last_stage or chance.random() < (LATE_DENSE_SHARE if late else DENSE_SHARE):
+            return Plan()
+        if chance.random() < (LATE_TAU_SHARE if late else TAU_SHARE):
+            return Plan(tau=TARGET_TAU if chance.random() < 2 / 3 else chance.uniform(*OTHER_TAUS))
+        if self.kept.mean and chance.random() < 0.5:
+            return Plan([round(min(1.0, share * math.exp(chance.uniform(-0.4, 0.6))), 2) for share in self.kept.mean])
+        low = LOWEST_RATIO + (0.6 - LOWEST_RATIO) * max(0.0, 1 - 2 * self.progress)
+        return Plan([round(chance.uniform(low, 1), 1) for _ in range(len(self.layer_weights))])
 
-    def train_step(self) -> tuple[Measured, bool]:
-        """One batch; also says whether it was sparse."""
+    def limits(self, plan: Plan) -> list[float] | None:
+        """For each layer a share that no row is likely to need at `TARGET_TAU`; None where there is no telling."""
+        if plan.tau != TARGET_TAU or not self.kept.most:
+            return None
+        return [min(1.0, 1.2 * share + 0.05) for share in self.kept.most]
+
+    def train_step(self) -> None:
+        """Draws one batch and learns from it."""
         seed = self.seed + self.step
-        ratios = self.ratios(random.Random(seed))
-        batch = make_batch(self.stage, seed, 1 if ratios else 8, self.device)
-        last_stage = self.stage.kind == "sparsity"
-        attention = TrainingAttention(batch.prompt, ratios, training_generator(seed, self.device), last_stage)
+        plan = self.plan(random.Random(f"plan {seed}"))
+        dense = plan == Plan()
+        pages = 2 if self.smoke_steps else self.stage.batch if dense else self.stage.batch * 4 // 3
+        tile_side = tile_side_of(self.learner.model)
+        batch = make_batch(self.stage, tile_side, seed, pages, 8 if dense else 1, self.device)
+        attention = TrainingAttention(
+            batch.prompt,
+            training_generator(TRAINING_PROBES + seed, self.device),
+            ratios=plan.ratios,
+            tau=plan.tau,
+            limits=self.limits(plan),
+            with_entropy=self.last_stage,
+            functions=self.learner.attention_functions,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         with torch.autocast(self.device.type, torch.bfloat16):
-            measured = self.learner(batch, self.stage.kind, attention, self.entropy_weight)
+            measured = self.learner(batch, self.stage.kind, attention, self.layer_weights)
         self.optimizer.zero_grad(set_to_none=True)
         measured.loss.backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         self.stage_step += 1
-        return measured, ratios is not None
+        for name, value in {**measured.parts, plan.name: measured.right}.items():
+            self.unread.setdefault(name, []).append(value.detach())
+        if plan.tau == TARGET_TAU and measured.shares is not None:
+            self.unread_shares.append(measured.shares)
+
+    def note(self) -> None:
+        """Reads back the means of what was measured since the last note, and steers the entropy."""
+        names = list(self.unread)
+        means = [torch.stack(values).float().mean()[None] for values in self.unread.values()]
+        if self.unread_shares:
+            shares = torch.cat(self.unread_shares)
+            means += [shares.mean(0), shares.amax(0)]
+        numbers = torch.cat(means).tolist()
+        self.numbers |= dict(zip(names, numbers, strict=False))
+        if self.unread_shares:
+            layers = len(self.layer_weights)
+            self.kept = Kept(numbers[-2 * layers : -layers], numbers[-layers:])
+            self.control_entropy()
+        self.unread.clear()
+        self.unread_shares.clear()
+
+    def target_ratio(self) -> float:
+        """What `TARGET_TAU` should keep by now."""
+        return FIRST_TARGET * (TARGET_RATIO / FIRST_TARGET) ** min(1.0, self.progress / TARGET_REACHED)
 
     def control_entropy(self) -> None:
-        """Steers the entropy weight so that `TARGET_TAU` keeps `TARGET_RATIO` of the tokens late in training."""
-        if self.stage.kind != "sparsity" or self.stage_step % CONTROL_EVERY:
-            return
-        generator = training_generator(CONTROL_SEED + self.step, self.device)
-        batch = make_batch(
-            replace(self.stage, batch=min(16, self.stage.batch)), CONTROL_SEED + self.step, 1, self.device
-        )
-        attention = DecodingAttention(generator, TARGET_TAU)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-            visual = pack_features(self.learner.model, self.learner.features(batch))
-            run_text_layers(
-                self.learner.model,
-                prompt_embeddings(self.learner.model, visual, batch.ids[:, :ANSWER_LENGTH]),
-                attention,
-            )
-        self.tau_ratios = [share.mean().item() for share in attention.shares]
-        ratio = sum(self.tau_ratios) / len(self.tau_ratios)
-        self.remember("ratio", ratio)
-        if self.progress >= CONTROL_FROM:
-            move = CONTROL_GAIN * (ratio / TARGET_RATIO - 1)
-            self.entropy_weight *= math.exp(max(-CONTROL_STEP, min(CONTROL_STEP, move)))
-            self.entropy_weight = max(ENTROPY_BOUNDS[0], min(ENTROPY_BOUNDS[1], self.entropy_weight))
+        """Steers the entropy weight, slowly, so that `TARGET_TAU` keeps what it should."""
+        move = CONTROL_GAIN * math.log(self.kept.ratio / self.target_ratio())
+        self.entropy_weight *= math.exp(max(-CONTROL_STEP, min(CONTROL_STEP, move)))
+        self.entropy_weight = max(ENTROPY_BOUNDS[0], min(ENTROPY_BOUNDS[1], self.entropy_weight))
+        self.layer_weights = self.weights_of_layers()
 
-    def remember(self, name: str, value: float) -> None:
-        self.history.setdefault(name, deque(maxlen=3)).append(value)
-
-    def recent(self, name: str) -> float:
-        """Mean of the last measurements of a number, nan before the first."""
-        values = self.history.get(name, ())
-        return sum(values) / len(values) if values else math.nan
-
-    def note(self, measured: Measured, sparse: bool) -> None:
-        """Reads a step's numbers back and logs them now and then."""
-        for name, value in measured.parts.items():
-            self.remember(name, value.item())
-        self.remember("sparse" if sparse else "right", measured.right.item())
-        if self.stage_step % (4 * MEASURE_EVERY) == 0:
-            self.log()
+    def weights_of_layers(self) -> Tensor:
+        """The entropy weight of each layer: more while too much is kept, less and then none where little is kept."""
+        layers = self.learner.model.config.text_config.num_hidden_layers
+        weights = [self.entropy_weight] * layers
+        if self.kept.mean:
+            excess = max(0.1, min(MOST_EXCESS, (self.kept.ratio / self.target_ratio()) ** CONTROL_POWER))
+            floors = [max(0.0, min(1.0, (share - ENOUGH) / (PLENTY - ENOUGH))) for share in self.kept.mean]
+            weights = [self.entropy_weight * excess * floor for floor in floors]
+        return torch.tensor(weights, device=self.device)
 
     def log(self) -> None:
-        numbers = {name: round(self.recent(name), 4) for name in self.history}
-        if self.stage.kind == "sparsity":
-            numbers["weight"] = round(self.entropy_weight, 5)
-        line = {"step": self.step, "seconds": round(self.seconds), "stage": self.stage.name, **numbers}
+        line: dict[str, object] = {"step": self.step, "seconds": round(self.seconds), "stage": self.stage.name}
+        line |= {name: round(value, 4) for name, value in self.numbers.items()}
+        if self.kept.mean:
+            line |= {"kept": round(self.kept.ratio, 3), "target": round(self.target_ratio(), 3)}
+            line |= {"layers": [round(share, 2) for share in self.kept.mean], "weight": round(self.entropy_weight, 5)}
+        line["rate"] = round(self.learning_rate(), 6)
         print(" ".join(f"{key} {value}" for key, value in line.items()), flush=True)
         with (self.checkpoint.parent / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
+        self.logged = self.seconds
 
     def stage_over(self) -> bool:
-        """Whether to go on to the next stage; a stage that failed ends the run."""
-        passed = self.recent("right") >= self.stage.passed and len(self.history.get("right", ())) >= 2
-        if passed and self.stage_step >= self.stage.least_steps:
-            return True
-        if self.progress < 1:
-            return False
-        if not self.stage.may_fall_short:
-            raise SystemExit(f"stage {self.stage.name} reached {self.recent('right'):.3f}, not {self.stage.passed}")
-        return True
+        """Whether to go on to the next stage."""
+        if self.progress >= 1 or self.last_stage:
+            return self.progress >= 1
+        return self.numbers.get("right", 0.0) >= self.stage.passed and self.stage_step >= self.stage.least_steps
 
-    def run(self, seconds: float) -> bool:
-        """Trains until the last stage is over (True) or `seconds` have gone by (False)."""
-        start, before, saved = time.time(), self.seconds, time.time()
-        while True:
-            measured, sparse = self.train_step()
-            self.seconds = before + time.time() - start
-            self.control_entropy()
-            if self.stage_step % MEASURE_EVERY == 0 or self.stage_step == self.stage.most_steps:
-                self.note(measured, sparse)
-                if self.stage_over():
+    def run(self) -> None:
+        """Trains until the last stage is over, or `seconds` have gone by in an earlier one, and saves."""
+        start, saved = time.time() - self.seconds, self.seconds
+        note_every = 2 if self.smoke_steps else NOTE_EVERY
+        while self.seconds < self.budget:
+            self.train_step()
+            self.seconds = time.time() - start
+            if self.stage_step % note_every == 0:
+                self.note()
+                over = self.stage_over()
+                if over or self.seconds - self.logged > LOG_SECONDS:
                     self.log()
-                    if self.stage_index + 1 == len(self.stages):
-                        self.save()
-                        return True
+                if over and self.last_stage:
+                    break
+                if over:
                     self.stage_index, self.stage_step, self.stage_start = self.stage_index + 1, 0, self.seconds
-                    self.history.clear()
-            if time.time() - saved > 45:
+                    self.numbers.clear()
+            if self.seconds - saved > SAVE_SECONDS:
                 self.save()
-                saved = time.time()
-            if time.time() - start > seconds:
-                self.save()
-                return False
+                saved = self.seconds
+        if self.unread:
+            self.note()
+            self.log()
+        self.save()
 
     def save(self) -> None:
-        """Writes the checkpoint, a light one of weights alone in bfloat16 (`*.light.pt`), and the model folder."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        progress = {
-            name: getattr(self, name)
-            for name in ("step", "stage_index", "stage_step", "seconds", "stage_start", "entropy_weight")
-        }
-        state = {"progress": progress, "learner": self.learner.state_dict()}
-        light = {"progress": progress, "learner": {k: v.bfloat16() for k, v in state["learner"].items()}}
-        torch.save(light, self.checkpoint.with_suffix(".light.pt"))
-        temporary = self.checkpoint.with_suffix(".part")
-        torch.save(state | {"optimizer": self.optimizer.state_dict()}, temporary)
-        temporary.rename(self.checkpoint)
+        """Writes the model folder and, for resuming, the checkpoint."""
         save_folder(self.learner.model, self.out)
+        names = ("step", "stage_index", "stage_step", "seconds", "stage_start", "entropy_weight")
+        state = {"learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["progress"] = {name: getattr(self, name) for name in names}
+        partial = self.checkpoint.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
 
     def resume(self, file: Path) -> None:
-        """Goes on from a checkpoint; from a light one, or a model folder, with a fresh optimizer.
-
-        A folder has no character head and no progress: name the stage to go on with.
-        """
-        if file.is_dir():
-            shipped = LlavaNextForConditionalGeneration.from_pretrained(file, dtype=torch.float32)
-            self.learner.model.load_state_dict(shipped.state_dict())
-            self.entropy_weight = SHIPPED_ENTROPY_WEIGHT
-            return
+        """Goes on from a checkpoint."""
         state = torch.load(file, map_location=self.device, weights_only=True)
         self.learner.load_state_dict(state["learner"])
-        if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
 
@@ -424,7 +488,7 @@ def read_pages(
         prompts = [[VOCABULARY[c] for c in f"?{page.label}="] for page in pages]
         generator = torch.Generator(device).manual_seed(PROBE_SEED + start)
         attention = DecodingAttention(generator, tau, ratio)
-        pixel_values = pixel_values_from_pages(images).to(model.dtype)
+        pixel_values = pixel_values_from_pages(images, tile_side_of(model)).to(model.dtype)
         features = vision_features(model, pixel_values.flatten(0, 1)).unflatten(0, (len(pages), -1))
         hidden = prompt_embeddings(model, pack_features(model, features), torch.tensor(prompts, device=device))
         position = hidden.shape[1]
@@ -446,32 +510,24 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Model folder to write.")] = Path(__file__).parent,
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint file to write.")] = CHECKPOINT,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint or model folder to go on from.")] = None,
-    seconds: Annotated[float, typer.Option(help="Stop (and save) after so long.")] = math.inf,
-    sparsity_steps: Annotated[int, typer.Option(help="Length of the last stage.")] = STAGES[-1].most_steps,
-    finish_seconds: Annotated[float, typer.Option(help="Add the finishing stage, for so long.")] = 0.0,
-    first_stage: Annotated[int | None, typer.Option(help="Jump to this stage, for trials.")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to write, with the optimizer; log.jsonl beside it.")] = (
+        CHECKPOINT
+    ),
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for all stages; the last takes what the others leave.")] = 780,
     seed: int = 0,
     compiled: bool = torch.cuda.is_available(),
-    smoke: Annotated[bool, typer.Option(help="Every stage for two steps with two pages.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A few steps of each stage with two pages.")] = False,
 ) -> None:
     """Runs all stages and writes the model folder."""
     torch.set_float32_matmul_precision("high")
-    stages = (*STAGES[:-1], replace(STAGES[-1], most_steps=sparsity_steps))
-    if finish_seconds:
-        stages = (*stages, replace(FINISH, seconds=finish_seconds))
-    if smoke:
-        stages = tuple(replace(s, batch=2, most_steps=2, seconds=math.inf, may_fall_short=True) for s in stages)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(stages, out, checkpoint, seed, compiled)
+    trainer = Trainer(out, checkpoint, seed, compiled, math.inf if smoke else seconds, smoke)
     if resume:
         trainer.resume(resume)
-    if first_stage is not None:
-        trainer.stage_index, trainer.stage_step, trainer.stage_start = first_stage, 0, trainer.seconds
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {trainer.device}, stage {trainer.stage.name}", flush=True)
-    print("finished" if trainer.run(seconds) else "time is up; go on with --resume", flush=True)
+    trainer.run()
 
 
 @app.command()
@@ -486,7 +542,7 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
-    held_out = held_out_pages(pages)
+    held_out = held_out_pages(pages, tile_side_of(model))
     settings: list[dict[str, float]] = [{}]
     settings += [{"tau": float(tau)} for tau in taus.split(",") if tau]
     settings += [{"ratio": float(ratio)} for ratio in ratios.split(",") if ratio]
