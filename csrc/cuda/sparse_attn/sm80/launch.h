@@ -7,8 +7,14 @@
 
 namespace zipvl::cuda {
 
-// A head_dim that SparseAttnParams does not name, or a grid that does not fit, is cudaErrorInvalidValue. The packed
-// workspace is not used.
+// A scale not above 0, a head_dim that SparseAttnParams does not name, or a grid that does not fit, is
+// cudaErrorInvalidValue. The packed workspace is not used.
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream);
+
+namespace sm80 {
+// One instantiation, in a file of its own so that they compile side by side.
+template <typename ElementType, int HeadDim>
+cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream);
+}  // namespace sm80
 
 }  // namespace zipvl::cuda

@@ -1,0 +1,86 @@
+// Tiles of scattered rows into shared memory. kPeriodChunks threads bring a row, each the same chunk of every period,
+// so that a thread's places differ by constants.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/sparse_attn/params.h"
+#include "cuda/sparse_attn/sm80/traits.cuh"
+
+namespace zipvl::cuda::sm80 {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// An entry of `index` as a token of the sequence, whatever stands there.
+__device__ __forceinline__ std::uint32_t token_of(std::int32_t entry, std::uint32_t tokens) {
+  return min(static_cast<std::uint32_t>(entry), tokens - 1);
+}
+
+// Row r of the tile [kRows, kHeadDim] at shared address `tile` becomes token(r)'s of the head, and 0 from row `valid`
+// on; without kPartial every row is valid. stride: of a token, in elements.
+template <typename Traits, int kRows, bool kPartial, typename Token>
+__device__ __forceinline__ void load_rows(std::uint32_t tile, const typename Traits::Element* head, std::int64_t stride,
+                                          int valid, const Token& token) {
+  constexpr int kRowsAtOnce = Traits::kThreads / Traits::kPeriodChunks;
+  static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0, "a thread's rows share their swizzle");
+  const std::uint32_t thread = ptx::unhoisted(threadIdx.x);
+  const int first = thread / Traits::kPeriodChunks, chunk = thread % Traits::kPeriodChunks;
+  const std::uint32_t target = tile + Traits::offset(first, chunk);
+  constexpr int kOwnRows = kRows / kRowsAtOnce;
+  const char* source[kOwnRows];
+#pragma unroll
+  for (int i = 0; i < kOwnRows; ++i) {
+    const std::uint64_t element = token(first + i * kRowsAtOnce) * static_cast<std::uint64_t>(stride);
+    source[i] = reinterpret_cast<const char*>(head + element + chunk * kChunkElements);
+  }
+#pragma unroll
+  for (int i = 0; i < kOwnRows; ++i) {
+#pragma unroll
+    for (int byte = 0; byte < Traits::kRowBytes; byte += Traits::kPeriodChunks * kChunkBytes) {
+      const std::uint32_t place = target + i * kRowsAtOnce * Traits::kRowBytes + byte;
+      if constexpr (kPartial) {
+        ptx::cp_async_16(place, source[i] + byte, first + i * kRowsAtOnce < valid);
+      } else {
+        ptx::cp_async_16(place, source[i] + byte);
+      }
+    }
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ const typename Traits::Element* head_of(const void* data, const std::int64_t (&stride)[3],
+                                                                   std::int64_t batch, std::int64_t head) {
+  return static_cast<const typename Traits::Element*>(data) + batch * stride[0] + head * stride[1];
+}
+
+// Starts on the index entries of a tile of keys; those nobody sees are not read.
+template <typename Traits>
+__device__ __forceinline__ void load_index(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
+  const int thread = static_cast<int>(threadIdx.x), key = tile * Traits::kBlockN + thread;
+  if (thread < Traits::kBlockN && key < shared.seen) {
+    ptx::cp_async_4(shared_address(&shared.index[tile % 2][thread]), shared.index_row + key * params.index_stride[1]);
+  }
+}
+
+// Starts on the rows of a tile of keys whose index entries are here. kPartial: rows that nobody sees are 0.
+template <typename Traits, bool kPartial>
+__device__ __forceinline__ void load_keys(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
+  const std::int32_t* index = shared.index[tile % 2];
+  load_rows<Traits, Traits::kBlockN, kPartial>(
+      shared_address(shared.k), shared.k_head, params.k_stride[2], kPartial ? shared.seen - tile * Traits::kBlockN : 0,
+      [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
+}
+
+template <typename Traits, bool kPartial>
+__device__ __forceinline__ void load_values(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
+  const std::int32_t* index = shared.index[tile % 2];
+  load_rows<Traits, Traits::kBlockN, kPartial>(
+      shared_address(shared.v), shared.v_head, params.v_stride[2], kPartial ? shared.seen - tile * Traits::kBlockN : 0,
+      [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
+}
+
+}  // namespace zipvl::cuda::sm80

@@ -1,0 +1,121 @@
+// Online softmax over a warp's score tiles (Milakov and Gimelshein, arXiv 1805.02867), in registers. Of every 16-row
+// tile a thread holds parts of two rows, 8 apart; the four lanes of a quad share a row.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/exp2.cuh"
+#include "cuda/sparse_attn/sm80/traits.cuh"
+
+namespace zipvl::cuda::sm80 {
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFFU, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFU, x, 2);
+}
+
+template <typename Element>
+__device__ __forceinline__ std::uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ std::uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const std::uint32_t&>(pair);
+}
+template <>
+__device__ __forceinline__ std::uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const std::uint32_t&>(pair);
+}
+
+// The rows of a thread: [16-row tile][row, row + 8].
+template <int kRowTiles>
+struct RowState {
+  float max[kRowTiles][2], sum[kRowTiles][2];  // of the scores so far (unscaled), and of this thread's weights
+
+  __device__ __forceinline__ RowState() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        max[m][i] = -INFINITY;
+        sum[m][i] = 0.0F;
+      }
+    }
+  }
+};
+
+// Scores of packed keys from `first_column` on: -inf where the row does not see the key. limit: keys seen by the warp's
+// rows.
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void hide(float (&s)[kRowTiles][kColumnTiles][4], const int* limit, int first_column) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpThreads);
+  const int column = first_column + 2 * (lane % 4);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int left = limit[m * 16 + i * 8 + lane / 4] - column;
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          if (8 * j + c >= left) {
+            s[m][j][2 * i + c] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores -> weights exp2(scale_log2 * (score - max)), in place; output and sums so far follow the maximum as it moves.
+template <int kRowTiles, int kColumnTiles, int kOutputTiles>
+__device__ __forceinline__ void weigh(float (&s)[kRowTiles][kColumnTiles][4], float (&o)[kRowTiles][kOutputTiles][4],
+                                      RowState<kRowTiles>& rows, float scale_log2) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+    float rescale[2], base[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most = rows.max[m][i];
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+        most = fmaxf(most, fmaxf(s[m][j][2 * i], s[m][j][2 * i + 1]));
+      }
+      most = quad_max(most);
+      base[i] = most == -INFINITY ? 0.0F : most * scale_log2;  // nothing seen yet: every weight is 0
+      rescale[i] = ptx::exp2(fmaf(rows.max[m][i], scale_log2, -base[i]));
+      rows.max[m][i] = most;
+    }
+    // The maximum seldom moves after the first tiles: a warp in which none did skips the multiplications.
+    if (__any_sync(0xFFFFFFFFU, rescale[0] != 1.0F || rescale[1] != 1.0F)) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        rows.sum[m][i] *= rescale[i];
+#pragma unroll
+        for (int j = 0; j < kOutputTiles; ++j) {
+          o[m][j][2 * i] *= rescale[i];
+          o[m][j][2 * i + 1] *= rescale[i];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        s[m][j][c] = ptx::exp2(fmaf(s[m][j][c], scale_log2, -base[c / 2]));
+        rows.sum[m][c / 2] += s[m][j][c];
+      }
+    }
+  }
+}
+
+}  // namespace zipvl::cuda::sm80
