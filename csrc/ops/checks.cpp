@@ -201,6 +201,21 @@ void probe_index(const char* op, const Tensor& q, std::int64_t num_recent, std::
   mask(op, "token_mask", token_mask, q, q.size(0), q.size(2));
 }
 
+void select_tokens(const char* op, const Tensor& budget_score, const Tensor& rank_score, double tau,
+                   std::optional<double> ratio, std::int64_t min_tokens, const std::optional<Tensor>& keep_mask,
+                   const std::optional<Tensor>& token_mask) {
+  scores(op, budget_score, rank_score);
+  budget(op, tau, ratio, min_tokens);
+  const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
+  mask(op, "keep_mask", keep_mask, budget_score, batch, tokens);
+  mask(op, "token_mask", token_mask, budget_score, batch, tokens);
+}
+
+void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count) {
+  kv_pair(op, {"k", k}, {"v", v});
+  selection(op, k, index, count, k.size(0), k.size(2));
+}
+
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens) {
   if (!mask) {

@@ -70,6 +70,14 @@ void probe_index(const char* op, const Tensor& q, std::int64_t num_recent, std::
 AttentionSizes sparse_attn(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
                            const Tensor& count, std::optional<double> scale);
 
+// Every argument of select_tokens.
+void select_tokens(const char* op, const Tensor& budget_score, const Tensor& rank_score, double tau,
+                   std::optional<double> ratio, std::int64_t min_tokens, const std::optional<Tensor>& keep_mask,
+                   const std::optional<Tensor>& token_mask);
+
+// Every argument of pack_kv.
+void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
+
 // A bool [B, N] mask on the device of `like`; absent is fine.
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens);

@@ -9,12 +9,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
                                          std::optional<double> ratio, std::int64_t min_tokens,
                                          const std::optional<Tensor>& keep_mask,
                                          const std::optional<Tensor>& token_mask) {
-  constexpr const char* kOp = "select_tokens";
-  checks::scores(kOp, budget_score, rank_score);
-  checks::budget(kOp, tau, ratio, min_tokens);
+  checks::select_tokens("select_tokens", budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask);
   const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
-  checks::mask(kOp, "keep_mask", keep_mask, budget_score, batch, tokens);
-  checks::mask(kOp, "token_mask", token_mask, budget_score, batch, tokens);
   if (batch == 0 || tokens == 0) {
     return {aten::zeros({batch, tokens}, aten::ScalarType::Int, budget_score.device()),
             aten::zeros({batch}, aten::ScalarType::Int, budget_score.device())};

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "plan/probe_scores.h"
+#include "plan/select_tokens.h"
 #include "plan/sparse_attn.h"
 #include "plan/sparse_attn_cuda.h"
 #include "python/build_info.h"
@@ -59,6 +60,30 @@ PYBIND11_MODULE(_plan, m) {
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
       py::arg("probes"), py::arg("head_dim"), py::arg("threads") = 1);
+
+  py::enum_<SelectTeam>(m, "SelectTeam")
+      .value("BLOCK", SelectTeam::kBlock)
+      .value("CLUSTER", SelectTeam::kCluster)
+      .value("GRID", SelectTeam::kGrid)
+      .value("NONE", SelectTeam::kNone);
+  py::class_<SelectTokensPlan>(m, "SelectTokensPlan")
+      .def_readonly("team", &SelectTokensPlan::team)
+      .def_readonly("blocks_per_row", &SelectTokensPlan::blocks_per_row)
+      .def_readonly("tokens_per_block", &SelectTokensPlan::tokens_per_block)
+      .def_readonly("row_groups", &SelectTokensPlan::row_groups)
+      .def_readonly("workspace_bytes", &SelectTokensPlan::workspace_bytes)
+      .def("__str__", &SelectTokensPlan::describe);
+  m.def(
+      "plan_select_tokens",
+      [](std::int64_t batch, std::int64_t tokens, std::int64_t multiprocessors, bool clusters) {
+        if (batch < 0 || tokens < 0 || multiprocessors < 1) {
+          throw std::invalid_argument("sizes must satisfy batch, tokens >= 0, multiprocessors >= 1; got batch " +
+                                      std::to_string(batch) + ", tokens " + std::to_string(tokens) +
+                                      ", multiprocessors " + std::to_string(multiprocessors));
+        }
+        return plan_select_tokens({batch, tokens, multiprocessors, clusters});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("multiprocessors"), py::arg("clusters"));
 
   py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
       .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)

@@ -1,10 +1,53 @@
+#include <torch/csrc/stable/accelerator.h>
+
+#include "aten/call.h"
+#include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
-#include "ops/ops.h"
+#include "cuda/pack_kv/pack_kv.h"
+#include "ops/checks.h"
 
 namespace zipvl::cuda {
+namespace {
+
+// Of the first three dimensions. One of size 1 has any stride, which must not spoil the alignment of the others.
+void set_strides(std::int64_t (&strides)[3], const Tensor& x) {
+  for (std::int64_t d = 0; d < 3; ++d) {
+    strides[d] = x.size(d) > 1 ? x.stride(d) : 0;
+  }
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> pack_kv(const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count) {
-  return ops::pack_kv(k, v, index, count);
+  constexpr const char* kOp = "pack_kv";
+  checks::pack_kv(kOp, k, v, index, count);
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const aten::Sizes sizes{k.size(0), k.size(1), k.size(2), k.size(3)};
+  const Tensor k_packed = aten::empty(sizes, k.scalar_type(), k.device());
+  const Tensor v_packed = aten::empty(sizes, v.scalar_type(), v.device());
+  PackKvParams params{};
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.k_packed = k_packed.mutable_data_ptr();
+  params.v_packed = v_packed.mutable_data_ptr();
+  params.index = index.const_data_ptr<std::int32_t>();
+  params.count = count.const_data_ptr<std::int32_t>();
+  set_strides(params.k_stride, k);
+  set_strides(params.v_stride, v);
+  set_strides(params.k_packed_stride, k_packed);
+  set_strides(params.v_packed_stride, v_packed);
+  params.index_stride[0] = index.stride(0);
+  params.index_stride[1] = index.stride(1);
+  params.count_stride = count.stride(0);
+  params.batch = k.size(0);
+  params.heads = k.size(1);
+  params.tokens = params.capacity = k.size(2);
+  params.head_dim = k.size(3);
+  params.element_bytes = k.scalar_type() == aten::ScalarType::Float ? 4 : 2;
+  params.tail = 1;
+  params.multiprocessors = multiprocessors(k.get_device_index());
+  check_launch(kOp, launch_pack_kv(params, stream_of(k)));
+  return {k_packed, v_packed};
 }
 
 }  // namespace zipvl::cuda

@@ -1,13 +1,76 @@
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+
+#include "aten/call.h"
+#include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
+#include "cuda/select_tokens/select_tokens.h"
+#include "ops/checks.h"
 #include "ops/ops.h"
+#include "plan/select_tokens.h"
 
 namespace zipvl::cuda {
+namespace {
+
+template <typename T>
+const T* matrix(const Tensor& x, std::int64_t (&strides)[2]) {
+  strides[0] = x.stride(0);
+  strides[1] = x.stride(1);
+  return x.const_data_ptr<T>();
+}
+
+cudaError_t launch(const SelectTokensParams& params, [[maybe_unused]] plan::SelectTeam team, cudaStream_t stream) {
+#ifdef ZIPVL_HAS_SM90
+  if (team == plan::SelectTeam::kCluster) {
+    return launch_select_tokens_cluster(params, stream);
+  }
+#endif
+  return launch_select_tokens(params, stream);
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tensor& rank_score, double tau,
                                          std::optional<double> ratio, std::int64_t min_tokens,
                                          const std::optional<Tensor>& keep_mask,
                                          const std::optional<Tensor>& token_mask) {
-  return ops::select_tokens(budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask);
+  constexpr const char* kOp = "select_tokens";
+  checks::select_tokens(kOp, budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask);
+  const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
+  const std::int32_t device = budget_score.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const plan::SelectTokensPlan plan =
+      plan::plan_select_tokens({batch, tokens, multiprocessors(device), kernel_family(device) == KernelFamily::kSm90});
+  if (batch == 0 || tokens == 0 || plan.team == plan::SelectTeam::kNone) {
+    return ops::select_tokens(budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask);
+  }
+  const Tensor index = aten::empty({batch, tokens}, aten::ScalarType::Int, budget_score.device());
+  const Tensor count = aten::empty({batch}, aten::ScalarType::Int, budget_score.device());
+  std::optional<Tensor> workspace;
+
+  SelectTokensParams params{};
+  params.budget_score = matrix<float>(budget_score, params.budget_stride);
+  params.rank_score = matrix<float>(rank_score, params.rank_stride);
+  params.keep_mask = keep_mask ? matrix<bool>(*keep_mask, params.keep_stride) : nullptr;
+  params.token_mask = token_mask ? matrix<bool>(*token_mask, params.mask_stride) : nullptr;
+  params.index = index.mutable_data_ptr<std::int32_t>();
+  params.count = count.mutable_data_ptr<std::int32_t>();
+  params.batch = batch;
+  params.tokens = static_cast<int>(tokens);
+  params.min_tokens = static_cast<int>(std::min(min_tokens, tokens));
+  params.tau = tau;
+  params.ratio = ratio.value_or(0.0);
+  params.blocks_per_row = static_cast<int>(plan.blocks_per_row);
+  params.tokens_per_block = static_cast<int>(plan.tokens_per_block);
+  params.row_groups = static_cast<int>(plan.row_groups);
+  if (plan.workspace_bytes > 0) {
+    workspace = aten::empty({plan.workspace_bytes}, aten::ScalarType::Byte, budget_score.device());
+    params.workspace = workspace->mutable_data_ptr();
+    params.row_workspace_bytes = plan.row_workspace_bytes;
+  }
+  check_launch(kOp, launch(params, plan.team, stream_of(budget_score)));
+  return {index, count};
 }
 
 }  // namespace zipvl::cuda

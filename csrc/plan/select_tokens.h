@@ -1,0 +1,44 @@
+// How select_tokens runs on CUDA: how many blocks share a row, and where they meet.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace zipvl::plan {
+
+// What the kernels and the plan must agree on.
+constexpr std::int64_t kSelectThreads = 1024;    // a block, and what tokens_per_block is a multiple of
+constexpr std::int64_t kSelectLevels = 6;        // histograms a row: three of mass, three of rank
+constexpr std::int64_t kSelectBins = 2048;       // of a histogram
+constexpr std::int64_t kSelectGathers = 3;       // sums over blocks a row, beside the histograms
+constexpr std::int64_t kSelectRecordBytes = 32;  // of a block's part of such a sum
+constexpr std::int64_t kSelectMeetingBytes = 128;
+
+// The blocks that share a row, and what they meet in.
+enum class SelectTeam {
+  kBlock,    // one block
+  kCluster,  // a thread-block cluster, in each other's shared memory: sm_90
+  kGrid,     // a cooperative launch, in device memory
+  kNone,     // the device is too small for the row: ATen
+};
+
+struct SelectTokensProblem {
+  std::int64_t batch, tokens;
+  std::int64_t multiprocessors;
+  bool clusters;  // the device has them
+};
+
+struct SelectTokensPlan {
+  SelectTeam team;
+  std::int64_t blocks_per_row;
+  std::int64_t tokens_per_block;
+  std::int64_t row_groups;           // rows worked on at once
+  std::int64_t row_workspace_bytes;  // of a row: the meeting point, histograms and records of kGrid
+  std::int64_t workspace_bytes;
+
+  std::string describe() const;
+};
+
+SelectTokensPlan plan_select_tokens(const SelectTokensProblem& problem);
+
+}  // namespace zipvl::plan
