@@ -171,6 +171,16 @@ void probes(const char* op, const Tensor& q, const Tensor& probe_index) {
   }
 }
 
+AttentionSizes probe_scores(const char* op, const Tensor& q, const Tensor& k, const Tensor& probe_index,
+                            std::optional<double> scale_argument, const std::optional<Tensor>& token_mask) {
+  const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, std::nullopt);
+  query_tokens(op, q, sizes.tokens);
+  probes(op, q, probe_index);
+  scale(op, scale_argument);
+  mask(op, "token_mask", token_mask, q, sizes.batch, sizes.tokens);
+  return sizes;
+}
+
 void lengths(const char* op, const Tensor& q, const Tensor& lengths) {
   const Named argument{"lengths", lengths};
   dtype(op, argument, ScalarType::Int);

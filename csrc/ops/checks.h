@@ -62,6 +62,10 @@ void scores(const char* op, const Tensor& budget_score, const Tensor& rank_score
 // The arguments that say how many tokens are kept.
 void budget(const char* op, double tau, std::optional<double> ratio, std::int64_t min_tokens);
 
+// Every argument of probe_scores.
+AttentionSizes probe_scores(const char* op, const Tensor& q, const Tensor& k, const Tensor& probe_index,
+                            std::optional<double> scale, const std::optional<Tensor>& token_mask);
+
 // Every argument of probe_index.
 void probe_index(const char* op, const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
                  const std::optional<Tensor>& token_mask);

@@ -9,12 +9,7 @@ namespace zipvl::ops {
 std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index,
                                         std::optional<double> scale, bool causal,
                                         const std::optional<Tensor>& token_mask) {
-  constexpr const char* kOp = "probe_scores";
-  const auto sizes = checks::attention_inputs(kOp, q, {"k", k}, std::nullopt);
-  checks::query_tokens(kOp, q, sizes.tokens);
-  checks::probes(kOp, q, probe_index);
-  checks::scale(kOp, scale);
-  checks::mask(kOp, "token_mask", token_mask, q, sizes.batch, sizes.tokens);
+  const auto sizes = checks::probe_scores("probe_scores", q, k, probe_index, scale, token_mask);
   if (sizes.batch == 0 || sizes.tokens == 0) {
     const aten::Sizes shape{sizes.batch, sizes.tokens};
     return {aten::zeros(shape, aten::ScalarType::Float, q.device()),

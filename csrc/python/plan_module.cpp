@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "plan/probe_scores.h"
+#include "plan/probe_scores_cuda.h"
 #include "plan/select_tokens.h"
 #include "plan/sparse_attn.h"
 #include "plan/sparse_attn_cuda.h"
@@ -84,6 +85,32 @@ PYBIND11_MODULE(_plan, m) {
         return plan_select_tokens({batch, tokens, multiprocessors, clusters});
       },
       py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("multiprocessors"), py::arg("clusters"));
+
+  py::class_<ProbeScoresCudaPlan>(m, "ProbeScoresCudaPlan")
+      .def_readonly("rows", &ProbeScoresCudaPlan::rows)
+      .def_readonly("rows_padded", &ProbeScoresCudaPlan::rows_padded)
+      .def_readonly("chunk_keys", &ProbeScoresCudaPlan::chunk_keys)
+      .def_readonly("splits", &ProbeScoresCudaPlan::splits)
+      .def_readonly("row_splits", &ProbeScoresCudaPlan::row_splits)
+      .def_readonly("first_items", &ProbeScoresCudaPlan::first_items)
+      .def_readonly("second_items", &ProbeScoresCudaPlan::second_items)
+      .def_property_readonly("workspace_bytes", [](const ProbeScoresCudaPlan& plan) { return plan.workspace.bytes; })
+      .def_readonly("flops", &ProbeScoresCudaPlan::flops)
+      .def_readonly("exponentials", &ProbeScoresCudaPlan::exponentials)
+      .def("__str__", &ProbeScoresCudaPlan::describe);
+  m.def(
+      "plan_probe_scores_cuda",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
+         std::int64_t head_dim, bool masked) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim, /*threads=*/1);
+        if (tokens < 1 || probes < 1) {
+          throw std::invalid_argument("tokens and probes must be at least 1, got " + std::to_string(tokens) + " and " +
+                                      std::to_string(probes));
+        }
+        return plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
+      py::arg("probes"), py::arg("head_dim"), py::arg("masked") = false);
 
   py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
       .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)

@@ -1,0 +1,74 @@
+#include "plan/probe_scores_cuda.h"
+
+#include <algorithm>
+#include <sstream>
+
+namespace zipvl::plan {
+namespace {
+
+// The splits of one batch row fill a chip of this many multiprocessors (H100, H200: 132).
+constexpr std::int64_t kMultiprocessors = 132;
+// Items a multiprocessor should get in the first pass: the causal limit makes some of them short.
+constexpr std::int64_t kFirstItemsEach = 4;
+// Longer chunks would save nothing more: a block loads 256 rows once for 16 tiles of keys.
+constexpr std::int64_t kMostChunkTiles = 16;
+// Shorter ones would load as many rows as keys.
+constexpr std::int64_t kLeastChunkTiles = 2;
+constexpr std::int64_t kAlignment = 256;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem) {
+  ProbeScoresCudaPlan plan{};
+  const std::int64_t heads = problem.batch * problem.kv_heads;
+  plan.rows = problem.query_heads / problem.kv_heads * problem.probes;
+  plan.rows_padded = ceil_div(plan.rows, kProbeRowAlignment) * kProbeRowAlignment;
+  const std::int64_t key_tiles = ceil_div(problem.tokens, kProbeTileKeys);
+  plan.words = key_tiles * kProbeTileKeys / 32;
+
+  const std::int64_t row_blocks = ceil_div(plan.rows, kProbeBlockRows);
+  const std::int64_t chunk_tiles =
+      std::clamp(problem.kv_heads * row_blocks * key_tiles / (kMultiprocessors * kFirstItemsEach), kLeastChunkTiles,
+                 kMostChunkTiles);
+  plan.chunk_keys = chunk_tiles * kProbeTileKeys;
+  plan.splits = ceil_div(key_tiles, chunk_tiles);
+  plan.first_items = heads * row_blocks * plan.splits;
+
+  const std::int64_t key_blocks = ceil_div(problem.tokens, kProbeBlockRows);
+  plan.row_splits = std::clamp<std::int64_t>(kMultiprocessors / (problem.kv_heads * key_blocks), 1,
+                                             plan.rows_padded / kProbeRowAlignment);
+  plan.second_items = heads * key_blocks * plan.row_splits;
+
+  std::int64_t end = 0;
+  const auto take = [&end](std::int64_t bytes) {
+    const std::int64_t begin = end;
+    end += ceil_div(bytes, kAlignment) * kAlignment;
+    return begin;
+  };
+  ProbeScoresWorkspace& space = plan.workspace;
+  space.probe_rows = take(heads * plan.rows * problem.head_dim * 2);
+  space.row_limit = take(problem.batch * plan.rows_padded * 4);
+  space.unit_range = take(problem.batch * (plan.rows_padded / kProbeUnitRows) * 8);
+  space.mask_words = take(problem.masked ? problem.batch * plan.words * 4 : 0);
+  space.partial = take(heads * plan.splits * plan.rows_padded * 8);
+  space.row_lse = take(heads * plan.rows_padded * 4);
+  space.sums = take(heads * plan.row_splits * problem.tokens * 4);
+  space.bytes = end;
+
+  plan.exponentials =
+      2.0 * static_cast<double>(heads) * static_cast<double>(plan.rows) * static_cast<double>(problem.tokens);
+  plan.flops = 2.0 * plan.exponentials * static_cast<double>(problem.head_dim);
+  return plan;
+}
+
+std::string ProbeScoresCudaPlan::describe() const {
+  std::ostringstream text;
+  text << "probe_scores on CUDA: " << rows << " rows a key/value head; first pass " << first_items << " items of "
+       << chunk_keys << " keys, second " << second_items << " items of " << row_splits << " row splits; "
+       << workspace.bytes << " bytes of workspace, " << flops << " FLOPs, " << exponentials << " exponentials";
+  return text.str();
+}
+
+}  // namespace zipvl::plan
