@@ -24,6 +24,15 @@ __device__ __forceinline__ void tma_load_4d(void* target, const CUtensorMap* map
       : "memory");
 }
 
+// `bytes` (a multiple of 16) from global to shared memory, both aligned to 16 bytes; they complete on `barrier`.
+__device__ __forceinline__ void bulk_load(void* target, const void* source, std::uint32_t bytes,
+                                          std::uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 // `bytes` (a multiple of 16) from shared to global memory, both aligned to 16 bytes.
 __device__ __forceinline__ void bulk_store(void* target, const void* source, std::uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(shared_address(source)),
