@@ -37,6 +37,7 @@ __device__ __forceinline__ KeyRange begin_block(const SparseAttnParams& params, 
     shared.v_head = head_of<Traits>(params.v, params.v_stride, batch, kv_head);
     shared.index_row = selection.index;
     shared.seen = range.last;
+    shared.whole_tiles = range.first / Traits::kBlockN;
     shared.queries = queries - begin;
   }
   __syncthreads();
@@ -65,7 +66,7 @@ struct Accumulators {
 // One tile of keys. On entry its K and its index entries are on their way; on exit those of the tile before it.
 template <typename Traits>
 __device__ __forceinline__ void attend_tile(const SparseAttnParams& params, SharedStorage<Traits>& shared,
-                                            Accumulators<Traits>& acc, int tile, bool masked) {
+                                            Accumulators<Traits>& acc, int tile) {
   constexpr float kLog2E = 1.4426950408889634F;
   ptx::cp_async_wait<0>();
   __syncthreads();  // K is here, and no warp needs the last V
@@ -82,7 +83,7 @@ __device__ __forceinline__ void attend_tile(const SparseAttnParams& params, Shar
     load_keys<Traits, false>(params, shared, tile - 1);
   }
   ptx::cp_async_commit();
-  if (masked) {
+  if (tile >= shared.whole_tiles) {
     hide(s, shared.limit + threadIdx.x / kWarpThreads * 16 * Traits::kRowTiles, tile * Traits::kBlockN);
   }
   weigh(s, acc.o, acc.rows, params.scale * kLog2E);
@@ -95,10 +96,9 @@ __device__ __forceinline__ void attend_block(const SparseAttnParams& params, con
   const KeyRange range = begin_block<Traits>(params, selection, block, shared);
   Accumulators<Traits> acc{};
   int tile = (range.last + Traits::kBlockN - 1) / Traits::kBlockN - 1;
-  const int whole = range.first / Traits::kBlockN;  // tiles that every row sees whole
 #pragma unroll 1
   for (; tile >= 0; --tile) {
-    attend_tile<Traits>(params, shared, acc, tile, tile >= whole);
+    attend_tile<Traits>(params, shared, acc, tile);
   }
   store_rows<Traits>(acc.o, acc.rows, shared,
                      static_cast<typename Traits::Element*>(params.out) +

@@ -31,11 +31,11 @@ __device__ __forceinline__ void load_rows(std::uint32_t tile, const typename Tra
   const int first = thread / Traits::kPeriodChunks, chunk = thread % Traits::kPeriodChunks;
   const std::uint32_t target = tile + Traits::offset(first, chunk);
   constexpr int kOwnRows = kRows / kRowsAtOnce;
+  const char* own_chunk = reinterpret_cast<const char*>(head) + chunk * kChunkBytes;
   const char* source[kOwnRows];
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
-    const std::uint64_t element = token(first + i * kRowsAtOnce) * static_cast<std::uint64_t>(stride);
-    source[i] = reinterpret_cast<const char*>(head + element + chunk * kChunkElements);
+    source[i] = own_chunk + 2 * (token(first + i * kRowsAtOnce) * static_cast<std::uint64_t>(stride));
   }
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_rows(std::uint32_t tile, const typename Tra
     for (int byte = 0; byte < Traits::kRowBytes; byte += Traits::kPeriodChunks * kChunkBytes) {
       const std::uint32_t place = target + i * kRowsAtOnce * Traits::kRowBytes + byte;
       if constexpr (kPartial) {
-        ptx::cp_async_16(place, source[i] + byte, first + i * kRowsAtOnce < valid);
+        ptx::cp_async_16(place, source[i] + byte, i * kRowsAtOnce < valid - first);
       } else {
         ptx::cp_async_16(place, source[i] + byte);
       }

@@ -52,6 +52,7 @@ struct SharedStorage {
   std::uint32_t query_token[Traits::kBlockM];
   int limit[Traits::kBlockM];  // packed keys that a query row sees
   int seen;                    // the most of them
+  int whole_tiles;             // that every query row sees whole
   int queries;                 // query rows that exist, at least 1
 };
 
