@@ -10,8 +10,8 @@ namespace {
 constexpr std::int64_t kMostBlockTokens = 4 * kSelectThreads;
 constexpr std::int64_t kClusterBlocks = 8;  // the most that every sm_90 device takes
 constexpr std::int64_t kMostClusterTokens = kClusterBlocks * 16 * kSelectThreads;
-// 72 + 17 KB fit the 99 KB a block may have on sm_86 and sm_89, the least of sm_80 and later.
-constexpr std::int64_t kMostGridBlockTokens = 9 * kSelectThreads;
+// 80 + 18 KB fit the 99 KB a block may have on sm_86 and sm_89, the least of sm_80 and later.
+constexpr std::int64_t kMostGridBlockTokens = 10 * kSelectThreads;
 constexpr std::int64_t kGridBlockTokens = 8 * kSelectThreads;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -246,7 +246,8 @@ __device__ Cut descend(Team& team, int first_level, const Part& part, Shared& sh
       // Ties are common and would all meet in one address: a warp of one bin adds once.
       const int bin = static_cast<int>(key >> shift) & mask;
       const int leader = __ffs(static_cast<int>(adding)) - 1;
-      if (__all_sync(kAllLanes, weight == 0 || bin == __shfl_sync(kAllLanes, bin, leader))) {
+      const int leading_bin = __shfl_sync(kAllLanes, bin, leader);
+      if (__all_sync(kAllLanes, weight == 0 || bin == leading_bin)) {
         const std::int64_t sum = warp_sum(weight);
         if (static_cast<int>(threadIdx.x % 32) == leader) {
           shared.bins.add(bin, sum);
