@@ -250,17 +250,18 @@ def test_sixty_four_batch_rows() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("D", [64, 128])
 def test_garbage_positions_never_leave_the_tensors(D: int, mode: dict[str, bool]) -> None:
-    """What comes out is unspecified; what is read and written must be the tensors' own, which an illegal address or a
-    changed neighbour would show."""
+    """What comes out is unspecified; an access outside the tensors is an error here, or under compute-sanitizer."""
     N = 500
     q, k, v = make_qkv(2, 4, 2, N, D)
-    before, index, after = (torch.zeros(2, N, dtype=torch.int32, device="cuda") for _ in range(3))
+    inputs = [x.clone() for x in (q, k, v)]
+    index = torch.empty(2, N, dtype=torch.int32, device="cuda")
     index[0] = torch.randint(-(2**31), 2**31 - 1, (N,), device="cuda").int()
     index[1] = torch.randint(-10, N + 10, (N,), device="cuda").int()
     for count in ([N, N], [2**31 - 1, 300], [1, 2]):
-        ops.sparse_attn(q, k, v, index, torch.tensor(count, dtype=torch.int32).cuda(), **mode)
-    torch.cuda.synchronize()
-    assert not bool(before.any()) and not bool(after.any())
+        out = ops.sparse_attn(q, k, v, index, torch.tensor(count, dtype=torch.int32).cuda(), **mode)
+        torch.cuda.synchronize()
+        assert out.shape == q.shape
+    assert all(torch.equal(x, before) for x, before in zip((q, k, v), inputs, strict=True))
 
 
 @pytest.mark.parametrize(("count", "means"), [(-1, 0), (-(2**31), 0), (301, 300), (2**31 - 1, 300)])
