@@ -138,17 +138,14 @@ __device__ inline Totals load(const SelectTokensParams& params, std::int64_t b, 
   const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];
   Totals totals;
   part.each([&](int i) {
-    const std::int64_t n = part.first + i;
-    float budget = 0, rank = 0;
-    bool real = false, kept = false;
-    if (n < params.tokens) {  // loads that do not wait for the mask
-      budget = budget_score[n * params.budget_stride[1]];
-      rank = rank_score[n * params.rank_stride[1]];
-      real = token_mask == nullptr || token_mask[n * params.mask_stride[1]];
-      kept = real && keep_mask != nullptr && keep_mask[n * params.keep_stride[1]];
-    }
-    budget = real ? budget : 0.0F;
-    rank = real ? rank : 0.0F;
+    // Every load is of memory that is there, and waits for no other: a few tokens a lane are in flight at once.
+    const bool inside = part.first + i < params.tokens;
+    const std::int64_t n = inside ? part.first + i : params.tokens - 1;
+    const float budget_given = budget_score[n * params.budget_stride[1]];
+    const float rank_given = rank_score[n * params.rank_stride[1]];
+    const bool real = (token_mask == nullptr || token_mask[n * params.mask_stride[1]]) && inside;
+    const bool kept = (keep_mask != nullptr && keep_mask[n * params.keep_stride[1]]) && real;
+    const float budget = real ? budget_given : 0.0F, rank = real ? rank_given : 0.0F;
     totals.budget += budget;
     totals.rank += rank;
     totals.largest = max(totals.largest, __float_as_uint(budget) & 0x7FFFFFFFU);
