@@ -16,29 +16,28 @@ template <typename Traits>
 __device__ __forceinline__ void load_keys_values(const AttnParams& params, const CUtensorMap* k_map,
                                                  const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
   constexpr int kBlockN = Traits::kBlockN;
-  RingPlace<Traits::kStages> k_place, v_place;
+  StageParity k_parity, v_parity;
   const auto load = [&](const CUtensorMap* map, typename Traits::Element* target, std::uint64_t* full,
-                        std::uint64_t* empty, RingPlace<Traits::kStages>& place, const Tile& tile, int block) {
-    ptx::mbarrier_wait(&empty[place.stage], place.parity ^ 1);
-    ptx::mbarrier_arrive_expect(&full[place.stage], Traits::kKeyBytes);
+                        std::uint64_t* empty, StageParity& parity, int stage, const Tile& tile, int block) {
+    ptx::mbarrier_wait(&empty[stage], parity.of(stage) ^ 1);
+    ptx::mbarrier_arrive_expect(&full[stage], Traits::kKeyBytes);
 #pragma unroll
     for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-      ptx::tma_load_4d(target + place.stage * Traits::kKeyElements + slab * kBlockN * kSlabColumns, map,
-                       &full[place.stage], slab * kSlabColumns, block * kBlockN, tile.head / params.group, tile.batch);
+      ptx::tma_load_4d(target + stage * Traits::kKeyElements + slab * kBlockN * kSlabColumns, map, &full[stage],
+                       slab * kSlabColumns, block * kBlockN, tile.head / params.group, tile.batch);
     }
-    place.advance();
+    parity.flip(stage);
   };
   for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
     const Tile tile = walk.tile();
     const int blocks = (keys_seen<Traits::kBlockM>(params, tile, 0).last + kBlockN - 1) / kBlockN;
-    for (int block = blocks - 1; block >= 0; --block) {
-      load(k_map, shared.k[0], shared.k_full, shared.k_empty, k_place, tile, block);
-      if (block < blocks - 1) {
-        load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_place, tile, block + 1);
+    for (int i = 0; i <= blocks && blocks > 0; ++i) {
+      if (i < blocks) {
+        load(k_map, shared.k[0], shared.k_full, shared.k_empty, k_parity, i % 2, tile, blocks - 1 - i);
       }
-    }
-    if (blocks > 0) {
-      load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_place, tile, 0);
+      if (i > 0) {
+        load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_parity, (i - 1) % 2, tile, blocks - i);
+      }
     }
   }
 }

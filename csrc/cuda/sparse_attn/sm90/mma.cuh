@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -19,6 +20,12 @@ class Consumer {
   static constexpr int kScores = kBlockN / 2;            // a thread's of a score tile
   static constexpr int kOutputs = Traits::kHeadDim / 2;  // a thread's of the output tile
   static constexpr int kStepsPerSlab = kSlabColumns / 16;
+  static constexpr int kFragments = Traits::kHeadDim / 16;  // steps of 16 along the head dimension
+
+  struct Queries {
+    std::uint32_t fragment[kFragments][4];  // kQueriesInRegisters
+    std::uint64_t descriptor;               // otherwise
+  };
 
  public:
   __device__ __forceinline__ Consumer(SharedStorage<Traits>& shared, float scale_log2, int warpgroup)
@@ -35,40 +42,47 @@ class Consumer {
       o[i] = 0.0F;
     }
     ptx::mbarrier_wait(&shared_.q_full[q_.stage], q_.parity);
-    ptx::fence_async_shared();  // the queries came by cp.async, which the tensor cores' reads are not ordered with
-    const std::uint64_t query = ptx::wgmma_descriptor(shared_.q[q_.stage] + warpgroup_ * 64 * kSlabColumns);
+    Queries query;
+    if constexpr (Traits::kQueriesInRegisters) {
+      load_fragments(query.fragment);
+      release_queries();
+    } else {
+      ptx::fence_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
+      query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.stage] + warpgroup_ * 64 * kSlabColumns);
+    }
     int block = blocks - 1;
-    ptx::mbarrier_wait(&shared_.k_full[k_.stage], k_.parity);
+    ptx::mbarrier_wait(&shared_.k_full[0], k_parity_.of(0));
     ptx::wgmma_fence();
-    issue_scores(s, query);
+    issue_scores<0>(s, query);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_registers(s);
-    release(shared_.k_empty, k_);
+    release(shared_.k_empty, 0, k_parity_);
+    const bool arrived = next_arrived<0>(block);
     weigh<true>(s, rows, rescale, scale_log2_, block * kBlockN);
     to_fragments<Element>(s, p);
-    await_keys(block);
-    for (--block; block >= 0 && (block + 1) * kBlockN > clear; --block) {
-      step<true>(s, p, o, rows, query, block);
+    await_next<0>(block, arrived);
+    --block;
+    for (; block >= 1 && (block + 1) * kBlockN > clear; block -= 2) {
+      step<true, 1>(s, p, o, rows, query, block);
+      step<true, 0>(s, p, o, rows, query, block - 1);
     }
-    for (; block >= 0; --block) {
-      step<false>(s, p, o, rows, query, block);
+    for (; block >= 1; block -= 2) {
+      step<false, 1>(s, p, o, rows, query, block);
+      step<false, 0>(s, p, o, rows, query, block - 1);
     }
-    release(shared_.q_empty, q_);
-    ptx::mbarrier_wait(&shared_.v_full[v_.stage], v_.parity);
-    ptx::wgmma_fence_registers(o);
-    ptx::wgmma_fence();
-    issue_output(o, p);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_registers(o);
-    release(shared_.v_empty, v_);
+    if (block == 0) {
+      step<true, 1>(s, p, o, rows, query, block);
+      finish<1>(o, p);
+    } else {
+      finish<0>(o, p);
+    }
   }
 
   // The queries of a tile without keys were loaded all the same.
   __device__ __forceinline__ void skip() {
     ptx::mbarrier_wait(&shared_.q_full[q_.stage], q_.parity);
-    release(shared_.q_empty, q_);
+    release_queries();
   }
 
   // Before the first tile: the first warpgroup's turn.
@@ -79,68 +93,132 @@ class Consumer {
   }
 
  private:
-  // Scores of `block` and, meanwhile, the output of the block before it.
-  template <bool kMasked>
+  // Scores of `block`, whose keys stand in stage kStage, and meanwhile the output of the block before it, whose values
+  // stand in the other one.
+  template <bool kMasked, int kStage>
   __device__ __forceinline__ void step(float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4], float (&o)[kOutputs],
-                                       RowState& rows, std::uint64_t query, int block) {
+                                       RowState& rows, const Queries& query, int block) {
     float rescale[2];
     ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
     ptx::wgmma_fence_registers(s);
     ptx::wgmma_fence_registers(o);
     ptx::wgmma_fence();
-    issue_scores(s, query);
+    issue_scores<kStage>(s, query);
     ptx::wgmma_commit();
-    ptx::mbarrier_wait(&shared_.v_full[v_.stage], v_.parity);
     ptx::wgmma_fence();
-    issue_output(o, p);
+    issue_output<kStage ^ 1>(o, p);
     ptx::wgmma_commit();
     pass_turn();
     ptx::wgmma_wait<1>();
     ptx::wgmma_fence_registers(s);
-    release(shared_.k_empty, k_);
+    release(shared_.k_empty, kStage, k_parity_);
+    const bool arrived = next_arrived<kStage>(block);
     weigh<kMasked>(s, rows, rescale, scale_log2_, block * kBlockN);
     // The exponentials belong here, under the product of the weights before. Left in one basic block with the wait
-    // below, the compiler sinks them behind it; waiting for the next keys first ends the block.
+    // below, the compiler sinks them behind it; waiting for what comes next ends the block.
     ptx::wgmma_fence_registers(s);
-    await_keys(block);
+    await_next<kStage>(block, arrived);
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_registers(o);
-    release(shared_.v_empty, v_);
+    release(shared_.v_empty, kStage ^ 1, v_parity_);
     rescale_output(o, rescale);
     to_fragments<Element>(s, p);
   }
 
-  // Waits for the keys before `block`, if there are any.
-  __device__ __forceinline__ void await_keys(int block) const {
-    if (block > 0) {
-      ptx::mbarrier_wait(&shared_.k_full[k_.stage], k_.parity);
+  // The output of the last block, whose values stand in stage kStage.
+  template <int kStage>
+  __device__ __forceinline__ void finish(float (&o)[kOutputs], const std::uint32_t (&p)[kScores / 8][4]) {
+    if constexpr (!Traits::kQueriesInRegisters) {
+      release_queries();
+    }
+    ptx::wgmma_fence_registers(o);
+    ptx::wgmma_fence();
+    issue_output<kStage>(o, p);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_fence_registers(o);
+    release(shared_.v_empty, kStage, v_parity_);
+  }
+
+  // What the next products read, `block` standing in stage kStage: its values, and the keys of the block after it, if
+  // there is one. Asked before the exponentials and waited for after them, so that the answer costs no time.
+  template <int kStage>
+  __device__ __forceinline__ bool next_arrived(int block) const {
+    const bool values = ptx::mbarrier_test(&shared_.v_full[kStage], v_parity_.of(kStage));
+    const bool keys = ptx::mbarrier_test(&shared_.k_full[kStage ^ 1], k_parity_.of(kStage ^ 1));
+    return values && (keys || block == 0);
+  }
+
+  template <int kStage>
+  __device__ __forceinline__ void await_next(int block, bool arrived) const {
+    if (!arrived) {
+      if (block > 0) {
+        ptx::mbarrier_wait(&shared_.k_full[kStage ^ 1], k_parity_.of(kStage ^ 1));
+      }
+      ptx::mbarrier_wait(&shared_.v_full[kStage], v_parity_.of(kStage));
     }
   }
 
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], std::uint64_t query) const {
-    const std::uint64_t key = ptx::wgmma_descriptor(shared_.k[k_.stage]);
+  template <int kStage>
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Queries& query) const {
+    const std::uint64_t key = operand(ptx::wgmma_descriptor(shared_.k[kStage]));
 #pragma unroll
-    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+    for (int k = 0; k < kFragments; ++k) {
       const int slab = k / kStepsPerSlab, in_slab = (k % kStepsPerSlab) * 32;
-      ptx::Wgmma<Element, kBlockN, false>::ss(s, ptx::wgmma_advance(query, slab * Traits::kBlockM * 128 + in_slab),
-                                              ptx::wgmma_advance(key, slab * kBlockN * 128 + in_slab), k > 0);
+      const std::uint64_t key_step = ptx::wgmma_advance(key, slab * kBlockN * 128 + in_slab);
+      if constexpr (Traits::kQueriesInRegisters) {
+        ptx::Wgmma<Element, kBlockN, false>::rs(s, query.fragment[k], key_step, k > 0);
+      } else {
+        ptx::Wgmma<Element, kBlockN, false>::ss(
+            s, ptx::wgmma_advance(operand(query.descriptor), slab * Traits::kBlockM * 128 + in_slab), key_step, k > 0);
+      }
     }
   }
 
+  template <int kStage>
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs], const std::uint32_t (&p)[kScores / 8][4]) const {
-    const std::uint64_t value = ptx::wgmma_descriptor(shared_.v[v_.stage], 1024, kBlockN * 128);
+    const std::uint64_t value = operand(ptx::wgmma_descriptor(shared_.v[kStage], 1024, kBlockN * 128));
 #pragma unroll
     for (int k = 0; k < kBlockN / 16; ++k) {
       ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[k], ptx::wgmma_advance(value, k * 16 * 128), 1);
     }
   }
 
-  template <int Stages>
-  __device__ __forceinline__ void release(std::uint64_t (&empty)[Stages], RingPlace<Stages>& place) const {
-    if (threadIdx.x % kWarpThreads == 0) {
-      ptx::mbarrier_arrive(&empty[place.stage]);
+  // Where registers are short (D 256), what is derived from a descriptor is made at its use: hoisted out of the loop,
+  // the compiler would spill it.
+  __device__ __forceinline__ static std::uint64_t operand(std::uint64_t descriptor) {
+    if constexpr (!Traits::kQueriesInRegisters) {
+      asm volatile("" : "+l"(descriptor));
     }
-    place.advance();
+    return descriptor;
+  }
+
+  // This warp's 16 query rows as A operands.
+  __device__ __forceinline__ void load_fragments(std::uint32_t (&fragment)[kFragments][4]) const {
+    const int lane = threadIdx.x % kWarpThreads;
+    const int row = warpgroup_ * 64 + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
+    const std::uint32_t begin = ptx::shared_address(shared_.q[q_.stage]) + row * 128;
+#pragma unroll
+    for (int k = 0; k < kFragments; ++k) {
+      const int piece = (k % kStepsPerSlab) * 2 + lane / 16;
+      ptx::ldmatrix(fragment[k], begin + k / kStepsPerSlab * Traits::kBlockM * 128 + (piece ^ row % 8) * 16);
+    }
+  }
+
+  __device__ __forceinline__ static void arrive(std::uint64_t* barrier) {
+    if (threadIdx.x % kWarpThreads == 0) {
+      ptx::mbarrier_arrive(barrier);
+    }
+  }
+
+  __device__ __forceinline__ void release(std::uint64_t* empty, int stage, StageParity& parity) const {
+    arrive(&empty[stage]);
+    parity.flip(stage);
+  }
+
+  __device__ __forceinline__ void release_queries() {
+    arrive(&shared_.q_empty[q_.stage]);
+    q_.advance();
   }
 
   __device__ __forceinline__ static int turn(int warpgroup) {
@@ -155,7 +233,7 @@ class Consumer {
   float scale_log2_;
   int warpgroup_;
   RingPlace<Traits::kQueryStages> q_;
-  RingPlace<Traits::kStages> k_, v_;
+  StageParity k_parity_, v_parity_;
 };
 
 }  // namespace zipvl::cuda::sm90

@@ -25,12 +25,18 @@ struct Traits {
   // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
   static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
   static constexpr int kSlabs = (HeadDim + kSlabColumns - 1) / kSlabColumns;
-  static constexpr int kStages = HeadDim == 64 ? 4 : 2;        // of K and of V: 64 KiB each (32 at D 64 with 2)
+  // Of K and of V. The first key block of a tile stands in stage 0, the next in stage 1 and so on: then the consumers'
+  // loop, unrolled twice, knows its operands' addresses when it is compiled.
+  static constexpr int kStages = 2;
   static constexpr int kQueryStages = HeadDim == 256 ? 1 : 2;  // the next tile's queries load during this one
   static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
-  // setmaxnreg: 56 + 2 * 224 = 504, what 384 threads at 168 registers were launched with.
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 224;
+  // Up to D 128 a warpgroup keeps its queries as A operands (32 registers at D 128): a quarter less is read from shared
+  // memory in a step.
+  static constexpr bool kQueriesInRegisters = HeadDim <= 128;
+  // setmaxnreg: 40 + 2 * 232 = 56 + 2 * 224 = 504, what 384 threads at 168 registers were launched with. At D 128 the
+  // consumers need all they can get; elsewhere the producers would spill with 40.
+  static constexpr int kProducerRegisters = HeadDim == 128 ? 40 : 56;
+  static constexpr int kConsumerRegisters = HeadDim == 128 ? 232 : 224;
 
   static constexpr int kQueryElements = kSlabs * kBlockM * kSlabColumns;
   static constexpr int kKeyElements = kSlabs * kBlockN * kSlabColumns;
@@ -77,6 +83,14 @@ struct RingPlace {
       parity ^= 1;
     }
   }
+};
+
+// The parities to wait for, a bit a stage, where stages are not taken in turn for ever: each tile begins at stage 0.
+struct StageParity {
+  std::uint32_t bits = 0;
+
+  __device__ __forceinline__ std::uint32_t of(int stage) const { return bits >> stage & 1; }
+  __device__ __forceinline__ void flip(int stage) { bits ^= 1U << stage; }
 };
 
 }  // namespace zipvl::cuda::sm90
