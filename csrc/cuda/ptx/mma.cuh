@@ -36,12 +36,6 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// x, in a way that keeps the compiler from moving what is made of it to before this place.
-__device__ __forceinline__ std::uint32_t unhoisted(std::uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Four 8 x 8 matrices of 16-bit elements. Lane l gives the shared address of row l % 8 of matrix l / 8 (16 bytes,
 // aligned) and gets, of each matrix, columns 2 (l % 4) and the next of row l / 4.
 __device__ __forceinline__ void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {

@@ -51,8 +51,7 @@ __device__ __forceinline__ KeyRange begin_block(const SparseAttnParams& params, 
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     __syncthreads();
-    load_keys<Traits, true>(params, shared, tile);
-    ptx::cp_async_commit();
+    load_first(params, shared, tile);
   }
   return range;
 }
@@ -63,31 +62,23 @@ struct Accumulators {
   RowState<Traits::kRowTiles> rows;
 };
 
-// One tile of keys. On entry its K and its index entries are on their way; on exit those of the tile before it.
+// One tile of keys. On entry its K is on the way, or all of it; on exit the same of the tile before it.
 template <typename Traits>
 __device__ __forceinline__ void attend_tile(const SparseAttnParams& params, SharedStorage<Traits>& shared,
                                             Accumulators<Traits>& acc, int tile) {
-  constexpr float kLog2E = 1.4426950408889634F;
   ptx::cp_async_wait<0>();
-  __syncthreads();  // K is here, and no warp needs the last V
-  load_values<Traits, true>(params, shared, tile);
-  if (tile > 0) {
-    load_index(params, shared, tile - 1);
-  }
-  ptx::cp_async_commit();
+  __syncthreads();  // what was on the way is here, and no warp needs the last tile
+  load_during_scores(params, shared, tile);
   Scores<Traits> s{};
-  scores_of<Traits>(s, Operands::of(shared));
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // V is here, and no warp needs this K
-  if (tile > 0) {
-    load_keys<Traits, false>(params, shared, tile - 1);
-  }
-  ptx::cp_async_commit();
+  scores_of<Traits>(s, Operands::of(shared, tile));
+  load_after_scores(params, shared, tile);
   if (tile >= shared.whole_tiles) {
     hide(s, shared.limit + threadIdx.x / kWarpThreads * 16 * Traits::kRowTiles, tile * Traits::kBlockN);
   }
-  weigh(s, acc.o, acc.rows, params.scale * kLog2E);
-  add_values<Traits>(acc.o, s, Operands::of(shared));
+  constexpr float kLog2E = 1.4426950408889634F;
+  const float scale_log2 = params.scale * kLog2E;
+  move_maximum(s, acc.o, acc.rows, scale_log2);
+  add_values<Traits>(acc.o, s, acc.rows, scale_log2, Operands::of(shared, tile));
 }
 
 template <typename Traits>
@@ -107,7 +98,7 @@ __device__ __forceinline__ void attend_block(const SparseAttnParams& params, con
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
     sparse_attn_sm80(const __grid_constant__ SparseAttnParams params) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(memory);

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/mma.cuh"
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
@@ -27,8 +26,7 @@ __device__ __forceinline__ void load_rows(std::uint32_t tile, const typename Tra
                                           int valid, const Token& token) {
   constexpr int kRowsAtOnce = Traits::kThreads / Traits::kPeriodChunks;
   static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0, "a thread's rows share their swizzle");
-  const std::uint32_t thread = ptx::unhoisted(threadIdx.x);
-  const int first = thread / Traits::kPeriodChunks, chunk = thread % Traits::kPeriodChunks;
+  const int first = threadIdx.x / Traits::kPeriodChunks, chunk = threadIdx.x % Traits::kPeriodChunks;
   const std::uint32_t target = tile + Traits::offset(first, chunk);
   constexpr int kOwnRows = kRows / kRowsAtOnce;
   const char* own_chunk = reinterpret_cast<const char*>(head) + chunk * kChunkBytes;
@@ -71,7 +69,8 @@ template <typename Traits, bool kPartial>
 __device__ __forceinline__ void load_keys(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
   const std::int32_t* index = shared.index[tile % 2];
   load_rows<Traits, Traits::kBlockN, kPartial>(
-      shared_address(shared.k), shared.k_head, params.k_stride[2], kPartial ? shared.seen - tile * Traits::kBlockN : 0,
+      shared_address(shared.k[tile % Traits::kStages]), shared.k_head, params.k_stride[2],
+      kPartial ? shared.seen - tile * Traits::kBlockN : 0,
       [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
 }
 
@@ -79,8 +78,56 @@ template <typename Traits, bool kPartial>
 __device__ __forceinline__ void load_values(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
   const std::int32_t* index = shared.index[tile % 2];
   load_rows<Traits, Traits::kBlockN, kPartial>(
-      shared_address(shared.v), shared.v_head, params.v_stride[2], kPartial ? shared.seen - tile * Traits::kBlockN : 0,
+      shared_address(shared.v[tile % Traits::kStages]), shared.v_head, params.v_stride[2],
+      kPartial ? shared.seen - tile * Traits::kBlockN : 0,
       [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
+}
+
+// Copies that start once a tile's K is here and no warp needs the tile after it: those of a whole tile ahead, or with
+// one stage this tile's V.
+template <typename Traits>
+__device__ __forceinline__ void load_during_scores(const SparseAttnParams& params, SharedStorage<Traits>& shared,
+                                                   int tile) {
+  if constexpr (Traits::kStages == 1) {
+    load_values<Traits, true>(params, shared, tile);
+    if (tile > 0) {
+      load_index(params, shared, tile - 1);
+    }
+  } else if (tile > 0) {
+    load_keys<Traits, false>(params, shared, tile - 1);
+    load_values<Traits, false>(params, shared, tile - 1);
+    if (tile > 1) {
+      load_index(params, shared, tile - 2);
+    }
+  }
+  ptx::cp_async_commit();
+}
+
+// With one stage: waits for this tile's V, and starts on the K of the tile before.
+template <typename Traits>
+__device__ __forceinline__ void load_after_scores(const SparseAttnParams& params, SharedStorage<Traits>& shared,
+                                                  int tile) {
+  if constexpr (Traits::kStages == 1) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // V is here, and no warp needs this K
+    if (tile > 0) {
+      load_keys<Traits, false>(params, shared, tile - 1);
+    }
+    ptx::cp_async_commit();
+  }
+}
+
+// Starts on the first tile of the walk, whose index entries are here.
+template <typename Traits>
+__device__ __forceinline__ void load_first(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
+  load_keys<Traits, true>(params, shared, tile);
+  if constexpr (Traits::kStages == 2) {
+    load_values<Traits, true>(params, shared, tile);
+    if (tile > 0) {
+      load_index(params, shared, tile - 1);
+    }
+  }
+  ptx::cp_async_commit();
 }
 
 }  // namespace zipvl::cuda::sm80

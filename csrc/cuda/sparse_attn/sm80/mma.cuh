@@ -16,61 +16,57 @@ using Scores = float[Traits::kRowTiles][Traits::kBlockN / 8][4];
 template <typename Traits>
 using Output = float[Traits::kRowTiles][Traits::kHeadDim / 8][4];
 
-// Shared addresses from which this lane reads its share of a warp's operands. Made anew for every tile: kept from tile
-// to tile they and what the compiler makes of them would take registers that the sums need.
+// Shared addresses from which this lane reads its share of a warp's operands.
 struct Operands {
   std::uint32_t q, k, v;
 
   template <typename Traits>
-  __device__ __forceinline__ static Operands of(const SharedStorage<Traits>& shared) {
-    const std::uint32_t thread = ptx::unhoisted(threadIdx.x);
-    const int warp = thread / kWarpThreads, lane = thread % kWarpThreads;
+  __device__ __forceinline__ static Operands of(const SharedStorage<Traits>& shared, int tile) {
+    const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
     // ldmatrix: lanes 0-7 name the rows of the first matrix, and so on. K's rows are the product's columns, so its four
     // matrices are (columns 0-7, then 8-15) x (two chunks); Q's and V's go down the rows first.
     return {shared_address(shared.q) + Traits::offset(warp * 16 * Traits::kRowTiles + lane % 16, lane / 16),
-            shared_address(shared.k) + Traits::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2),
-            shared_address(shared.v) + Traits::offset(lane % 16, lane / 16)};
+            shared_address(shared.k[tile % Traits::kStages]) + Traits::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2),
+            shared_address(shared.v[tile % Traits::kStages]) + Traits::offset(lane % 16, lane / 16)};
   }
 };
 
 template <typename Traits>
 __device__ __forceinline__ void scores_of(Scores<Traits>& s, const Operands& at) {
-  constexpr int kTileBytes = 16 * Traits::kRowBytes;
+  constexpr int kTileBytes = 16 * Traits::kRowBytes, kPeriodBytes = Traits::kPeriodChunks * kChunkBytes;
+#pragma unroll Traits::kPeriodsAtOnce
+  for (int byte = 0; byte < Traits::kRowBytes; byte += kPeriodBytes) {
 #pragma unroll
-  for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
-    std::uint32_t q[Traits::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
-      ptx::ldmatrix(q[m], step_address<Traits>(at.q, step) + m * kTileBytes);
-    }
-#pragma unroll
-    for (int n = 0; n < Traits::kBlockN / 16; ++n) {
-      std::uint32_t k[4];
-      ptx::ldmatrix(k, step_address<Traits>(at.k, step) + n * kTileBytes);
+    for (int step = 0; step < Traits::kPeriodChunks / 2; ++step) {
+      std::uint32_t q[Traits::kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < Traits::kRowTiles; ++m) {
-        ptx::mma_16x8x16<typename Traits::Element>(s[m][2 * n], q[m], k[0], k[1]);
-        ptx::mma_16x8x16<typename Traits::Element>(s[m][2 * n + 1], q[m], k[2], k[3]);
+        ptx::ldmatrix(q[m], step_address<Traits>(at.q, step) + byte + m * kTileBytes);
+      }
+#pragma unroll
+      for (int n = 0; n < Traits::kBlockN / 16; ++n) {
+        std::uint32_t k[4];
+        ptx::ldmatrix(k, step_address<Traits>(at.k, step) + byte + n * kTileBytes);
+#pragma unroll
+        for (int m = 0; m < Traits::kRowTiles; ++m) {
+          ptx::mma_16x8x16<typename Traits::Element>(s[m][2 * n], q[m], k[0], k[1]);
+          ptx::mma_16x8x16<typename Traits::Element>(s[m][2 * n + 1], q[m], k[2], k[3]);
+        }
       }
     }
   }
 }
 
+// Scores become weights 16 columns at a time, so that exponentials and products of different columns can run at once.
 template <typename Traits>
-__device__ __forceinline__ void add_values(Output<Traits>& o, const Scores<Traits>& weights, const Operands& at) {
+__device__ __forceinline__ void add_values(Output<Traits>& o, const Scores<Traits>& s,
+                                           RowState<Traits::kRowTiles>& rows, float scale_log2, const Operands& at) {
   using Element = typename Traits::Element;
   constexpr int kTileBytes = 16 * Traits::kRowBytes;
 #pragma unroll
   for (int n = 0; n < Traits::kBlockN / 16; ++n) {
     std::uint32_t p[Traits::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
-#pragma unroll
-      for (int f = 0; f < 4; ++f) {
-        const float (&pair)[4] = weights[m][2 * n + f / 2];
-        p[m][f] = pack_pair<Element>(pair[f % 2 * 2], pair[f % 2 * 2 + 1]);
-      }
-    }
+    weigh<Element>(p, s, n, rows, scale_log2);
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
       std::uint32_t v[4];

@@ -38,14 +38,17 @@ __device__ __forceinline__ std::uint32_t pack_pair<__nv_bfloat16>(float low, flo
 // The rows of a thread: [16-row tile][row, row + 8].
 template <int kRowTiles>
 struct RowState {
-  float max[kRowTiles][2], sum[kRowTiles][2];  // of the scores so far (unscaled), and of this thread's weights
+  // Of the scores so far times scale_log2; what weights are relative to. Not -inf while nothing is seen, because that
+  // less itself is NaN.
+  float max[kRowTiles][2];
+  float sum[kRowTiles][2];  // of this thread's weights
 
   __device__ __forceinline__ RowState() {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        max[m][i] = -INFINITY;
+        max[m][i] = -1e38F;
         sum[m][i] = 0.0F;
       }
     }
@@ -76,24 +79,24 @@ __device__ __forceinline__ void hide(float (&s)[kRowTiles][kColumnTiles][4], con
   }
 }
 
-// Scores -> weights exp2(scale_log2 * (score - max)), in place; output and sums so far follow the maximum as it moves.
+// The rows' maxima take in the scores, and output and sums so far follow them.
 template <int kRowTiles, int kColumnTiles, int kOutputTiles>
-__device__ __forceinline__ void weigh(float (&s)[kRowTiles][kColumnTiles][4], float (&o)[kRowTiles][kOutputTiles][4],
-                                      RowState<kRowTiles>& rows, float scale_log2) {
+__device__ __forceinline__ void move_maximum(const float (&s)[kRowTiles][kColumnTiles][4],
+                                             float (&o)[kRowTiles][kOutputTiles][4], RowState<kRowTiles>& rows,
+                                             float scale_log2) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
-    float rescale[2], base[2];
+    float rescale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float most = rows.max[m][i];
+      float most = s[m][0][2 * i];
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
         most = fmaxf(most, fmaxf(s[m][j][2 * i], s[m][j][2 * i + 1]));
       }
-      most = quad_max(most);
-      base[i] = most == -INFINITY ? 0.0F : most * scale_log2;  // nothing seen yet: every weight is 0
-      rescale[i] = ptx::exp2(fmaf(rows.max[m][i], scale_log2, -base[i]));
-      rows.max[m][i] = most;
+      const float moved = fmaxf(rows.max[m][i], quad_max(most) * scale_log2);
+      rescale[i] = ptx::exp2(rows.max[m][i] - moved);
+      rows.max[m][i] = moved;
     }
     // The maximum seldom moves after the first tiles: a warp in which none did skips the multiplications.
     if (__any_sync(0xFFFFFFFFU, rescale[0] != 1.0F || rescale[1] != 1.0F)) {
@@ -107,13 +110,24 @@ __device__ __forceinline__ void weigh(float (&s)[kRowTiles][kColumnTiles][4], fl
         }
       }
     }
+  }
+}
+
+// Weights exp2(scale_log2 * score - max) of columns 16 * n to 16 * n + 15, as the A operand of the second product; the
+// sums take them in.
+template <typename Element, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void weigh(std::uint32_t (&p)[kRowTiles][4], const float (&s)[kRowTiles][kColumnTiles][4],
+                                      int n, RowState<kRowTiles>& rows, float scale_log2) {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) {
+  for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        s[m][j][c] = ptx::exp2(fmaf(s[m][j][c], scale_log2, -base[c / 2]));
-        rows.sum[m][c / 2] += s[m][j][c];
-      }
+    for (int f = 0; f < 4; ++f) {
+      const float (&pair)[4] = s[m][2 * n + f / 2];
+      const int i = f % 2;
+      const float low = ptx::exp2(fmaf(pair[2 * i], scale_log2, -rows.max[m][i]));
+      const float high = ptx::exp2(fmaf(pair[2 * i + 1], scale_log2, -rows.max[m][i]));
+      rows.sum[m][i] += low + high;
+      p[m][f] = pack_pair<Element>(low, high);
     }
   }
 }

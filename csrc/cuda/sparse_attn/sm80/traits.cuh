@@ -9,15 +9,21 @@ constexpr int kWarpThreads = 32;
 constexpr int kChunkElements = 8;  // 16 bytes: what one copy or ldmatrix row takes
 constexpr int kChunkBytes = 16;
 
-template <typename ElementType, int HeadDim>
+// Stages: tiles of K and of V at hand. With two a tile's copies have a whole tile's time and one barrier is enough.
+template <typename ElementType, int HeadDim, int Stages>
 struct Traits {
   using Element = ElementType;
   static constexpr int kHeadDim = HeadDim;
-  static constexpr int kWarps = 4;
+  static constexpr int kStages = Stages;
+  // At D 256 a warp's output leaves no registers for more than 16 rows, and K and V go through shared memory once for
+  // each warp: its bandwidth is the limit, and eight warps on one tile halve what is copied into it.
+  static constexpr bool kWide = HeadDim == 256 && Stages == 2;
+  static constexpr int kWarps = kWide ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarpThreads;
+  static constexpr int kBlocksPerMultiprocessor = kWide ? 1 : 2;
   // A warp owns kBlockM / kWarps query rows. Output and scores of a thread take
   // (kBlockM / kWarps) * (kHeadDim + kBlockN) / 32 registers: 192 at D 128 and 64, 160 at D 96 and 256. More spills.
-  static constexpr int kBlockM = HeadDim == 256 ? 64 : 128;
+  static constexpr int kBlockM = HeadDim == 256 && !kWide ? 64 : 128;
   static constexpr int kBlockN = HeadDim == 64 ? 128 : 64;
   static constexpr int kRowTiles = kBlockM / kWarps / 16;  // 16-row tiles of a warp
 
@@ -32,21 +38,24 @@ struct Traits {
     return kPeriodChunks == 8 ? row % 8 : row / 2 % 4;  // at D 96 even and odd rows differ in bit 6 by themselves
   }
 
+  // Of the first product's loop over the head dimension. Unrolled as a whole at D 128, the compiler brings so many
+  // operands so early that it spills.
+  static constexpr int kPeriodsAtOnce = HeadDim == 128 ? 1 : HeadDim / (kPeriodChunks * kChunkElements);
+
   // Byte offset of a chunk in a tile.
   __device__ static constexpr int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ swizzle(row)) * kChunkBytes;
   }
 };
 
-// What a block shares: at most 98 KiB (D 256), so that Hopper holds two blocks. A thread's registers are all taken by
-// sums, so whatever is needed once a tile waits here too.
+// What a block shares. A thread's registers are all taken by sums, so whatever is needed once a tile waits here too.
 template <typename Traits>
 struct SharedStorage {
   using Element = typename Traits::Element;
   alignas(128) Element q[Traits::kBlockM * Traits::kHeadDim];
-  alignas(128) Element k[Traits::kBlockN * Traits::kHeadDim];
-  alignas(128) Element v[Traits::kBlockN * Traits::kHeadDim];
-  std::int32_t index[2][Traits::kBlockN];  // of the tile at work and of the one before it, whose K is next
+  alignas(128) Element k[Traits::kStages][Traits::kBlockN * Traits::kHeadDim];
+  alignas(128) Element v[Traits::kStages][Traits::kBlockN * Traits::kHeadDim];
+  std::int32_t index[2][Traits::kBlockN];  // of tiles whose rows are copied now and next
   const Element *k_head, *v_head;          // token 0 of the key/value head
   const std::int32_t* index_row;
   std::uint32_t query_token[Traits::kBlockM];
