@@ -18,6 +18,7 @@ __device__ __forceinline__ void store_rows(const Output<Traits>& o, const RowSta
   constexpr int kRows = 16 * Traits::kRowTiles;
   const int lane = threadIdx.x % kWarpThreads, first_row = threadIdx.x / kWarpThreads * kRows;
   char* tile = reinterpret_cast<char*>(shared.q) + first_row * Traits::kRowBytes;
+  __syncwarp();  // every lane has read its last queries
 #pragma unroll
   for (int m = 0; m < Traits::kRowTiles; ++m) {
 #pragma unroll

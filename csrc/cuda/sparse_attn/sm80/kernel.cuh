@@ -97,14 +97,15 @@ __device__ __forceinline__ void attend_block(const SparseAttnParams& params, con
                      params.query_heads * Traits::kHeadDim);
 }
 
+// first_wave: places of a head and batch row that start at once.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
-    sparse_attn_sm80(const __grid_constant__ SparseAttnParams params) {
+    sparse_attn_sm80(const __grid_constant__ SparseAttnParams params, int first_wave) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(memory);
   const int batch = static_cast<int>(blockIdx.y);
   const Selection selection(params, batch);
-  const Job job = job_of<Traits>(params, selection);
+  const Job job = job_of<Traits>(params, selection, first_wave);
   if (job.attends) {
     attend_block<Traits>(params, selection, job.number, shared);
   } else {

@@ -61,16 +61,20 @@ struct Job {
   int number, of;
 };
 
-// blockIdx: query head, batch row, place in the row's order. Blocks without queries stand evenly among those with, so
-// that their stores run beside the products.
+// blockIdx: query head, batch row, place in the row's order. The first wave of blocks has queries; after it blocks
+// without stand evenly among those with, so that their stores run beside the products.
 template <typename Traits>
-__device__ __forceinline__ Job job_of(const SparseAttnParams& params, const Selection& selection) {
+__device__ __forceinline__ Job job_of(const SparseAttnParams& params, const Selection& selection, int first_wave) {
   const int places = static_cast<int>(gridDim.z), place = static_cast<int>(blockIdx.z);
   if (params.all_queries) {
     return {true, places - 1 - place, places};
   }
   const int blocks = (selection.count + Traits::kBlockM - 1) / Traits::kBlockM;
-  const auto blocks_before = [&](std::int64_t n) { return static_cast<int>((n * blocks + places - 1) / places); };
+  const int ahead = min(blocks, first_wave);
+  const auto blocks_before = [&](int n) {
+    const std::int64_t later = static_cast<std::int64_t>(max(n - ahead, 0)) * (blocks - ahead);
+    return min(n, ahead) + static_cast<int>((later + places - ahead - 1) / (places - ahead));
+  };
   const int before = blocks_before(place);
   if (blocks_before(place + 1) > before) {
     return {true, blocks - 1 - before, blocks};
