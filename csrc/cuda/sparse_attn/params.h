@@ -28,7 +28,7 @@ struct SparseAttnParams {
   std::int64_t batch, query_heads, kv_heads, tokens;  // query_heads % kv_heads == 0; tokens below 2**31
   int head_dim;                                       // 64, 96, 128 or 256
   Element element;
-  float scale;                                        // above 0
+  float scale;  // above 0
   bool causal, all_queries;
 };
 
