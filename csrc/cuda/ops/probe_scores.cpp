@@ -1,12 +1,126 @@
+#include "cuda/probe_scores/probe_scores.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "aten/call.h"
+#include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
+#include "ops/checks.h"
+#include "ops/defaults.h"
 #include "ops/ops.h"
+#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda {
+namespace {
+
+constexpr const char* kOp = "probe_scores";
+constexpr std::int64_t kMostBatches = 64;
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;
+
+// The kernels' dtypes, head dimensions and sizes; the layout of k is the family's matter.
+bool kernels_take(const checks::AttentionSizes& sizes, const Tensor& q, std::int64_t probes) {
+  const auto type = q.scalar_type();
+  const std::int64_t d = sizes.head_dim;
+  return (type == aten::ScalarType::Half || type == aten::ScalarType::BFloat16) &&
+         (d == 64 || d == 96 || d == 128 || d == 256) && probes <= kMostProbes && sizes.batch <= kMostBatches &&
+         sizes.tokens <= kMostTokens;
+}
+
+ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::ProbeScoresCudaPlan& plan,
+                              const Tensor& q, const Tensor& k, const Tensor& probe_index, double scale, bool causal,
+                              const std::optional<Tensor>& token_mask) {
+  ProbeScoresParams params{};
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  for (int d = 0; d < 3; ++d) {
+    params.q_stride[d] = q.stride(d);
+    params.k_stride[d] = k.stride(d);
+  }
+  params.probe_index = probe_index.const_data_ptr<std::int32_t>();
+  params.probe_stride[0] = probe_index.stride(0);
+  params.probe_stride[1] = probe_index.stride(1);
+  if (token_mask) {
+    params.token_mask = token_mask->const_data_ptr<bool>();
+    params.mask_stride[0] = token_mask->stride(0);
+    params.mask_stride[1] = token_mask->stride(1);
+  }
+  params.element = q.scalar_type() == aten::ScalarType::Half ? Element::kFloat16 : Element::kBFloat16;
+  params.head_dim = static_cast<int>(sizes.head_dim);
+  params.batch = static_cast<int>(sizes.batch);
+  params.query_heads = static_cast<int>(sizes.query_heads);
+  params.kv_heads = static_cast<int>(sizes.kv_heads);
+  params.tokens = static_cast<int>(sizes.tokens);
+  params.probes = static_cast<int>(probe_index.size(1));
+  params.rows = static_cast<int>(plan.rows);
+  params.rows_padded = static_cast<int>(plan.rows_padded);
+  params.words = static_cast<int>(plan.words);
+  params.chunk_keys = static_cast<int>(plan.chunk_keys);
+  params.splits = static_cast<int>(plan.splits);
+  params.row_splits = static_cast<int>(plan.row_splits);
+  params.causal = causal;
+  params.negate = scale < 0.0;
+  // Not 0, of which -inf, a hidden score, would make NaN.
+  params.scale_log2 =
+      std::max(static_cast<float>(std::fabs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
+  params.multiprocessors = multiprocessors(q.get_device_index());
+  return params;
+}
+
+void place_workspace(ProbeScoresParams& params, const plan::ProbeScoresWorkspace& space, unsigned char* bytes) {
+  params.probe_rows = bytes + space.probe_rows;
+  params.row_limit = reinterpret_cast<std::int32_t*>(bytes + space.row_limit);
+  params.unit_range = reinterpret_cast<std::int32_t*>(bytes + space.unit_range);
+  params.mask_words =
+      params.token_mask == nullptr ? nullptr : reinterpret_cast<std::uint32_t*>(bytes + space.mask_words);
+  params.partial = reinterpret_cast<float*>(bytes + space.partial);
+  params.row_lse = reinterpret_cast<float*>(bytes + space.row_lse);
+  params.sums = reinterpret_cast<float*>(bytes + space.sums);
+}
+
+using Launch = cudaError_t (*)(const ProbeScoresParams&, cudaStream_t);
+
+// The device's family, where its copies can read k; null where none can.
+Launch launch_for(const ProbeScoresParams& params, [[maybe_unused]] int device) {
+#ifdef ZIPVL_HAS_SM90
+  if (kernel_family(device) == KernelFamily::kSm90 && probe_scores_fits_sm90(params)) {
+    return &launch_probe_scores_sm90;
+  }
+#endif
+  return probe_scores_fits_sm80(params) ? &launch_probe_scores_sm80 : nullptr;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index,
                                         std::optional<double> scale, bool causal,
                                         const std::optional<Tensor>& token_mask) {
-  return ops::probe_scores(q, k, probe_index, scale, causal, token_mask);
+  const auto sizes = checks::probe_scores(kOp, q, k, probe_index, scale, token_mask);
+  const std::int64_t probes = probe_index.size(1);
+  if (sizes.batch == 0 || sizes.tokens == 0 || !kernels_take(sizes, q, probes)) {
+    return ops::probe_scores(q, k, probe_index, scale, causal, token_mask);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const auto plan = plan::plan_probe_scores_cuda(
+      {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probes, sizes.head_dim, token_mask.has_value()});
+  ProbeScoresParams params =
+      make_params(sizes, plan, q, k, probe_index, ops::scale_or_default(scale, sizes.head_dim), causal, token_mask);
+  const Launch launch = launch_for(params, q.get_device_index());
+  if (launch == nullptr) {
+    return ops::probe_scores(q, k, probe_index, scale, causal, token_mask);
+  }
+  const Tensor workspace = aten::empty({plan.workspace.bytes}, aten::ScalarType::Byte, q.device());
+  place_workspace(params, plan.workspace, workspace.mutable_data_ptr<std::uint8_t>());
+  const Tensor accumulated = aten::empty({sizes.batch, sizes.tokens}, aten::ScalarType::Float, q.device());
+  const Tensor normalized = aten::empty({sizes.batch, sizes.tokens}, aten::ScalarType::Float, q.device());
+  params.accumulated = accumulated.mutable_data_ptr<float>();
+  params.normalized = normalized.mutable_data_ptr<float>();
+  check_launch(kOp, launch(params, stream_of(q)));
+  return {accumulated, normalized};
 }
 
 }  // namespace zipvl::cuda

@@ -1,0 +1,63 @@
+// Launch of probe_scores on CUDA. No Torch.
+//
+// Rows: the probes of the query heads that share a key/value head, row = probe * group + head, `rows` of them, padded
+// to `rows_padded`. Two passes over the scores of rows and keys, neither of which writes a score: the first finds each
+// row's log-sum-exp, the second adds up each key's weights.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/common/tensor_map.h"
+
+namespace zipvl::cuda {
+
+struct ProbeScoresParams {
+  const void* q;                    // [batch, query_heads, tokens, head_dim], unit last stride
+  std::int64_t q_stride[3];         // of dimensions 0 to 2, in elements
+  const void* k;                    // [batch, kv_heads, tokens, head_dim], unit last stride
+  std::int64_t k_stride[3];         // of dimensions 0 to 2, in elements
+  const std::int32_t* probe_index;  // [batch, probes]; what is no position is no probe
+  std::int64_t probe_stride[2];     // in elements
+  const bool* token_mask;           // [batch, tokens], or null: every token is real
+  std::int64_t mask_stride[2];      // in elements
+  float* accumulated;               // [batch, tokens], contiguous
+  float* normalized;                // [batch, tokens], contiguous
+
+  // Workspace, each aligned to 256 bytes and contiguous (plan/probe_scores_cuda.h).
+  void* probe_rows;           // [batch, kv_heads, rows, head_dim]
+  std::int32_t* row_limit;    // [batch, rows_padded]: the last key a row may see; -1 where the row is no probe
+  std::int32_t* unit_range;   // [batch, rows_padded / 64, 2]: least and greatest limit of 64 rows
+  std::uint32_t* mask_words;  // [batch, words]: token_mask as bits, 0 past the end; null where there is no mask
+  float* partial;             // [batch, kv_heads, splits, rows_padded, 2]: maximum and sum of a row over a key chunk
+  float* row_lse;             // [batch, kv_heads, rows_padded]: log2 of the sum of a row's 2**(scale_log2 * score)
+  float* sums;                // [batch, kv_heads, row_splits, tokens]: weights of a key, summed over rows
+
+  Element element;
+  int head_dim;  // 64, 96, 128 or 256
+  int batch, query_heads, kv_heads, tokens, probes;
+  int rows, rows_padded, words;
+  int chunk_keys, splits, row_splits;
+  bool causal;
+  bool negate;       // the scale is negative: the rows are gathered with their sign flipped
+  float scale_log2;  // |scale| * log2(e), greater than 0
+  int multiprocessors;
+};
+
+constexpr int kMostProbes = 256;  // a thread each in the kernels that read them
+
+// Hopper's wgmma and TMA; k must satisfy probe_scores_fits_sm90.
+cudaError_t launch_probe_scores_sm90(const ProbeScoresParams& params, cudaStream_t stream);
+bool probe_scores_fits_sm90(const ProbeScoresParams& params);
+
+// mma.sync and cp.async; rows of k must be aligned to 16 bytes (probe_scores_fits_sm80).
+cudaError_t launch_probe_scores_sm80(const ProbeScoresParams& params, cudaStream_t stream);
+bool probe_scores_fits_sm80(const ProbeScoresParams& params);
+
+// What both families share (rows.cu), to be launched in this order with the passes between.
+cudaError_t launch_gather_rows(const ProbeScoresParams& params, cudaStream_t stream);   // then the first pass
+cudaError_t launch_combine_rows(const ProbeScoresParams& params, cudaStream_t stream);  // then the second pass
+cudaError_t launch_finish_scores(const ProbeScoresParams& params, cudaStream_t stream);
+
+}  // namespace zipvl::cuda

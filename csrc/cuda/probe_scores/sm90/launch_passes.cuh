@@ -1,0 +1,72 @@
+// Launches of both passes for one element type and head dimension; instantiated in hdim*.cu.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "cuda/probe_scores/launch.h"
+#include "cuda/probe_scores/sm90/first_pass.cuh"
+#include "cuda/probe_scores/sm90/launch.h"
+#include "cuda/probe_scores/sm90/second_pass.cuh"
+
+namespace zipvl::cuda::sm90 {
+
+// Keys or gathered probe rows [batch, kv_heads, size, head_dim], `box_rows` rows of one slab at a time.
+inline TensorMapView keys_view(const ProbeScoresParams& params, int box_rows) {
+  return {params.k,
+          params.element,
+          {static_cast<std::uint64_t>(params.head_dim), static_cast<std::uint64_t>(params.tokens),
+           static_cast<std::uint64_t>(params.kv_heads), static_cast<std::uint64_t>(params.batch)},
+          {params.k_stride[2], params.k_stride[1], params.k_stride[0]},
+          {kSlabColumns, static_cast<std::uint32_t>(box_rows), 1, 1}};
+}
+
+inline TensorMapView rows_view(const ProbeScoresParams& params, int box_rows) {
+  const std::int64_t head = static_cast<std::int64_t>(params.rows) * params.head_dim;
+  return {params.probe_rows,
+          params.element,
+          {static_cast<std::uint64_t>(params.head_dim), static_cast<std::uint64_t>(params.rows),
+           static_cast<std::uint64_t>(params.kv_heads), static_cast<std::uint64_t>(params.batch)},
+          {params.head_dim, head, head * params.kv_heads},
+          {kSlabColumns, static_cast<std::uint32_t>(box_rows), 1, 1}};
+}
+
+template <typename Traits>
+cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams, const CUtensorMap, const CUtensorMap), int items,
+                        const TensorMapView& held, const TensorMapView& stream_view, const ProbeScoresParams& params,
+                        cudaStream_t stream) {
+  constexpr int kSharedBytes =
+      sizeof(SharedStorage<Traits>) + 1024;  // dynamic shared memory is aligned to 16 bytes only
+  CUtensorMap held_map, stream_map;
+  if (const cudaError_t error = make_tensor_map(held, &held_map); error != cudaSuccess) {
+    return error;
+  }
+  if (const cudaError_t error = make_tensor_map(stream_view, &stream_map); error != cudaSuccess) {
+    return error;
+  }
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  return launch_dependent(kernel, static_cast<unsigned>(std::min(items, params.multiprocessors)), Traits::kThreads,
+                          kSharedBytes, stream, params, held_map, stream_map);
+}
+
+template <typename ElementType, int HeadDim>
+cudaError_t launch_first_pass(const ProbeScoresParams& params, cudaStream_t stream) {
+  using Tr = Traits<ElementType, HeadDim>;
+  static_assert(sizeof(SharedStorage<Tr>) + 1024 <= 232448, "a block's shared memory");
+  return launch_pass<Tr>(&probe_rows_sm90<Tr>, first_items<Tr>(params), rows_view(params, kUnitRows),
+                         keys_view(params, Tr::kStreamRows), params, stream);
+}
+
+template <typename ElementType, int HeadDim>
+cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t stream) {
+  using Tr = Traits<ElementType, HeadDim>;
+  return launch_pass<Tr>(&probe_columns_sm90<Tr>, second_items<Tr>(params), keys_view(params, kUnitRows),
+                         rows_view(params, Tr::kStreamRows), params, stream);
+}
+
+}  // namespace zipvl::cuda::sm90

@@ -1,0 +1,118 @@
+// The loads and products that both passes share.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/probe_scores/sm90/traits.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace zipvl::cuda::sm90 {
+
+template <typename Traits>
+__device__ __forceinline__ SharedStorage<Traits>& shared_storage() {
+  extern __shared__ unsigned char shared_bytes[];
+  return *reinterpret_cast<SharedStorage<Traits>*>((reinterpret_cast<std::uintptr_t>(shared_bytes) + 1023) / 1024 *
+                                                   1024);
+}
+
+// What comes before the first load.
+template <typename Traits>
+__device__ __forceinline__ void begin(SharedStorage<Traits>& shared, const CUtensorMap* held,
+                                      const CUtensorMap* stream) {
+  constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupThreads / kWarpThreads;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kStages; ++i) {
+      ptx::mbarrier_init(&shared.full[i], 1);
+      ptx::mbarrier_init(&shared.empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      ptx::mbarrier_init(&shared.held_full[i], 1);
+    }
+    ptx::mbarrier_init_fence();
+    ptx::tma_prefetch(held);
+    ptx::tma_prefetch(stream);
+  }
+  __syncthreads();
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
+}
+
+// One thread of the loading warp: a tile of kStreamRows rows from `first_row` of head (h, b) on, and `more_bytes` that
+// the caller copies onto the same barrier.
+template <typename Traits>
+__device__ __forceinline__ void load_stream(SharedStorage<Traits>& shared, const RingPlace<Traits::kStages>& place,
+                                            const CUtensorMap* map, int first_row, int h, int b,
+                                            std::uint32_t more_bytes = 0) {
+  ptx::mbarrier_wait(&shared.empty[place.stage], place.parity ^ 1);
+  ptx::mbarrier_arrive_expect(&shared.full[place.stage], Traits::kStreamBytes + more_bytes);
+#pragma unroll
+  for (int slab = 0; slab < Traits::kSlabs; ++slab) {
+    ptx::tma_load_4d(shared.stream[place.stage] + slab * Traits::kStreamRows * kSlabColumns, map,
+                     &shared.full[place.stage], slab * kSlabColumns, first_row, h, b);
+  }
+}
+
+// A consumer warpgroup: its 64 held rows, and its place in the stream.
+template <typename Traits>
+struct Consumer {
+  static constexpr int kScores = Traits::kStreamRows / 2;  // a thread's of a tile
+  static constexpr int kSteps = Traits::kHeadDim / 16;
+
+  SharedStorage<Traits>& shared;
+  int warpgroup;
+  std::uint32_t held_parity = 0;
+  RingPlace<Traits::kStages> place;
+
+  // Asks for the warpgroup's rows of an item. All its warps are done with the rows before; the barrier says so.
+  __device__ __forceinline__ void request(const CUtensorMap* map, int first_row, int h, int b) {
+    ptx::named_barrier_sync(1 + warpgroup, kWarpgroupThreads);
+    if (threadIdx.x % kWarpgroupThreads == 0) {
+      ptx::mbarrier_arrive_expect(&shared.held_full[warpgroup], Traits::kHeldBytes);
+#pragma unroll
+      for (int slab = 0; slab < Traits::kSlabs; ++slab) {
+        ptx::tma_load_4d(shared.held[warpgroup] + slab * kUnitRows * kSlabColumns, map, &shared.held_full[warpgroup],
+                         slab * kSlabColumns, first_row, h, b);
+      }
+    }
+  }
+
+  // Waits for them.
+  __device__ __forceinline__ void hold() {
+    ptx::mbarrier_wait(&shared.held_full[warpgroup], held_parity);
+    held_parity ^= 1;
+  }
+
+  __device__ __forceinline__ void await_tile() { ptx::mbarrier_wait(&shared.full[place.stage], place.parity); }
+
+  // s = held rows x tile rows^T, done on return.
+  __device__ __forceinline__ void multiply(float (&s)[kScores]) const {
+    const std::uint64_t held = ptx::wgmma_descriptor(shared.held[warpgroup]);
+    const std::uint64_t tile = ptx::wgmma_descriptor(shared.stream[place.stage]);
+    ptx::wgmma_fence_registers(s);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      using Product = ptx::Wgmma<typename Traits::Element, Traits::kStreamRows, false>;
+      const int slab = k / 4, in_slab = k % 4 * 32;
+      const std::uint64_t b = ptx::wgmma_advance(tile, slab * Traits::kStreamRows * 128 + in_slab);
+      Product::ss(s, ptx::wgmma_advance(held, slab * kUnitRows * 128 + in_slab), b, k > 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_fence_registers(s);
+  }
+
+  // This warp is done with the tile.
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) {
+      ptx::mbarrier_arrive(&shared.empty[place.stage]);
+    }
+    place.advance();
+  }
+};
+
+}  // namespace zipvl::cuda::sm90

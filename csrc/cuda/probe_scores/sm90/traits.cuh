@@ -1,0 +1,89 @@
+// Tiles and shared memory of the two passes on Hopper. Both have one shape: a block holds on to 256 rows of one operand
+// (probe rows in the first pass, keys in the second), 64 a warpgroup, while tiles of the other stream past. 256 rows
+// rather than 128 halve what comes from L2, which at 128 would be the limit.
+#pragma once
+
+#include <cstdint>
+
+namespace zipvl::cuda::sm90 {
+
+constexpr int kWarpThreads = 32;
+constexpr int kWarpgroupThreads = 128;
+constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
+constexpr int kUnitRows = 64;     // of a warpgroup: M of its products
+
+template <typename ElementType, int HeadDim>
+struct Traits {
+  using Element = ElementType;
+  static constexpr int kHeadDim = HeadDim;
+  // Four warpgroups: while some wait for their products, others' exponentials keep the special function units busy; at
+  // D 128 both units need 512 cycles for a warpgroup's 64 x 128 scores. Registers: 96 a thread, of which those take 64.
+  static constexpr int kConsumers = 4;
+  static constexpr int kBlockRows = kUnitRows * kConsumers;
+  static constexpr int kThreads = kConsumers * kWarpgroupThreads + kWarpThreads;  // the last warp loads
+  static constexpr int kStreamRows = HeadDim == 256 ? 64 : 128;
+  static constexpr int kSlabs = (HeadDim + kSlabColumns - 1) / kSlabColumns;
+  // What 227 KiB hold beside the 256 rows: 128 KiB of them at D 256, 64 at D 128 and 96.
+  static constexpr int kStages = HeadDim == 256 ? 3 : HeadDim == 64 ? 8 : 4;
+  static constexpr int kHeldElements = kSlabs * kUnitRows * kSlabColumns;  // of one warpgroup
+  static constexpr int kStreamElements = kSlabs * kStreamRows * kSlabColumns;
+  static constexpr std::uint32_t kHeldBytes = kHeldElements * sizeof(Element);
+  static constexpr std::uint32_t kStreamBytes = kStreamElements * sizeof(Element);
+};
+
+template <typename Traits>
+struct SharedStorage {
+  alignas(1024) typename Traits::Element held[Traits::kConsumers][Traits::kHeldElements];
+  alignas(1024) typename Traits::Element stream[Traits::kStages][Traits::kStreamElements];
+  alignas(16) float lse[Traits::kStages][Traits::kStreamRows];           // second pass: of the tile's rows
+  alignas(16) std::int32_t limit[Traits::kStages][Traits::kStreamRows];  // likewise
+  std::uint64_t full[Traits::kStages], empty[Traits::kStages];
+  std::uint64_t held_full[Traits::kConsumers];
+};
+
+// A place in the ring of stages: which one, and the parity of the pass through the ring.
+template <int Stages>
+struct RingPlace {
+  int stage = 0;
+  std::uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == Stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Work items of a persistent block, in waves of one item a block. A block's place moves from wave to wave: items differ
+// in length by their place, and so no block gets the long ones every time.
+class ItemWalk {
+ public:
+  __device__ __forceinline__ explicit ItemWalk(int items) : place_(static_cast<int>(blockIdx.x)), items_(items) {
+    skip_missing();
+  }
+  __device__ __forceinline__ bool valid() const { return wave_start_ < items_; }
+  __device__ __forceinline__ int item() const { return wave_start_ + place_; }
+  __device__ __forceinline__ void next() {
+    step();
+    skip_missing();
+  }
+
+ private:
+  static constexpr int kStride = 37;  // odd: neighbours that repeat every 2, 4 or 8 items change places
+
+  __device__ __forceinline__ void step() {
+    wave_start_ += static_cast<int>(gridDim.x);
+    place_ = (place_ + kStride) % static_cast<int>(gridDim.x);
+  }
+  // The last wave may be short.
+  __device__ __forceinline__ void skip_missing() {
+    if (valid() && item() >= items_) {
+      step();
+    }
+  }
+
+  int wave_start_ = 0, place_, items_;
+};
+
+}  // namespace zipvl::cuda::sm90
