@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.cpu.helpers import MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor, strided
 from tests.cuda.test_ops import cuda, no_host_sync, poison_free_memory
-from zipvl import _plan, ops, reference
+from zipvl import ops, reference
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -194,8 +194,9 @@ def test_one_key_with_all_the_mass_and_keys_all_alike() -> None:
     accumulated, normalized = check(q, k, probes)
     k[:, :, 0] = 8.0
     accumulated, normalized = check(q, k, probes)
-    torch.testing.assert_close(accumulated[0, 0], torch.tensor(128.0, device="cuda"))
-    torch.testing.assert_close(normalized[0, 0], torch.tensor(1.0, device="cuda"))
+    # A logit of 64 is rounded to 2**-18 of its logarithm's base 2, which moves weights by 3e-6.
+    torch.testing.assert_close(accumulated[0, 0], torch.tensor(128.0, device="cuda"), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(normalized[0, 0], torch.tensor(1.0, device="cuda"), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("D", [128, 256])
@@ -248,6 +249,7 @@ def test_a_row_of_a_large_batch() -> None:
 
 def test_memory_is_what_the_plan_says() -> None:
     """Also that no float32 scores are written: ``[P, N]`` of them alone would be more."""
+    _plan = pytest.importorskip("zipvl._plan")
     B, Hq, Hkv, N, D = 1, 28, 4, 131072, 128
     q, k = (torch.randn(B, N, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
     probes = ops.probe_index(q)

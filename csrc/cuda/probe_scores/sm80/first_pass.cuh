@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
   const int2 range = ranges[warp * kWarpRows / kUnitRows];
   const int first_row = block_row + warp * kWarpRows + lane / 4;
   const std::int32_t* limits = params.row_limit + static_cast<std::int64_t>(b) * params.rows_padded + first_row;
-  const int limit[2] = {limits[0], limits[8]};
   const int chunk = split * params.chunk_keys;
   const int last_key = min(max(ranges[0].y, ranges[1].y), chunk + params.chunk_keys - 1);
   const int first_tile = chunk / kStreamRows, last_tile = last_key < chunk ? first_tile : last_key / kStreamRows + 1;
@@ -69,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
             }
           }
           if (!all_seen) {
+            const int limit[2] = {limits[0], limits[8]};  // read again: two registers more would spill
             hide_keys(s, limit, first_key, words);
           }
           stats.add(s, params.scale_log2);
