@@ -38,7 +38,7 @@ struct Traits {
 template <typename Traits>
 __device__ __forceinline__ void load_tile(std::uint32_t target, const typename Traits::Element* source, int first,
                                           int rows, std::int64_t stride) {
-#pragma unroll
+#pragma unroll 2  // all at once, their addresses would spill
   for (int i = threadIdx.x; i < kStreamRows * Traits::kPieces; i += kThreads) {
     const int row = i / Traits::kPieces, piece = i % Traits::kPieces;
     const bool inside = first + row < rows;
