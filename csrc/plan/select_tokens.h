@@ -7,11 +7,12 @@
 namespace zipvl::plan {
 
 // What the kernels and the plan must agree on.
-constexpr std::int64_t kSelectThreads = 1024;    // a block, and what tokens_per_block is a multiple of
-constexpr std::int64_t kSelectLevels = 6;        // histograms a row: three of mass, three of rank
-constexpr std::int64_t kSelectBins = 2048;       // of a histogram
-constexpr std::int64_t kSelectGathers = 3;       // sums over blocks a row, beside the histograms
-constexpr std::int64_t kSelectRecordBytes = 32;  // of a block's part of such a sum
+constexpr std::int64_t kSelectThreads = 512;     // a block
+constexpr std::int64_t kSelectGranule = 2048;    // what tokens_per_block is a multiple of
+constexpr std::int64_t kSelectLevels = 8;        // histograms a row: four of mass, four of rank
+constexpr std::int64_t kSelectBins = 512;        // of a histogram
+constexpr std::int64_t kSelectGathers = 4;       // exchanges of records a row, beside the histograms
+constexpr std::int64_t kSelectRecordBytes = 16;  // what a block sends in one
 constexpr std::int64_t kSelectMeetingBytes = 128;
 
 // The blocks that share a row, and what they meet in.
@@ -25,7 +26,8 @@ enum class SelectTeam {
 struct SelectTokensProblem {
   std::int64_t batch, tokens;
   std::int64_t multiprocessors;
-  bool clusters;  // the device has them
+  std::int64_t shared_bytes;  // of shared memory, the most a block may have
+  bool clusters;              // the device has them
 };
 
 struct SelectTokensPlan {

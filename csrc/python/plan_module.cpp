@@ -76,15 +76,17 @@ PYBIND11_MODULE(_plan, m) {
       .def("__str__", &SelectTokensPlan::describe);
   m.def(
       "plan_select_tokens",
-      [](std::int64_t batch, std::int64_t tokens, std::int64_t multiprocessors, bool clusters) {
+      [](std::int64_t batch, std::int64_t tokens, std::int64_t multiprocessors, std::int64_t shared_bytes,
+         bool clusters) {
         if (batch < 0 || tokens < 0 || multiprocessors < 1) {
           throw std::invalid_argument("sizes must satisfy batch, tokens >= 0, multiprocessors >= 1; got batch " +
                                       std::to_string(batch) + ", tokens " + std::to_string(tokens) +
                                       ", multiprocessors " + std::to_string(multiprocessors));
         }
-        return plan_select_tokens({batch, tokens, multiprocessors, clusters});
+        return plan_select_tokens({batch, tokens, multiprocessors, shared_bytes, clusters});
       },
-      py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("multiprocessors"), py::arg("clusters"));
+      py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+      py::arg("clusters"));
 
   py::class_<ProbeScoresCudaPlan>(m, "ProbeScoresCudaPlan")
       .def_readonly("rows", &ProbeScoresCudaPlan::rows)

@@ -18,7 +18,7 @@ from tests.cuda.test_ops import cuda, no_host_sync, poison_free_memory
 from zipvl import ops
 
 # Where the plan changes from one block to a cluster to a grid, where blocks fill up, and the longest prompt.
-EDGES = (1023, 1024, 1025, 4095, 4096, 4097, 8191, 8193, 9217, 32768, 65537, 131071, 131072, 131073, 200001, 2**20)
+EDGES = (2047, 2048, 2049, 4095, 4096, 4097, 8193, 16384, 16385, 32768, 49152, 49153, 65537, 131073, 524289, 2**20)
 
 
 @pytest.fixture(params=["device's own", "sm80"])

@@ -40,8 +40,10 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
   const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
   const std::int32_t device = budget_score.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const plan::SelectTokensPlan plan =
-      plan::plan_select_tokens({batch, tokens, multiprocessors(device), kernel_family(device) == KernelFamily::kSm90});
+  int shared_bytes = 0;
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const plan::SelectTokensPlan plan = plan::plan_select_tokens(
+      {batch, tokens, multiprocessors(device), shared_bytes, kernel_family(device) == KernelFamily::kSm90});
   if (batch == 0 || tokens == 0 || plan.team == plan::SelectTeam::kNone) {
     return ops::select_tokens(budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask);
   }

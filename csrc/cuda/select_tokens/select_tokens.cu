@@ -1,4 +1,4 @@
-// Token selection by one block a row, and by groups of blocks that meet in global memory.
+// Token selection by one block a row, and by groups of blocks that meet in device memory.
 #include "cuda/select_tokens/select_tokens.h"
 
 #include "cuda/select_tokens/select_row.cuh"
@@ -8,15 +8,20 @@ namespace select {
 namespace {
 
 struct BlockTeam {
-  const Bins& bins;
-
   __device__ int rank() const { return 0; }
   __device__ int size() const { return 1; }
-  __device__ void merge(int /*level*/, const Bins& /*mine*/) const { __syncthreads(); }
-  __device__ std::int64_t sum(int /*level*/, int bin) const { return bins.sum(bin); }
-  template <typename T>
-  __device__ T sum_records(int /*slot*/, const T& mine, int n) const {
-    return n == 0 ? T{} : mine;
+
+  __device__ BinPair merge(int /*level*/, Bins& bins) const {
+    __syncthreads();
+    const int pair = pair_of_thread();
+    return has_pair() ? BinPair{bins.take(2 * pair), bins.take(2 * pair + 1)} : BinPair{0, 0};
+  }
+
+  template <typename T, typename Use>
+  __device__ void gather(int /*slot*/, const T& mine, int n, const Use& use) const {
+    if (n > 0) {
+      use(mine);
+    }
   }
 };
 
@@ -25,7 +30,7 @@ struct GridTeam {
   int rank_, size_;
   unsigned* arrived;
   unsigned long long* sums;  // [levels, kBins]
-  unsigned char* records;    // [gathers, size, kRecordBytes]
+  uint4* records;            // [gathers, size]
   unsigned meetings = 0;
 
   __device__ GridTeam(const SelectTokensParams& params, std::int64_t b, int rank)
@@ -33,7 +38,7 @@ struct GridTeam {
     unsigned char* row = static_cast<unsigned char*>(params.workspace) + b * params.row_workspace_bytes;
     arrived = reinterpret_cast<unsigned*>(row);
     sums = reinterpret_cast<unsigned long long*>(row + plan::kSelectMeetingBytes);
-    records = row + plan::kSelectMeetingBytes + plan::kSelectLevels * kBins * 8;
+    records = reinterpret_cast<uint4*>(row + plan::kSelectMeetingBytes + plan::kSelectLevels * kBins * 8);
   }
 
   __device__ int rank() const { return rank_; }
@@ -53,48 +58,47 @@ struct GridTeam {
     __syncthreads();
   }
 
-  __device__ void merge(int level, const Bins& mine) {
+  __device__ BinPair merge(int level, Bins& bins) {
     __syncthreads();
+    unsigned long long* level_sums = sums + level * kBins;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-      const std::int64_t sum = mine.sum(bin);
+      const std::int64_t sum = bins.take(bin);
       if (sum != 0) {
-        atomicAdd(sums + level * kBins + bin, static_cast<unsigned long long>(sum));
+        atomicAdd(level_sums + bin, static_cast<unsigned long long>(sum));
       }
     }
     meet();
+    if (!has_pair()) {
+      return {0, 0};
+    }
+    const auto both = __ldcg(reinterpret_cast<const longlong2*>(level_sums) + pair_of_thread());
+    return {both.x, both.y};
   }
 
-  __device__ std::int64_t sum(int level, int bin) const {
-    return static_cast<std::int64_t>(__ldcg(sums + level * kBins + bin));
-  }
-
-  template <typename T>
-  __device__ T sum_records(int slot, const T& mine, int n) {
-    unsigned char* slots = records + slot * size_ * kRecordBytes;
+  template <typename T, typename Use>
+  __device__ void gather(int slot, const T& mine, int n, const Use& use) {
+    static_assert(sizeof(T) == sizeof(uint4));
+    uint4* slots = records + slot * size_;
     if (threadIdx.x == 0) {
-      *reinterpret_cast<T*>(slots + rank_ * kRecordBytes) = mine;
+      memcpy(slots + rank_, &mine, sizeof(T));
     }
     meet();
-    return sum_of<T>(n, [&](int i) {
+#pragma unroll 16
+    for (int i = 0; i < n; ++i) {
+      const uint4 bytes = __ldcg(slots + i);
       T record;
-      std::uint32_t words[sizeof(T) / 4];
-      const auto* from = reinterpret_cast<const std::uint32_t*>(slots + i * kRecordBytes);
-#pragma unroll
-      for (std::size_t w = 0; w < sizeof(T) / 4; ++w) {
-        words[w] = __ldcg(from + w);
-      }
-      memcpy(&record, words, sizeof(T));
-      return record;
-    });
+      memcpy(&record, &bytes, sizeof(T));
+      use(record);
+    }
   }
 };
 
-extern __shared__ unsigned char dynamic_shared[];
+extern __shared__ uint4 dynamic_shared[];
 
 __global__ void __launch_bounds__(kThreads, 1) by_block(const __grid_constant__ SelectTokensParams params) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-  BlockTeam team{shared.bins};
-  select_row(team, blockIdx.x, params, shared, dynamic_shared + sizeof(Shared));
+  BlockTeam team;
+  select_row(team, blockIdx.x, params, shared, &shared + 1);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) by_grid(const __grid_constant__ SelectTokensParams params) {
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1) by_grid(const __grid_constant__ S
   const int rank = static_cast<int>(blockIdx.x) % params.blocks_per_row;
   for (std::int64_t b = group; b < params.batch; b += params.row_groups) {
     GridTeam team(params, b, rank);
-    select_row(team, b, params, shared, dynamic_shared + sizeof(Shared));
+    select_row(team, b, params, shared, &shared + 1);
     __syncthreads();  // the next row reuses shared memory
   }
 }

@@ -23,7 +23,7 @@ struct SelectTokensParams {
   double ratio;  // 0: the budget is by tau
 
   int blocks_per_row;    // that share a row's tokens
-  int tokens_per_block;  // a multiple of 1,024
+  int tokens_per_block;  // a multiple of 2,048
   int row_groups;        // grid only: rows worked on at once
   void* workspace;       // grid only: [batch, row_workspace_bytes], any content; else null
   std::int64_t row_workspace_bytes;

@@ -1,83 +1,121 @@
-// Token selection by a cluster of blocks a row, which meet in each other's shared memory.
-#include <cooperative_groups.h>
-
+// Token selection by a cluster of blocks a row. They meet in each other's shared memory: every block stores its part
+// into the inbox of every block, and its stores count towards that block's mbarrier, so that nothing is fenced and
+// nobody waits for more than the data.
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
 namespace select {
 namespace {
 
-constexpr int kMostBlocks = 16;
-
 struct ClusterShared {
   Shared block;
-  std::int64_t sums[kBins];
-  alignas(16) unsigned char records[plan::kSelectGathers][kMostBlocks][kRecordBytes];
+  std::uint64_t arrived[2];  // mbarriers, of the inboxes
 };
 
+// Meetings use two inboxes in turn. Two are enough: a block that stores for meeting m + 2 has had every part of m + 1,
+// and a block sends its part of m + 1 after it has read its inbox of m.
 struct ClusterTeam {
-  cooperative_groups::cluster_group cluster;
   ClusterShared& shared;
-  int rank_, size_;
+  uint4* inboxes;  // shared [2, size, kPairs]
+  int rank_, size_, meeting = 0;
 
-  __device__ explicit ClusterTeam(ClusterShared& of_block)
-      : cluster(cooperative_groups::this_cluster()),
-        shared(of_block),
-        rank_(static_cast<int>(cluster.block_rank())),
-        size_(static_cast<int>(cluster.num_blocks())) {
-    cluster.barrier_arrive();  // waited for where another block's memory is first touched
+  __device__ ClusterTeam(ClusterShared& of_block, uint4* of_inboxes)
+      : shared(of_block),
+        inboxes(of_inboxes),
+        rank_(static_cast<int>(ptx::cluster_rank())),
+        size_(static_cast<int>(ptx::cluster_size())) {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(&shared.arrived[0], 1);
+      ptx::mbarrier_init(&shared.arrived[1], 1);
+      ptx::mbarrier_init_fence();
+    }
+    ptx::cluster_arrive();  // waited for before the first store into another block
   }
 
   __device__ int rank() const { return rank_; }
   __device__ int size() const { return size_; }
 
-  // Each block adds up a slice of the bins and hands the sums to all.
-  __device__ void merge(int /*level*/, const Bins& mine) {
-    cluster.sync();
-    const int slice = kBins / size_;
-    for (int i = threadIdx.x; i < slice; i += kThreads) {
-      const int bin = rank_ * slice + i;
-      std::int64_t sum = 0;
-#pragma unroll 8
-      for (int r = 0; r < size_; ++r) {
-        sum += cluster.map_shared_rank(&mine, r)->sum(bin);
-      }
-#pragma unroll 8
-      for (int r = 0; r < size_; ++r) {
-        cluster.map_shared_rank(&shared, r)->sums[bin] = sum;
-      }
-    }
-    cluster.sync();
+  __device__ uint4* inbox(int from) const { return inboxes + ((meeting % 2) * size_ + from) * kPairs; }
+
+  // The mbarrier of this meeting in block `to`, and the place of this block's part there.
+  __device__ void send(int to, int place, const uint4& part) const {
+    ptx::store_async(ptx::shared_address_in(inbox(rank_) + place, to), part,
+                     ptx::shared_address_in(&shared.arrived[meeting % 2], to));
   }
 
-  __device__ std::int64_t sum(int /*level*/, int bin) const { return shared.sums[bin]; }
+  __device__ void expect(int parts) const {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect(&shared.arrived[meeting % 2], parts * size_ * static_cast<int>(sizeof(uint4)));
+    }
+    if (meeting == 0) {
+      ptx::cluster_wait();
+    }
+  }
 
-  template <typename T>
-  __device__ T sum_records(int slot, const T& mine, int n) {
-    if (slot == 0) {
-      cluster.barrier_wait();
+  __device__ void wait() const { ptx::mbarrier_wait(&shared.arrived[meeting % 2], meeting / 2 % 2); }
+
+  __device__ BinPair merge(int /*level*/, Bins& bins) {
+    __syncthreads();
+    expect(kPairs);
+    BinPair sum{0, 0};
+    if (has_pair()) {
+      const int pair = pair_of_thread();
+      const BinPair mine{bins.take(2 * pair), bins.take(2 * pair + 1)};
+      uint4 part;
+      memcpy(&part, &mine, sizeof(part));
+      for (int to = 0; to < size_; ++to) {
+        send(to, static_cast<int>(threadIdx.x), part);
+      }
+      wait();
+#pragma unroll 8
+      for (int from = 0; from < size_; ++from) {
+        part = inbox(from)[threadIdx.x];
+        BinPair other;
+        memcpy(&other, &part, sizeof(part));
+        sum = {sum.lower + other.lower, sum.upper + other.upper};
+      }
     }
+    ++meeting;
+    return sum;
+  }
+
+  template <typename T, typename Use>
+  __device__ void gather(int /*slot*/, const T& mine, int n, const Use& use) {
+    static_assert(sizeof(T) == sizeof(uint4));
+    expect(1);
     if (static_cast<int>(threadIdx.x) < size_) {
-      *reinterpret_cast<T*>(cluster.map_shared_rank(&shared, threadIdx.x)->records[slot][rank_]) = mine;
+      uint4 part;
+      memcpy(&part, &mine, sizeof(part));
+      send(static_cast<int>(threadIdx.x), 0, part);
     }
-    cluster.sync();
-    return sum_of<T>(n, [&](int i) { return *reinterpret_cast<const T*>(shared.records[slot][i]); });
+    wait();
+    for (int from = 0; from < n; ++from) {
+      T record;
+      memcpy(&record, inbox(from), sizeof(record));
+      use(record);
+    }
+    ++meeting;
+    __syncthreads();  // every thread has read its inbox before one sends again
   }
 };
 
-extern __shared__ unsigned char dynamic_shared[];
+extern __shared__ uint4 dynamic_shared[];
 
 __global__ void __launch_bounds__(kThreads, 1) by_cluster(const __grid_constant__ SelectTokensParams params) {
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic_shared);
-  ClusterTeam team(shared);
-  select_row(team, blockIdx.x / team.size(), params, shared.block, dynamic_shared + sizeof(ClusterShared));
+  uint4* inboxes = reinterpret_cast<uint4*>(&shared + 1);
+  ClusterTeam team(shared, inboxes);
+  select_row(team, blockIdx.x / team.size(), params, shared.block, inboxes + 2 * team.size() * kPairs);
 }
 
 }  // namespace
 }  // namespace select
 
 cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaStream_t stream) {
-  const std::size_t shared = sizeof(select::ClusterShared) + std::size_t{8} * params.tokens_per_block;
+  const std::size_t shared = sizeof(select::ClusterShared) +
+                             sizeof(uint4) * 2 * select::kPairs * params.blocks_per_row +
+                             std::size_t{8} * params.tokens_per_block;
   cudaError_t error =
       cudaFuncSetAttribute(select::by_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error == cudaSuccess && params.blocks_per_row > 8) {
