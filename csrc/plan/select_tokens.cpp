@@ -40,7 +40,8 @@ SelectTokensPlan plan_select_tokens(const SelectTokensProblem& problem) {
     const std::int64_t fit = (problem.shared_bytes - kBlockBytes) / kTokenBytes / kSelectGranule * kSelectGranule;
     const std::int64_t most = std::min(kGridBlockTokens, std::max(fit, kSelectGranule));
     plan.team = SelectTeam::kGrid;
-    plan.blocks_per_row = std::min(std::max(kGridBlocks, ceil_div(problem.tokens, most)), problem.multiprocessors);
+    const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(problem.tokens, kSelectGranule), 2, kGridBlocks);
+    plan.blocks_per_row = std::min(std::max(wanted, ceil_div(problem.tokens, most)), problem.multiprocessors);
     if (plan.blocks_per_row < 2 || share(problem.tokens, plan.blocks_per_row) > fit) {
       return {SelectTeam::kNone, 0, 0, 0, 0, 0};
     }
