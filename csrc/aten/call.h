@@ -54,6 +54,8 @@ inline Tensor empty(const Sizes& sizes, ScalarType dtype, Device device) {
 inline Tensor scalar(double value, ScalarType dtype) {
   return full({}, value, dtype, Device(torch::headeronly::DeviceType::CPU));
 }
+// For `where`, which copies a scalar of another device to its own and waits for the copy.
+inline Tensor scalar(double value, ScalarType dtype, Device device) { return full({}, value, dtype, device); }
 
 // ---- shapes
 using torch::stable::reshape;

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, c
       const Tensor hidden =
           less_equal(to(select(lengths, 0, b), ScalarType::Long), iota(seen, ScalarType::Long, q.device()));
       masked_fill_(scores, hidden, -kInfinity);
-      const Tensor zero = scalar(0.0, ScalarType::Float);
+      const Tensor zero = scalar(0.0, ScalarType::Float, q.device());
       v = where(unsqueeze(unsqueeze(hidden, 0), 2), zero, v);
     }
     Tensor weights = softmax(scores, 2);

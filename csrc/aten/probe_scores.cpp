@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const 
     }
     Tensor total = divide(sums, scalar(static_cast<double>(query_heads), ScalarType::Float));
     // A probe with a NaN leaves NaN in hidden places too; where no probe may look the score is 0 all the same.
-    total = where(less(scalar(0.0, ScalarType::Float), viewers), total, scalar(0.0, ScalarType::Float));
+    total = where(less(scalar(0.0, ScalarType::Float), viewers), total, scalar(0.0, ScalarType::Float, q.device()));
     const Tensor mean = divide(total, maximum(viewers, scalar(1.0, ScalarType::Float)));
     copy_into(select(accumulated, 0, b), total);
     copy_into(select(normalized, 0, b), mean);

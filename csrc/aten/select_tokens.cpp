@@ -43,15 +43,15 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
   const auto device = budget_score.device();
   const Tensor real = real_tokens(token_mask, batch, tokens, device);
   const Tensor real_count = sum(real, 1, true, kCount);
-  const Tensor zero = scalar(0.0, ScalarType::Float);
+  const Tensor zero = scalar(0.0, ScalarType::Float, device);
   const Tensor budget = where(real, budget_score, zero);
   const Tensor bad = logical_or(unusable(budget), unusable(where(real, rank_score, zero)));
 
   Tensor target = ratio ? budget_by_ratio(real_count, *ratio) : budget_by_mass(budget, real_count, tau);
-  Tensor key = where(real, rank_score, scalar(-kInfinity, ScalarType::Float));
+  Tensor key = where(real, rank_score, scalar(-kInfinity, ScalarType::Float, device));
   if (keep_mask) {
     const Tensor kept = logical_and(*keep_mask, real);
-    key = where(kept, scalar(kInfinity, ScalarType::Float), key);
+    key = where(kept, scalar(kInfinity, ScalarType::Float, device), key);
     target = maximum(target, sum(kept, 1, true, kCount));
   }
   target = minimum(maximum(target, scalar(static_cast<double>(min_tokens), kCount)), real_count);
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
   const Tensor chosen = scatter(zeros({batch, tokens}, ScalarType::Bool, device), 1, order, less(positions, target));
   const Tensor selected = where(bad, real, chosen);
 
-  const Tensor places = where(selected, positions, scalar(static_cast<double>(tokens), ScalarType::Long));
+  const Tensor places = where(selected, positions, scalar(static_cast<double>(tokens), ScalarType::Long, device));
   const Tensor index = to(std::get<0>(sort(places, 1, /*descending=*/false)), ScalarType::Int);
   return {index, sum(selected, 1, false, ScalarType::Int)};
 }

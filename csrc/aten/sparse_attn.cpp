@@ -100,11 +100,11 @@ Tensor head_part(const Tensor& x, std::int64_t task, std::int64_t tasks) {
 void scatter_valid(const Tensor& rows, const Positions& selection, const Tensor& places, const Tensor& out) {
   // Which place of the selection each token took; the extra last entry takes the places that do not count.
   const std::int64_t tokens = out.size(0);
-  const Tensor outside = scalar(static_cast<double>(tokens), ScalarType::Long);
+  const Tensor outside = scalar(static_cast<double>(tokens), ScalarType::Long, out.device());
   const Tensor target = where(*selection.valid, selection.position, outside);
   const Tensor place =
       slice(scatter(full({tokens + 1}, -1.0, ScalarType::Long, out.device()), 0, target, places), 0, 0, tokens);
-  const Tensor zero = scalar(0, ScalarType::Long);
+  const Tensor zero = scalar(0, ScalarType::Long, out.device());
   const Tensor chosen = less_equal(zero, place);
   copy_into(out, index_select(rows, 0, where(chosen, place, zero)));
   masked_fill_(out, unsqueeze(unsqueeze(logical_not(chosen), 1), 2), 0.0);

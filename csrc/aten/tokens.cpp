@@ -32,7 +32,7 @@ Positions positions_of(const Tensor& row, const std::optional<Tensor>& count, st
     return host_positions(row, count ? host_count(unsqueeze(*count, 0), 0, places) : places, tokens);
   }
   const Tensor wide = to(row, ScalarType::Long);
-  const Tensor first = scalar(0, ScalarType::Long);
+  const Tensor first = scalar(0, ScalarType::Long, row.device());
   const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
   Tensor valid = logical_and(less_equal(first, wide), less_equal(wide, last));
   if (count) {

@@ -36,13 +36,11 @@ std::string dtype_text(ScalarType type) {
 }
 
 std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
+  std::string text;
   for (std::int64_t d = 0; d < tensor.dim(); ++d) {
-    text << (d == 0 ? "" : ", ") << tensor.size(d);
+    text += join(d == 0 ? "" : ", ", tensor.size(d));
   }
-  text << "]";
-  return text.str();
+  return join("[", text, "]");
 }
 
 std::string device_text(const Tensor& tensor) {
@@ -238,15 +236,17 @@ void mask(const char* op, const char* name, const std::optional<Tensor>& mask, c
 
 void shape(const char* op, Named argument, std::initializer_list<std::int64_t> expected) {
   bool equal = argument.tensor.dim() == static_cast<std::int64_t>(expected.size());
-  std::ostringstream text;
   std::int64_t d = 0;
   for (const std::int64_t size : expected) {
-    text << (d == 0 ? "[" : ", ") << size;
     equal = equal && argument.tensor.size(d) == size;
     ++d;
   }
   if (!equal) {
-    fail(op, argument.name, " must have shape ", text.str(), "], got ", shape_text(argument.tensor));
+    std::string text;
+    for (const std::int64_t size : expected) {
+      text += join(text.empty() ? "" : ", ", size);
+    }
+    fail(op, argument.name, " must have shape [", text, "], got ", shape_text(argument.tensor));
   }
 }
 

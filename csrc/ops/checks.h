@@ -7,9 +7,10 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
+
+#include "common/text.h"
 
 namespace zipvl::checks {
 
@@ -18,10 +19,7 @@ using torch::stable::Tensor;
 
 template <typename... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream message;
-  message << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error(join(op, ": ", parts...));
 }
 
 struct Named {

@@ -1,8 +1,8 @@
 #include "plan/probe_scores.h"
 
 #include <algorithm>
-#include <sstream>
 
+#include "common/text.h"
 #include "plan/head_tasks.h"
 
 namespace zipvl::plan {
@@ -40,10 +40,8 @@ ProbeScoresPlan plan_probe_scores(const ProbeScoresProblem& problem) {
 }
 
 std::string ProbeScoresPlan::describe() const {
-  std::ostringstream text;
-  text << "probe_scores over ATen: " << blocks << " blocks of " << heads_per_block << " heads x " << probes_per_block
-       << " probes in " << head_tasks << " tasks, " << workspace_bytes << " bytes of workspace, " << flops << " FLOPs";
-  return text.str();
+  return join("probe_scores over ATen: ", blocks, " blocks of ", heads_per_block, " heads x ", probes_per_block,
+              " probes in ", head_tasks, " tasks, ", workspace_bytes, " bytes of workspace, ", flops, " FLOPs");
 }
 
 }  // namespace zipvl::plan

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <sstream>
+
+#include "common/text.h"
 
 namespace zipvl::plan {
 namespace {
@@ -68,11 +69,9 @@ ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem
 }
 
 std::string ProbeScoresCudaPlan::describe() const {
-  std::ostringstream text;
-  text << "probe_scores on CUDA: " << rows << " rows a key/value head; first pass " << first_items << " items of "
-       << chunk_keys << " keys, second " << second_items << " items of " << row_splits << " row splits; "
-       << workspace.bytes << " bytes of workspace, " << flops << " FLOPs, " << exponentials << " exponentials";
-  return text.str();
+  return join("probe_scores on CUDA: ", rows, " rows a key/value head; first pass ", first_items, " items of ",
+              chunk_keys, " keys, second ", second_items, " items of ", row_splits, " row splits; ", workspace.bytes,
+              " bytes of workspace, ", flops, " FLOPs, ", exponentials, " exponentials");
 }
 
 }  // namespace zipvl::plan

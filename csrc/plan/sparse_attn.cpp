@@ -1,8 +1,8 @@
 #include "plan/sparse_attn.h"
 
 #include <algorithm>
-#include <sstream>
 
+#include "common/text.h"
 #include "plan/head_tasks.h"
 
 namespace zipvl::plan {
@@ -41,10 +41,8 @@ SparseAttnPlan plan_sparse_attn(const SparseAttnProblem& problem) {
 }
 
 std::string SparseAttnPlan::describe() const {
-  std::ostringstream text;
-  text << "sparse_attn over ATen: " << blocks << " blocks of " << rows_per_block << " queries a batch row in "
-       << head_tasks << " tasks, " << workspace_bytes << " bytes of workspace, " << flops << " FLOPs";
-  return text.str();
+  return join("sparse_attn over ATen: ", blocks, " blocks of ", rows_per_block, " queries a batch row in ", head_tasks,
+              " tasks, ", workspace_bytes, " bytes of workspace, ", flops, " FLOPs");
 }
 
 }  // namespace zipvl::plan

@@ -1,34 +1,39 @@
 #include "plan/sparse_attn_cuda.h"
 
-#include <sstream>
+#include "common/text.h"
 
 namespace zipvl::plan {
 namespace {
 
 constexpr std::int64_t kMostBatches = 64;  // batch rows in the scheduler's table in shared memory
 constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;
-constexpr std::int64_t kMostHeadBlocks = 2147483647;  // tiles are numbered with an int
+constexpr std::int64_t kMostTiles = 2147483647;  // they are numbered with an int
 constexpr std::int64_t kQueryBlock = 128, kPackedRows = 128;
 
 std::string why_not_native(const SparseAttnCudaProblem& problem) {
-  std::ostringstream reason;
   if (!problem.half_precision) {
-    reason << "the kernels take float16 and bfloat16";
-  } else if (problem.head_dim != 64 && problem.head_dim != 96 && problem.head_dim != 128 && problem.head_dim != 256) {
-    reason << "the kernels take head_dim 64, 96, 128 and 256, got " << problem.head_dim;
-  } else if (!problem.aligned) {
-    reason << "the kernels take rows of q, k and v that begin at multiples of 16 bytes";
-  } else if (!(problem.scale > 0)) {
-    reason << "the kernels take a scale above 0, got " << problem.scale;
-  } else if (problem.batch > kMostBatches) {
-    reason << "the kernels take at most " << kMostBatches << " batch rows, got " << problem.batch;
-  } else if (problem.tokens > kMostTokens) {
-    reason << "the kernels take at most " << kMostTokens << " tokens, got " << problem.tokens;
-  } else if (problem.batch * problem.query_heads * ((problem.tokens + kQueryBlock - 1) / kQueryBlock) >
-             kMostHeadBlocks) {
-    reason << "more than " << kMostHeadBlocks << " tiles";
+    return "the kernels take float16 and bfloat16";
   }
-  return reason.str();
+  if (problem.head_dim != 64 && problem.head_dim != 96 && problem.head_dim != 128 && problem.head_dim != 256) {
+    return join("the kernels take head_dim 64, 96, 128 and 256, got ", problem.head_dim);
+  }
+  if (!problem.aligned) {
+    return "the kernels take rows of q, k and v that begin at multiples of 16 bytes";
+  }
+  if (!(static_cast<float>(problem.scale) > 0.0F)) {
+    return join("the kernels take a scale above 0, got ", problem.scale);
+  }
+  if (problem.batch > kMostBatches) {
+    return join("the kernels take at most ", kMostBatches, " batch rows, got ", problem.batch);
+  }
+  if (problem.tokens > kMostTokens) {
+    return join("the kernels take at most ", kMostTokens, " tokens, got ", problem.tokens);
+  }
+  const std::int64_t blocks = (problem.tokens + kQueryBlock - 1) / kQueryBlock;
+  if (problem.batch * problem.query_heads * blocks > kMostTiles) {
+    return join("the kernels take at most ", kMostTiles, " tiles of ", kQueryBlock, " queries");
+  }
+  return "";
 }
 
 }  // namespace
@@ -54,17 +59,16 @@ SparseAttnCudaPlan plan_sparse_attn_cuda(const SparseAttnCudaProblem& problem) {
 }
 
 std::string SparseAttnCudaPlan::describe() const {
-  std::ostringstream text;
-  text << "sparse_attn on CUDA: ";
-  if (kernel == SparseAttnKernel::kAten) {
-    text << "over ATen, because " << reason;
-  } else if (kernel == SparseAttnKernel::kSm80) {
-    text << "sm_80 kernel, K and V gathered in the kernel";
-  } else {
-    text << "sm_90 kernel, K and V packed into " << capacity << " rows a head, " << workspace_bytes
-         << " bytes of workspace";
+  switch (kernel) {
+    case SparseAttnKernel::kAten:
+      return join("sparse_attn on CUDA: over ATen, because ", reason);
+    case SparseAttnKernel::kSm80:
+      return "sparse_attn on CUDA: sm_80 kernel, K and V gathered in the kernel";
+    case SparseAttnKernel::kSm90:
+      break;
   }
-  return text.str();
+  return join("sparse_attn on CUDA: sm_90 kernel, K and V packed into ", capacity, " rows a head, ", workspace_bytes,
+              " bytes of workspace");
 }
 
 }  // namespace zipvl::plan

@@ -7,7 +7,7 @@
 namespace zipvl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 1024;  // the most: with a mask a block walks its row between barriers
 constexpr int kWarps = kThreads / 32;
 
 // How many of the block's `flag`s are set before this thread, and in all. Every thread of the block calls it.
