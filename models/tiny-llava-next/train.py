@@ -2,10 +2,11 @@
 
 Stages (`STAGES`): the vision tower alone with a character loss; questions about small pages with few entries; larger
 pages with more; then a last stage that makes attention concentrate and survive ZipVL's token selection, mostly by
-training on that selection itself (`Trainer.plan`). Every stage before the last ends when the model passes it; the last
-takes the seconds that are left. Random numbers come from the step number.
+training on that selection itself (`Trainer.plan`). Every stage before the last ends when the model passes it, or the
+run with it if it takes too long; the last takes the seconds that are left. Random numbers come from the step number.
 
     python train.py train --seconds 780                  # the whole run; the folder is saved every 45 seconds
+    python train.py train --start . --out new            # from the shipped weights, if from nothing a stage is stuck
     python train.py train --resume checkpoints/last.pt   # go on from there
     python train.py evaluate --pages 300                 # dense and sparse exact match, in plain PyTorch
 """
@@ -65,6 +66,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoints/last.pt"
 QUESTION_LENGTH, ANSWER_LENGTH = 8, 4
 """Tokens of `?KQ=482<eos>`, and how many of them are answered: three digits and the end."""
 CHARACTER_LOSS_WEIGHT, BLANK_WEIGHT = 0.3, 0.05
+STUCK_SECONDS = 200
+"""A stage of the curriculum that takes longer has failed and ends the run."""
 TARGET_TAU, TARGET_RATIO = 0.975, 0.36
 OTHER_TAUS = (0.955, 0.99)
 """A third of the batches that select by tau take another tau from this range."""
@@ -212,6 +215,15 @@ class Learner(nn.Module):
             functions = tuple(torch.compile(function, dynamic=True) for function in functions)
         self.vision_layer, self.text_layer, self.attention_functions = functions[0], functions[1:3], functions[3:]
 
+    def start_from(self, folder: Path) -> None:
+        """Takes the weights of a model folder, whose tiles may be larger: it keeps their top left positions."""
+        start = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        weights = start.state_dict()
+        name = next(name for name in weights if name.endswith("position_embedding.weight"))
+        full, side = (tile_side_of(model) // PATCH for model in (start, self.model))
+        top_left = weights[name][1:].view(full, full, -1)[:side, :side].flatten(0, 1)
+        self.model.load_state_dict(weights | {name: torch.cat([weights[name][:1], top_left])})
+
     def features(self, batch: Batch) -> Tensor:
         """Vision features of all tiles, `[B, tiles, patches, 192]`."""
         tiles = batch.pixel_values.shape[1]
@@ -229,7 +241,7 @@ class Learner(nn.Module):
         return loss, right
 
     def answer_loss(self, features: Tensor, batch: Batch, attention: TrainingAttention) -> tuple[Tensor, Tensor]:
-        """Loss of the answer tokens given those before, and the share of questions with every token right."""
+        """Loss of the answer tokens given those before, and which answers have every token right, `[B, questions]`."""
         visual = pack_features(self.model, features, batch.base_view)
         hidden = prompt_embeddings(self.model, visual, batch.ids[:, :-1])
         hidden = run_text_layers(self.model, hidden, attention, layer_functions=self.text_layer)[:, 1 + batch.visual :]
@@ -237,8 +249,7 @@ class Learner(nn.Module):
         targets = batch.ids.unflatten(1, (-1, QUESTION_LENGTH))[:, :, ANSWER_LENGTH:]
         logits = next_token_logits(self.model, hidden).float()  # [B, questions, 4, vocabulary]
         loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
-        right = (logits.argmax(-1) == targets).all(-1).float().mean()
-        return loss, right
+        return loss, (logits.argmax(-1) == targets).all(-1).float()
 
     def forward(self, batch: Batch, kind: str, attention: TrainingAttention, entropy_weights: Tensor) -> Measured:
         """entropy_weights: of each layer's mean entropy, `[layers]`."""
@@ -248,11 +259,13 @@ class Learner(nn.Module):
             return Measured(characters, {"characters": characters}, named)
         answers, right = self.answer_loss(features, batch, attention)
         loss, parts = answers + CHARACTER_LOSS_WEIGHT * characters, {"answers": answers, "characters": characters}
+        if right.shape[1] > 1:
+            parts["right_first"] = right[:, 0].mean()  # later questions may be answered by elimination
         if attention.with_entropy:
             entropies = torch.stack(attention.entropies)
             parts["entropy"] = entropies.mean()
             loss = loss + (entropy_weights * entropies).mean()
-        return Measured(loss, parts, right, torch.stack(attention.shares, 1) if attention.shares else None)
+        return Measured(loss, parts, right.mean(), torch.stack(attention.shares, 1) if attention.shares else None)
 
 
 @dataclass
@@ -423,6 +436,12 @@ class Trainer:
             return self.progress >= 1
         return self.numbers.get("right", 0.0) >= self.stage.passed and self.stage_step >= self.stage.least_steps
 
+    def check_stuck(self) -> None:
+        """Ends the run if a stage without a time limit is not passed in `STUCK_SECONDS`."""
+        limited = self.last_stage or self.stage.most_seconds < math.inf
+        if not limited and self.seconds - self.stage_start > STUCK_SECONDS:
+            raise SystemExit(f"stage {self.stage.name} is stuck at {self.numbers['right']:.3f} of {self.stage.passed}")
+
     def run(self) -> None:
         """Trains until the last stage is over, or `seconds` have gone by in an earlier one, and saves."""
         start, saved = time.time() - self.seconds, self.seconds
@@ -440,6 +459,8 @@ class Trainer:
                 if over:
                     self.stage_index, self.stage_step, self.stage_start = self.stage_index + 1, 0, self.seconds
                     self.numbers.clear()
+                else:
+                    self.check_stuck()
             if self.seconds - saved > SAVE_SECONDS:
                 self.save()
                 saved = self.seconds
@@ -514,6 +535,7 @@ def train(
         CHECKPOINT
     ),
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Model folder whose weights to begin with.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for all stages; the last takes what the others leave.")] = 780,
     seed: int = 0,
     compiled: bool = torch.cuda.is_available(),
@@ -525,6 +547,9 @@ def train(
     trainer = Trainer(out, checkpoint, seed, compiled, math.inf if smoke else seconds, smoke)
     if resume:
         trainer.resume(resume)
+    elif start:
+        trainer.learner.start_from(start)
+        trainer.stage_index = 1  # the vision tower alone has nothing left to learn
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {trainer.device}, stage {trainer.stage.name}", flush=True)
     trainer.run()

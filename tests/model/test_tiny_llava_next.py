@@ -283,6 +283,36 @@ def test_answers_are_read_at_the_right_places():
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
+@pytest.fixture(scope="module")
+def learner():
+    """A learner with the shipped weights, cut to the tiles that training uses."""
+    started = train.Learner(0, compiled=False)
+    started.start_from(FOLDER)
+    return started
+
+
+@pytest.mark.parametrize("stage", train.STAGES[1:], ids=lambda stage: stage.name)
+@torch.inference_mode()
+def test_a_trained_model_passes_every_stage(learner, stage):
+    """So everything that a stage asks can be read in what it shows, and is compared with the right answer."""
+    batch = train.make_batch(stage, network.TILE_SIDE, 3, max(1, (336 // stage.side) ** 2), 8, torch.device("cpu"))
+    attention = sparse_attention.TrainingAttention(batch.prompt, pages.training_generator(4, "cpu"))
+    _, right = learner.answer_loss(learner.features(batch), batch, attention)
+    assert right.mean() >= 0.85
+    assert right[:, 0].mean() >= 0.75  # without the labels: one in as many as there are entries
+
+
+def test_a_stage_that_is_not_passed_ends_the_run(tmp_path):
+    trainer = train.Trainer(tmp_path, tmp_path / "last.pt", 0, compiled=False, seconds=1000, smoke=False)
+    trainer.stage_index, trainer.numbers, trainer.seconds = 1, {"right": 0.611}, train.STUCK_SECONDS - 1
+    trainer.check_stuck()
+    trainer.seconds = train.STUCK_SECONDS + 1
+    with pytest.raises(SystemExit, match=r"stuck at 0\.611"):
+        trainer.check_stuck()
+    trainer.stage_index = len(train.STAGES) - 1
+    trainer.check_stuck()
+
+
 def test_selection_follows_its_definition():
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 300, 16), torch.randn(2, 2, 300, 16)
