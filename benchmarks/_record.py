@@ -82,9 +82,14 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    """HEAD, with ``+changes`` where ``csrc/`` or ``zipvl/`` differ from it; None without git."""
+    commit = _git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and _git("status", "--porcelain", "--", "csrc", "zipvl") else commit
+
+
+def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

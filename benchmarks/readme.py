@@ -76,7 +76,69 @@ def tiny_llava_next() -> list[str]:
     return [title, "", *head, *rows]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"cpu_prefill": cpu_prefill, "tiny_llava_next": tiny_llava_next}
+def gpu_tests() -> list[str]:
+    """The newest run of tests/cuda, and the sources it ran."""
+    run = results("gpu_tests")[-1]
+    tests = run["tests"]
+    return [
+        f"Last run of `tests/cuda`: {tests['passed']:,} passed, {tests['failed']} failed ({source(run)}; "
+        f"`csrc/` with sha256 `{run['csrc_sha256'][:12]}`)."
+    ]
+
+
+def sparse_attn() -> list[str]:
+    """sparse_attn, packing included, against dense attention at the number of selected tokens; the newest run."""
+    newest = {(r["part"], *sorted(r["case"].items())): r for r in results("sparse_attn")}
+    chosen = [r for r in newest.values() if r["part"] in ("goals", "all-queries")]
+    rows = []
+    for run in chosen:
+        case, times = run["case"], run["times"]
+        ours, cudnn, fa2 = (times[name]["median_ms"] for name in ("zipvl", "cudnn", "fa2"))
+        label = " (all queries)" if case["all_queries"] else ""
+        rows.append(
+            f"| {case['N']:,} | {case['p']:,}{label} | {ours:.3f} | {run['tflops']:.0f} | {ours / cudnn:.2f} "
+            f"| {ours / fa2:.2f} |"
+        )
+    heads = "/".join(map(str, chosen[0]["heads"]))
+    title = (
+        "`sparse_attn` among `p` of `N` tokens, packing included, against dense attention at `p` (at `N` for all "
+        f"queries), {heads} heads, D 128, bfloat16, causal ({source(chosen[0])}):"
+    )
+    head = [
+        "| N | p | ms | TFLOP/s | time / cuDNN | time / FlashAttention-2 |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return [title, "", *head, *rows]
+
+
+def probe_select() -> list[str]:
+    """The estimate: probe scores, selection and packing against the same in PyTorch; the newest run, main shapes."""
+    run = results("probe_select")[-1]
+    main = [r for r in run["rows"] if (r["shape"]["B"], r["shape"]["Hq"], r["shape"]["Hkv"]) == (1, 28, 4)]
+    lengths = sorted({r["shape"]["N"] for r in main})
+    rows = []
+    for op in ("probe_scores", "select_tokens", "pack_kv"):
+        cells = []
+        for n in lengths:
+            row = next(r for r in main if r["op"] == op and r["shape"]["N"] == n)
+            peers = [f"{us / row['us']:.1f}x" for us in row["peers"].values()]
+            cells.append(f"{row['us']:.1f}" + (f" ({', '.join(peers)})" if peers else ""))
+        rows.append(f"| `{op}` | " + " | ".join(cells) + " |")
+    title = (
+        "The estimate, us, and how many times as long the same takes in PyTorch (eager scores; sort, cumsum, top-k and "
+        f"sort; a contiguous copy of as many bytes), 28/4 heads, D 128, bfloat16, 128 probes, a quarter packed ({source(run)}):"
+    )
+    head = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
+    return [title, "", *head, *rows]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "cpu_prefill": cpu_prefill,
+    "tiny_llava_next": tiny_llava_next,
+    "gpu_tests": gpu_tests,
+    "sparse_attn": sparse_attn,
+    "probe_select": probe_select,
+}
 
 
 def rendered(text: str) -> str:

@@ -14,8 +14,11 @@ __all__ = ["DTYPES", "OPS", "Support", "can_run_native", "support", "why_not"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# The ops with a CUDA kernel of their own (csrc/cuda/ops/register_cuda.cpp); the others run over ATen there.
-_CUDA_KERNELS = frozenset({"probe_index"})
+# The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp); zipvl_attn calls them. The others run over ATen there.
+_CUDA_KERNELS = frozenset({"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn"})
+# Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/plan/*_cuda.cpp).
+_TENSOR_CORE_KERNELS = frozenset({"probe_scores", "sparse_attn", "zipvl_attn"})
+_KERNEL_DTYPES, _KERNEL_HEAD_DIMS = (torch.float16, torch.bfloat16), (64, 96, 128, 256)
 _SCORE_OPS = frozenset({"select_tokens"})  # their inputs are float32 scores, whatever the model's dtype
 
 
@@ -56,6 +59,8 @@ def support(
         return Support("unavailable", problem)
     if device.type == "cuda" and op not in _CUDA_KERNELS:
         return Support("fallback", "no CUDA kernel of its own yet: runs over ATen's ops on the GPU")
+    if device.type == "cuda" and op in _TENSOR_CORE_KERNELS and (reason := _not_for_tensor_cores(dtype, head_dim)):
+        return Support("fallback", reason)
     return Support("native")
 
 
@@ -92,6 +97,15 @@ def _bad_input(op: str, dtype: torch.dtype | None, head_dim: int | None) -> str 
         return f"dtype must be {names}, got {str(dtype).removeprefix('torch.')}"
     if head_dim is not None and head_dim < 1:
         return f"head_dim must be at least 1, got {head_dim}"
+    return None
+
+
+def _not_for_tensor_cores(dtype: torch.dtype | None, head_dim: int | None) -> str | None:
+    if dtype is not None and dtype not in _KERNEL_DTYPES:
+        return "the CUDA kernels take float16 and bfloat16: runs over ATen's ops on the GPU"
+    if head_dim is not None and head_dim not in _KERNEL_HEAD_DIMS:
+        dims = ", ".join(map(str, _KERNEL_HEAD_DIMS))
+        return f"the CUDA kernels take head_dim {dims}, got {head_dim}: runs over ATen's ops on the GPU"
     return None
 
 
