@@ -126,7 +126,8 @@ def probe_select() -> list[str]:
         rows.append(f"| `{op}` | " + " | ".join(cells) + " |")
     title = (
         "The estimate, us, and how many times as long the same takes in PyTorch (eager scores; sort, cumsum, top-k and "
-        f"sort; a contiguous copy of as many bytes), 28/4 heads, D 128, bfloat16, 128 probes, a quarter packed ({source(run)}):"
+        f"sort; a contiguous copy of as many bytes), 28/4 heads, D 128, bfloat16, 128 probes, "
+        f"a quarter packed ({source(run)}):"
     )
     head = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
     return [title, "", *head, *rows]
