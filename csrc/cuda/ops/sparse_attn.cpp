@@ -86,7 +86,7 @@ PackKvParams pack_params_of(const SparseAttnParams& attn, int device) {
   params.capacity = attn.capacity;
   params.head_dim = attn.head_dim;
   params.element_bytes = 2;
-  params.tail = sm90::kPackedRows;
+  params.tail = attn::sm90::kPackedRows;
   params.multiprocessors = multiprocessors(device);
   return params;
 }
@@ -118,7 +118,7 @@ void run_sm90(SparseAttnParams params, const plan::SparseAttnCudaPlan& plan, con
   }
   check_launch(kOp, launch_pack_kv(pack_params_of(params, device), stream));
   const std::int32_t* seen_data = seen ? seen->const_data_ptr<std::int32_t>() : nullptr;
-  check_launch(kOp, sm90::launch_sparse_attn(params, seen_data, multiprocessors(device), stream));
+  check_launch(kOp, attn::sm90::launch_sparse_attn(params, seen_data, multiprocessors(device), stream));
 }
 #endif
 

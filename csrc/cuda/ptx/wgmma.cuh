@@ -55,6 +55,12 @@ __device__ __forceinline__ std::uint64_t wgmma_advance(std::uint64_t descriptor,
   return (descriptor & 0xFFFFFFFF00000000U) | low;
 }
 
+// The descriptor, in a way that keeps the compiler from making what is derived from it before this place.
+__device__ __forceinline__ std::uint64_t wgmma_unhoisted(std::uint64_t descriptor) {
+  asm volatile("" : "+l"(descriptor));
+  return descriptor;
+}
+
 // T: __half or __nv_bfloat16. N: columns. BTransposed: B is MN-major (its rows run along N). `accumulate` false: D = A
 // B.
 template <typename T, int N, bool BTransposed>

@@ -11,11 +11,11 @@ namespace {
 struct Sm80Passes {
   template <typename ElementType, int HeadDim>
   static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
-    return sm80::launch_first_pass<ElementType, HeadDim>(params, stream);
+    return probe::sm80::launch_first_pass<ElementType, HeadDim>(params, stream);
   }
   template <typename ElementType, int HeadDim>
   static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
-    return sm80::launch_second_pass<ElementType, HeadDim>(params, stream);
+    return probe::sm80::launch_second_pass<ElementType, HeadDim>(params, stream);
   }
 };
 

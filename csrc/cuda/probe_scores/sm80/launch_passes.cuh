@@ -9,7 +9,7 @@
 #include "cuda/probe_scores/sm80/launch.h"
 #include "cuda/probe_scores/sm80/second_pass.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::probe::sm80 {
 
 template <typename Traits>
 cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams), int blocks, const ProbeScoresParams& params,
@@ -37,4 +37,4 @@ cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t str
   return launch_pass<Tr>(&probe_columns_sm80<Tr>, blocks, params, stream);
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::probe::sm80

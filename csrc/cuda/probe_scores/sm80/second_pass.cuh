@@ -6,7 +6,7 @@
 #include "cuda/probe_scores/tile_math.cuh"
 #include "cuda/ptx/sync.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::probe::sm80 {
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
@@ -75,4 +75,4 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
   }
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::probe::sm80

@@ -7,7 +7,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::probe::sm80 {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
@@ -111,4 +111,4 @@ __device__ __forceinline__ void stream_tiles(std::uint32_t shared, int first, in
   }
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::probe::sm80

@@ -5,7 +5,7 @@
 #include "cuda/probe_scores/sm90/pipeline.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::probe::sm90 {
 
 // Rows of one head against one chunk of keys; the blocks of rows of a chunk are neighbours and share its keys in L2. A
 // block takes every so many'th unit of 64 rows: early probes, which see few keys, and late ones, so that blocks are
@@ -142,4 +142,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

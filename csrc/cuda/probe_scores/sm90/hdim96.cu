@@ -1,8 +1,8 @@
 #include "cuda/probe_scores/sm90/launch_passes.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::probe::sm90 {
 template cudaError_t launch_first_pass<__half, 96>(const ProbeScoresParams&, cudaStream_t);
 template cudaError_t launch_second_pass<__half, 96>(const ProbeScoresParams&, cudaStream_t);
 template cudaError_t launch_first_pass<__nv_bfloat16, 96>(const ProbeScoresParams&, cudaStream_t);
 template cudaError_t launch_second_pass<__nv_bfloat16, 96>(const ProbeScoresParams&, cudaStream_t);
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

@@ -11,11 +11,11 @@ namespace {
 struct Sm90Passes {
   template <typename ElementType, int HeadDim>
   static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
-    return sm90::launch_first_pass<ElementType, HeadDim>(params, stream);
+    return probe::sm90::launch_first_pass<ElementType, HeadDim>(params, stream);
   }
   template <typename ElementType, int HeadDim>
   static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
-    return sm90::launch_second_pass<ElementType, HeadDim>(params, stream);
+    return probe::sm90::launch_second_pass<ElementType, HeadDim>(params, stream);
   }
 };
 

@@ -3,7 +3,7 @@
 
 #include "cuda/probe_scores/probe_scores.h"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::probe::sm90 {
 
 template <typename ElementType, int HeadDim>
 cudaError_t launch_first_pass(const ProbeScoresParams& params, cudaStream_t stream);
@@ -11,4 +11,4 @@ cudaError_t launch_first_pass(const ProbeScoresParams& params, cudaStream_t stre
 template <typename ElementType, int HeadDim>
 cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t stream);
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

@@ -11,7 +11,7 @@
 #include "cuda/probe_scores/sm90/launch.h"
 #include "cuda/probe_scores/sm90/second_pass.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::probe::sm90 {
 
 // Keys or gathered probe rows [batch, kv_heads, size, head_dim], `box_rows` rows of one slab at a time.
 inline TensorMapView keys_view(const ProbeScoresParams& params, int box_rows) {
@@ -69,4 +69,4 @@ cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t str
                          rows_view(params, Tr::kStreamRows), params, stream);
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

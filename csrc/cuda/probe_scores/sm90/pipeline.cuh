@@ -9,7 +9,7 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::probe::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ SharedStorage<Traits>& shared_storage() {
@@ -115,4 +115,4 @@ struct Consumer {
   }
 };
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

@@ -5,7 +5,7 @@
 #include "cuda/probe_scores/sm90/pipeline.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::probe::sm90 {
 
 // The keys of a block against one part of the rows of their head. Early keys, which more probes see, come first: the
 // items of a wave are about as long as each other.
@@ -132,4 +132,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

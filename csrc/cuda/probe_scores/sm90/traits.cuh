@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
-namespace zipvl::cuda::sm90 {
+#include "cuda/common/ring.cuh"
+
+namespace zipvl::cuda::probe::sm90 {
 
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
@@ -41,20 +43,6 @@ struct SharedStorage {
   std::uint64_t held_full[Traits::kConsumers];
 };
 
-// A place in the ring of stages: which one, and the parity of the pass through the ring.
-template <int Stages>
-struct RingPlace {
-  int stage = 0;
-  std::uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == Stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Work items of a persistent block, in waves of one item a block. A block's place moves from wave to wave: items differ
 // in length by their place, and so no block gets the long ones every time.
 class ItemWalk {
@@ -86,4 +74,4 @@ class ItemWalk {
   int wave_start_ = 0, place_, items_;
 };
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::probe::sm90

@@ -8,7 +8,7 @@
 #include "cuda/sparse_attn/sm80/softmax.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 // out: token 0 of the head, row_elements a token.
 template <typename Traits>
@@ -45,4 +45,4 @@ __device__ __forceinline__ void store_rows(const Output<Traits>& o, const RowSta
   }
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

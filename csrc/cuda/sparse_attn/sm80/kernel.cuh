@@ -16,7 +16,7 @@
 #include "cuda/sparse_attn/sm80/traits.cuh"
 #include "cuda/sparse_attn/sm80/zeros.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 // Finds out which rows the block needs, and starts on its queries and on its last tile of keys.
 template <typename Traits>
@@ -46,7 +46,7 @@ __device__ __forceinline__ KeyRange begin_block(const SparseAttnParams& params, 
     load_index(params, shared, tile);
     ptx::cp_async_commit();
     load_rows<Traits, Traits::kBlockM, true>(
-        shared_address(shared.q), head_of<Traits>(params.q, params.q_stride, batch, head), params.q_stride[2],
+        ptx::shared_address(shared.q), head_of<Traits>(params.q, params.q_stride, batch, head), params.q_stride[2],
         queries - begin, [&](int row) { return shared.query_token[row]; });
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
@@ -115,4 +115,4 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   }
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

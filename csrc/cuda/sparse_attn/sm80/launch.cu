@@ -10,13 +10,13 @@ template <typename ElementType>
 cudaError_t launch_for(const SparseAttnParams& params, cudaStream_t stream) {
   switch (params.head_dim) {
     case 64:
-      return sm80::launch_kernel<ElementType, 64>(params, stream);
+      return attn::sm80::launch_kernel<ElementType, 64>(params, stream);
     case 96:
-      return sm80::launch_kernel<ElementType, 96>(params, stream);
+      return attn::sm80::launch_kernel<ElementType, 96>(params, stream);
     case 128:
-      return sm80::launch_kernel<ElementType, 128>(params, stream);
+      return attn::sm80::launch_kernel<ElementType, 128>(params, stream);
     case 256:
-      return sm80::launch_kernel<ElementType, 256>(params, stream);
+      return attn::sm80::launch_kernel<ElementType, 256>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }

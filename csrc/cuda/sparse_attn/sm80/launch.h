@@ -11,10 +11,10 @@ namespace zipvl::cuda {
 // cudaErrorInvalidValue. The packed workspace is not used.
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream);
 
-namespace sm80 {
+namespace attn::sm80 {
 // One instantiation, in a file of its own so that they compile side by side.
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream);
-}  // namespace sm80
+}  // namespace attn::sm80
 
 }  // namespace zipvl::cuda

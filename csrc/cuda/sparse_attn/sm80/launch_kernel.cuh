@@ -7,7 +7,7 @@
 #include "cuda/sparse_attn/sm80/kernel.cuh"
 #include "cuda/sparse_attn/sm80/launch.h"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 template <typename Traits>
 cudaError_t launch(const SparseAttnParams& params, int multiprocessors, cudaStream_t stream) {
@@ -49,4 +49,4 @@ cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream) {
   return launch<Traits<ElementType, HeadDim, 1>>(params, multiprocessors, stream);
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

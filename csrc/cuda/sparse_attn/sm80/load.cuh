@@ -5,14 +5,11 @@
 #include <cstdint>
 
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/shared_address.cuh"
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::sm80 {
-
-__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace zipvl::cuda::attn::sm80 {
 
 // An entry of `index` as a token of the sequence, whatever stands there.
 __device__ __forceinline__ std::uint32_t token_of(std::int32_t entry, std::uint32_t tokens) {
@@ -60,7 +57,8 @@ template <typename Traits>
 __device__ __forceinline__ void load_index(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
   const int thread = static_cast<int>(threadIdx.x), key = tile * Traits::kBlockN + thread;
   if (thread < Traits::kBlockN && key < shared.seen) {
-    ptx::cp_async_4(shared_address(&shared.index[tile % 2][thread]), shared.index_row + key * params.index_stride[1]);
+    ptx::cp_async_4(ptx::shared_address(&shared.index[tile % 2][thread]),
+                    shared.index_row + key * params.index_stride[1]);
   }
 }
 
@@ -69,7 +67,7 @@ template <typename Traits, bool kPartial>
 __device__ __forceinline__ void load_keys(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
   const std::int32_t* index = shared.index[tile % 2];
   load_rows<Traits, Traits::kBlockN, kPartial>(
-      shared_address(shared.k[tile % Traits::kStages]), shared.k_head, params.k_stride[2],
+      ptx::shared_address(shared.k[tile % Traits::kStages]), shared.k_head, params.k_stride[2],
       kPartial ? shared.seen - tile * Traits::kBlockN : 0,
       [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
 }
@@ -78,7 +76,7 @@ template <typename Traits, bool kPartial>
 __device__ __forceinline__ void load_values(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
   const std::int32_t* index = shared.index[tile % 2];
   load_rows<Traits, Traits::kBlockN, kPartial>(
-      shared_address(shared.v[tile % Traits::kStages]), shared.v_head, params.v_stride[2],
+      ptx::shared_address(shared.v[tile % Traits::kStages]), shared.v_head, params.v_stride[2],
       kPartial ? shared.seen - tile * Traits::kBlockN : 0,
       [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
 }
@@ -130,4 +128,4 @@ __device__ __forceinline__ void load_first(const SparseAttnParams& params, Share
   ptx::cp_async_commit();
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

@@ -8,7 +8,7 @@
 #include "cuda/sparse_attn/sm80/softmax.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 // Accumulators of a warp: [row tile][8-column tile][as mma_16x8x16's C].
 template <typename Traits>
@@ -25,9 +25,10 @@ struct Operands {
     const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
     // ldmatrix: lanes 0-7 name the rows of the first matrix, and so on. K's rows are the product's columns, so its four
     // matrices are (columns 0-7, then 8-15) x (two chunks); Q's and V's go down the rows first.
-    return {shared_address(shared.q) + Traits::offset(warp * 16 * Traits::kRowTiles + lane % 16, lane / 16),
-            shared_address(shared.k[tile % Traits::kStages]) + Traits::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2),
-            shared_address(shared.v[tile % Traits::kStages]) + Traits::offset(lane % 16, lane / 16)};
+    return {
+        ptx::shared_address(shared.q) + Traits::offset(warp * 16 * Traits::kRowTiles + lane % 16, lane / 16),
+        ptx::shared_address(shared.k[tile % Traits::kStages]) + Traits::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2),
+        ptx::shared_address(shared.v[tile % Traits::kStages]) + Traits::offset(lane % 16, lane / 16)};
   }
 };
 
@@ -80,4 +81,4 @@ __device__ __forceinline__ void add_values(Output<Traits>& o, const Scores<Trait
   }
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

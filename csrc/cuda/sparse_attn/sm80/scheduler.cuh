@@ -8,7 +8,7 @@
 #include "cuda/sparse_attn/sm80/load.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 // The selection of a batch row.
 struct Selection {
@@ -115,4 +115,4 @@ __device__ __forceinline__ int keys_seen_by(const SparseAttnParams& params, cons
   return params.all_queries ? selection.seen_by(row, range.first, range.last) : min(row + 1, range.last);
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

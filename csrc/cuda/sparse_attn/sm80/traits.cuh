@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 constexpr int kWarpThreads = 32;
 constexpr int kChunkElements = 8;  // 16 bytes: what one copy or ldmatrix row takes
@@ -74,4 +74,4 @@ __device__ __forceinline__ std::uint32_t step_address(std::uint32_t first, int s
          static_cast<std::uint32_t>(step / kPeriodSteps * kPeriodSteps * kStepBytes);
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

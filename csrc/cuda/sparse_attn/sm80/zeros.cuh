@@ -6,7 +6,7 @@
 #include "cuda/sparse_attn/sm80/scheduler.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::sm80 {
+namespace zipvl::cuda::attn::sm80 {
 
 // selected: kThreads bytes of shared memory. out: the batch row's, row_bytes a token.
 template <typename Traits>
@@ -46,4 +46,4 @@ __device__ __forceinline__ void write_zeros(const Selection& selection, const Jo
   }
 }
 
-}  // namespace zipvl::cuda::sm80
+}  // namespace zipvl::cuda::attn::sm80

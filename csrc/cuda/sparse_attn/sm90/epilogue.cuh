@@ -6,7 +6,7 @@
 
 #include "cuda/sparse_attn/sm90/softmax.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 
 // x[i] of lane j of a quad <-> x[j] of lane i.
 __device__ __forceinline__ void transpose_quad(std::uint32_t (&x)[4]) {
@@ -49,4 +49,4 @@ __device__ __forceinline__ void store_rows(const float (&o)[kOutputs], const Row
   }
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

@@ -7,7 +7,7 @@
 #include "cuda/sparse_attn/sm90/mma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
@@ -122,4 +122,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

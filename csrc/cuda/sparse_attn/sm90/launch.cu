@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 namespace {
 
 template <typename ElementType>
@@ -31,4 +31,4 @@ cudaError_t launch_sparse_attn(const SparseAttnParams& params, const std::int32_
                                              : launch_for<__nv_bfloat16>(params, seen, multiprocessors, stream);
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

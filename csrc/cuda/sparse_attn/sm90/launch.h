@@ -5,7 +5,7 @@
 
 #include "cuda/sparse_attn/params.h"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 
 // Rows of a key block, whatever the head dimension: packed K and V must have zeros from a batch row's count up to the
 // next multiple, and a capacity that is one.
@@ -21,4 +21,4 @@ template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, const std::int32_t* seen, int multiprocessors,
                           cudaStream_t stream);
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

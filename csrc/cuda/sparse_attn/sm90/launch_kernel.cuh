@@ -10,7 +10,7 @@
 #include "cuda/sparse_attn/sm90/kernel.cuh"
 #include "cuda/sparse_attn/sm90/launch.h"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 
 inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* seen) {
   AttnParams params{};
@@ -76,4 +76,4 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
   return cudaLaunchKernelEx(&config, kernel, params, k_map, v_map);
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

@@ -11,7 +11,7 @@
 #include "cuda/sparse_attn/sm90/softmax.cuh"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 
 template <typename Traits>
 class Consumer {
@@ -187,10 +187,7 @@ class Consumer {
   // Where registers are short (D 256), what is derived from a descriptor is made at its use: hoisted out of the loop,
   // the compiler would spill it.
   __device__ __forceinline__ static std::uint64_t operand(std::uint64_t descriptor) {
-    if constexpr (!Traits::kQueriesInRegisters) {
-      asm volatile("" : "+l"(descriptor));
-    }
-    return descriptor;
+    return Traits::kQueriesInRegisters ? descriptor : ptx::wgmma_unhoisted(descriptor);
   }
 
   // This warp's 16 query rows as A operands.
@@ -236,4 +233,4 @@ class Consumer {
   StageParity k_parity_, v_parity_;
 };
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace zipvl::cuda::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 
 struct AttnParams {
   const void* q;                 // [batch, query_heads, tokens, head_dim]
@@ -21,4 +21,4 @@ struct AttnParams {
   bool causal, all_queries;
 };
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

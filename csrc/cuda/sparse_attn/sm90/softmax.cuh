@@ -2,37 +2,12 @@
 // holds parts of two rows, 8 apart; the four lanes of a quad share a row.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "cuda/common/quad.cuh"
 #include "cuda/ptx/exp2.cuh"
 
-namespace zipvl::cuda::sm90 {
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFU, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFU, x, 2);
-}
-
-template <typename Element>
-__device__ __forceinline__ std::uint32_t pack_pair(float low, float high);
-template <>
-__device__ __forceinline__ std::uint32_t pack_pair<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const std::uint32_t&>(pair);
-}
-template <>
-__device__ __forceinline__ std::uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const std::uint32_t&>(pair);
-}
+namespace zipvl::cuda::attn::sm90 {
 
 struct RowState {
   float max[2], sum[2];  // of the scores so far (unscaled), and of this thread's weights relative to that maximum
@@ -106,4 +81,4 @@ __device__ __forceinline__ void rescale_output(float (&o)[kOutputs], const float
   }
 }
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
-namespace zipvl::cuda::sm90 {
+#include "cuda/common/ring.cuh"
+
+namespace zipvl::cuda::attn::sm90 {
 
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
@@ -30,8 +32,8 @@ struct Traits {
   static constexpr int kStages = 2;
   static constexpr int kQueryStages = HeadDim == 256 ? 1 : 2;  // the next tile's queries load during this one
   static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
-  // Up to D 128 a warpgroup keeps its queries as A operands (32 registers at D 128): a quarter less is read from shared
-  // memory in a step.
+  // Up to D 128 a warpgroup keeps its queries as A operands (32 registers at D 128): a fifth less is read from shared
+  // memory in a step (64 KiB of 80).
   static constexpr bool kQueriesInRegisters = HeadDim <= 128;
   // setmaxnreg: 40 + 2 * 232 = 56 + 2 * 224 = 504, what 384 threads at 168 registers were launched with. At D 128 the
   // consumers need all they can get; elsewhere the producers would spill with 40.
@@ -71,20 +73,6 @@ struct SharedStorage {
   TileTable table;
 };
 
-// A place in a ring of `Stages` buffers: which buffer, and the parity of the pass through the ring.
-template <int Stages>
-struct RingPlace {
-  int stage = 0;
-  std::uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == Stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // The parities to wait for, a bit a stage, where stages are not taken in turn for ever: each tile begins at stage 0.
 struct StageParity {
   std::uint32_t bits = 0;
@@ -93,4 +81,4 @@ struct StageParity {
   __device__ __forceinline__ void flip(int stage) { bits ^= 1U << stage; }
 };
 
-}  // namespace zipvl::cuda::sm90
+}  // namespace zipvl::cuda::attn::sm90
