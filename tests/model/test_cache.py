@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 import zipvl
 from zipvl.cache import ZipVLCacheLayer
+from zipvl.cache._ragged import RaggedKV
 from zipvl.integrations import _handover
-from zipvl.integrations._ragged import RaggedKV
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
@@ -55,7 +55,7 @@ def test_garbage_behind_a_row_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> No
     def pack_kv(k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)  # rows >= count are undefined
 
-    monkeypatch.setattr("zipvl.integrations._ragged.ops.pack_kv", pack_kv)
+    monkeypatch.setattr("zipvl.cache._ragged.ops.pack_kv", pack_kv)
     packed = RaggedKV.selected(*states(2, 10), *selection([[1], [2, 3, 4]], 10))
     assert packed.keys[0, :, 1:].isfinite().all()
     assert packed.values[0, :, 1:].isfinite().all()

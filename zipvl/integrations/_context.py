@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
 
-from zipvl.cache import ZipVLCache, is_ready, make_sparse
+from zipvl.cache import ZipVLCache, is_ready, make_sparse, settle
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _runs, _targets
 from zipvl.stats import Stats
@@ -51,7 +51,7 @@ def sparse(
             _give_generate_a_cache(generator, target, run, undo)
         before = target.decoder.register_forward_pre_hook(_CacheGiver(target, run), with_kwargs=True)
         undo.callback(before.remove)
-        after = target.decoder.register_forward_hook(_IdleWarner(run))
+        after = target.decoder.register_forward_hook(_AfterForward(run), with_kwargs=True)
         undo.callback(after.remove)
         yield run.stats
 
@@ -142,13 +142,15 @@ def _adopt(cache: Cache, model_config: PretrainedConfig, config: ZipVLConfig) ->
     make_sparse(cache, config, model_config)
 
 
-class _IdleWarner:
-    """Forward hook of the decoder: warns once if no layer was sparse for a prompt that is long enough."""
+class _AfterForward:
+    """Forward hook of the decoder. Everything is launched by now, so the cache can be trimmed: the device still has the
+    last layer to do. Then warns once if no layer was sparse for a prompt that is long enough."""
 
     def __init__(self, run: _runs.Run) -> None:
         self.run = run
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        settle(kwargs.get("past_key_values") or getattr(output, "past_key_values", None))
         reasons = self.run.idle_reasons()
         if reasons:
             self.run.warn_once(

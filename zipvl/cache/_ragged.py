@@ -7,11 +7,12 @@ import torch
 from zipvl import ops
 
 _SMALLEST_GROWTH = 64  # slots; small enough not to matter, large enough that a decode step seldom copies
+_ROOM_SHARE = 64  # of the prompt's slots, one in so many may be room for new tokens: 1.6%
 
 
-def _longest(count: torch.Tensor) -> int:
-    """The largest of ``count [B]`` as a host number: on CUDA this is the one host read of a layer's prefill."""
-    return int(count.max()) if count.numel() else 0
+def _growth(longest: int) -> int:
+    """Slots to add to a storage of ``longest`` that is full."""
+    return max(_SMALLEST_GROWTH, longest // 16)
 
 
 def _grown(storage: torch.Tensor, slots: int) -> torch.Tensor:
@@ -53,22 +54,49 @@ class RaggedKV:
     @classmethod
     def selected(cls, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, count: torch.Tensor) -> RaggedKV:
         """The tokens of ``index [B, N]``, ``count [B]`` out of ``k``, ``v [B, Hkv, N, D]`` (what ``drop`` keeps)."""
-        longest = _longest(count)
-        packed = (states[:, :, :longest] for states in ops.pack_kv(k, v, index, count))
-        unused = torch.arange(longest, device=k.device) >= count[:, None]
-        keys, values = (states.masked_fill(unused[:, None, :, None], 0) for states in packed)
-        return cls(keys, values, count.to(torch.int32), longest)
+        return cls.packed(*ops.pack_kv(k, v, index, count), count)
+
+    @classmethod
+    def packed(cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> RaggedKV:
+        """``keys``, ``values [B, Hkv, N, D]`` whose first ``count [B]`` tokens are kept ones, the others undefined.
+
+        On the CPU the storage is trimmed to the longest row. Elsewhere it is taken as it is, and ``trim`` or ``clear``
+        has to be called before anything else is.
+        """
+        made = cls(keys, values, count.to(torch.int32), keys.shape[2])
+        if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+            made.trim(int(count.max()) if count.numel() else 0, room=0)
+        return made
+
+    def trim(self, longest: int, room: int | None = None) -> None:
+        """Moves the tokens, ``longest`` in the longest row, to storage of that many slots and ``room`` for more; by
+        default as much as ``append`` would add, within a 64th of the slots there were."""
+        slots = self.keys.shape[2]
+        if room is None:
+            room = min(slots // _ROOM_SHARE, _growth(longest))
+        self.longest = longest
+        self.clear(min(longest + room, slots))
+
+    def clear(self, slots: int | None = None) -> None:
+        """Moves the first ``slots`` slots (all) to storage of their own, in which those without a token are zero."""
+        slots = self.keys.shape[2] if slots is None else slots
+        unused = (torch.arange(slots, device=self.keys.device) >= self.lengths[:, None])[:, None, :, None]
+        self.keys, self.values = (states[:, :, :slots].masked_fill(unused, 0) for states in (self.keys, self.values))
 
     @classmethod
     def real(cls, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> RaggedKV:
-        """Every real token of ``k``, ``v [B, Hkv, N, D]`` (what ``full`` keeps); ``token_mask [B, N]`` or None: all."""
+        """Every real token of ``k``, ``v [B, Hkv, N, D]`` (what ``full`` keeps); ``token_mask [B, N]`` or None: all.
+
+        On CUDA ``longest`` stays ``N``: a prompt is as long as the longest row of its batch, so nothing is gained."""
         batch, _, tokens, _ = k.shape
         if token_mask is None:
             lengths = torch.full((batch,), tokens, dtype=torch.int32, device=k.device)
             keys, values = (states.clone(memory_format=torch.contiguous_format) for states in (k, v))
             return cls(keys, values, lengths, tokens)
         lengths = token_mask.sum(-1, dtype=torch.int32)
-        longest = _longest(lengths)
+        longest = (
+            int(lengths.max()) if k.device.type == "cpu" and batch and not torch.compiler.is_compiling() else tokens
+        )
         order = _real_first(token_mask)[:, :longest]
         return cls(_gather(k, order), _gather(v, order), lengths, longest)
 
@@ -76,7 +104,7 @@ class RaggedKV:
         """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all."""
         new = k.shape[2]
         if self.longest + new > self.keys.shape[2]:
-            slots = self.longest + new + max(_SMALLEST_GROWTH, self.longest // 16)
+            slots = self.longest + new + _growth(self.longest)
             self.keys, self.values = _grown(self.keys, slots), _grown(self.values, slots)
         if token_mask is None:
             added: torch.Tensor | int = new

@@ -1,16 +1,16 @@
-"""A transformers cache that keeps what ZipVL selected."""
+"""One layer of a ``ZipVLCache``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from zipvl.cache._ragged import RaggedKV
+from zipvl.cache._trim import Trimmer, can_wait
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _handover
-from zipvl.integrations._ragged import RaggedKV
 from zipvl.stats import LayerStats
 
 
@@ -23,11 +23,13 @@ class ZipVLCacheLayer(DynamicLayer):
 
     Args:
         config: what a prefill through this layer keeps.
+        trimmer: shared by the layers of a cache; trims their storage where counts are on a GPU.
     """
 
-    def __init__(self, config: ZipVLConfig) -> None:
+    def __init__(self, config: ZipVLConfig, trimmer: Trimmer | None = None) -> None:
         super().__init__()
         self.config = config
+        self.trimmer = trimmer or Trimmer()
         self.packed: RaggedKV | None = None
         self.record: LayerStats | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -55,6 +57,10 @@ class ZipVLCacheLayer(DynamicLayer):
                 "supported with this cache)."
             )
         new = key_states.shape[-2]
+        if self.packed is not None:
+            self.trimmer.finish()
+        else:
+            self.trimmer.advance()
         if self.packed is None and self._seen > 0:
             self._seen += new
             states = super().update(key_states, value_states)
@@ -89,9 +95,24 @@ class ZipVLCacheLayer(DynamicLayer):
         real ones, ``token_mask [B, N]`` or None: all."""
         key_states, value_states = self._take()
         if self.config.cache == "drop":
-            self.packed = RaggedKV.selected(key_states, value_states, index, count)
+            self._pack(RaggedKV.selected(key_states, value_states, index, count))
         else:
             self.packed = RaggedKV.real(key_states, value_states, token_mask)
+        self._report()
+
+    def _pack(self, packed: RaggedKV) -> None:
+        """Takes ``packed``, and sees to it that it is trimmed."""
+        self.packed = packed
+        if packed.keys.device.type == "cpu" or packed.lengths.numel() == 0:
+            return
+        if can_wait(packed.keys.device):
+            self.trimmer.add(packed.lengths, self._trim)
+        else:
+            packed.clear()
+
+    def _trim(self, longest: int) -> None:
+        assert self.packed is not None
+        self.packed.trim(longest)
         self._report()
 
     def append(self, token_mask: torch.Tensor | None) -> RaggedKV:
@@ -127,6 +148,7 @@ class ZipVLCacheLayer(DynamicLayer):
         """
         if self._seen == 0:
             return
+        self.trimmer.finish()
         if self.packed is None:
             super().crop(tokens_to_remove)
             self._seen = self._stored()[0].shape[-2]
@@ -144,6 +166,7 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Empties the layer."""
+        self.trimmer.forget()
         self.is_initialized = False  # the base class would zero its storage, which may be none
         super().reset()
         self.keys = self.values = None
@@ -167,6 +190,7 @@ class ZipVLCacheLayer(DynamicLayer):
     def _take_rows(self, rows: torch.Tensor) -> None:
         if self._seen == 0:
             return
+        self.trimmer.finish()
         if self.packed is not None:
             self.packed.take_rows(rows)
         else:
@@ -197,73 +221,3 @@ class ZipVLCacheLayer(DynamicLayer):
     def _report(self) -> None:
         if self.record is not None:
             self.record.cache_bytes, self.record.full_cache_bytes = self.nbytes, self.full_nbytes
-
-
-def check_model(model_config: PretrainedConfig) -> None:
-    """Raises if a layer's cache of this model does not hold that layer's own keys and values.
-
-    Raises:
-        ValueError: naming the model's kind and the remedy.
-    """
-    text = model_config.get_text_config(decoder=True)
-    problem = None
-    if getattr(text, "num_kv_shared_layers", None) or getattr(text, "kv_sharing_modes", None):
-        problem = "shares keys and values between layers"
-    elif getattr(text, "kv_lora_rank", None):
-        problem = "caches latents in place of keys and values (multi-head latent attention)"
-    if problem is not None:
-        raise ValueError(
-            f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
-        )
-
-
-def make_sparse(cache: DynamicCache, config: ZipVLConfig, model_config: PretrainedConfig) -> None:
-    """Gives an empty ``cache`` the layers of a ``ZipVLCache``: full-attention layers are replaced, others stay.
-
-    Raises:
-        ValueError: the model is one that ``check_model`` refuses.
-    """
-    check_model(model_config)
-    layers = cache.layers or DynamicCache(config=model_config).layers
-    cache.layers = [ZipVLCacheLayer(config) if type(layer) is DynamicLayer else layer for layer in layers]
-    cache.layer_class_to_replicate = None
-
-
-def is_ready(cache: Cache) -> bool:
-    """Whether ``cache`` is a ``ZipVLCache``, or a dynamic cache without ordinary full-attention layers."""
-    return (
-        isinstance(cache, DynamicCache)
-        and len(cache) > 0
-        and all(type(layer) is not DynamicLayer for layer in cache.layers)
-    )
-
-
-class ZipVLCache(DynamicCache):
-    """Keeps in every full-attention layer what ZipVL selected there; other layers get transformers' own cache layers.
-
-    Needs the attention implementation ``"zipvl"``. The number of tokens *seen* (``get_seq_length``, positions, masks)
-    is that of a full cache; how many are *kept* differs by layer and row.
-
-    Args:
-        model_config: the model or its configuration (of the whole model or of its text part).
-        config: what to keep; the default configuration if None.
-    """
-
-    def __init__(self, model_config: PretrainedConfig | PreTrainedModel, config: ZipVLConfig | None = None) -> None:
-        if isinstance(model_config, PreTrainedModel):
-            model_config = model_config.config
-        super().__init__(config=model_config)
-        self.config = ZipVLConfig() if config is None else config
-        make_sparse(self, self.config, model_config)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of memory that the stored keys and values of all attention layers take."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, ZipVLCacheLayer):
-                total += layer.nbytes
-            else:
-                states = (getattr(layer, "keys", None), getattr(layer, "values", None))
-                total += sum(s.untyped_storage().nbytes() for s in states if s is not None)
-        return total
