@@ -178,6 +178,54 @@ def zipvl_attn(
     )
 
 
+def zipvl_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_recent: int = 1,
+    min_tokens: int = 1,
+    all_queries: bool = False,
+    scale: float | None = None,
+    causal: bool = True,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    dense_above: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`zipvl_attn`, and the packed keys and values it attended to: under the ``drop`` cache, the cache.
+
+    Args:
+        dense_above: in ``(0, 1]``; a row that selects more than this share of its real tokens selects all of them.
+            Where little would be saved nothing is lost either; 1 never widens. Decided on the device.
+
+    The other arguments are :func:`zipvl_attn`'s. Returns its ``out``, ``index`` and ``count``, and :func:`pack_kv`'s
+    ``k_packed`` and ``v_packed``.
+    """
+    return torch.ops.zipvl.zipvl_prefill(
+        q,
+        k,
+        v,
+        tau=tau,
+        ratio=ratio,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        keep_recent=keep_recent,
+        min_tokens=min_tokens,
+        all_queries=all_queries,
+        scale=scale,
+        causal=causal,
+        keep_mask=keep_mask,
+        token_mask=token_mask,
+        dense_above=dense_above,
+    )
+
+
 def decode_attn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -260,6 +308,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor
     return _attention_output(q), q.new_empty((B, N), dtype=torch.int32), q.new_empty((B,), dtype=torch.int32)
 
 
+@_fake("zipvl_prefill")
+def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, N = q.shape[0], q.shape[2]
+    index, count = q.new_empty((B, N), dtype=torch.int32), q.new_empty((B,), dtype=torch.int32)
+    return _attention_output(q), index, count, k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 @_fake("decode_attn")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return _attention_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -267,7 +322,16 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) ->
 
 # ---- inference only
 
-NAMES = ("probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "decode_attn")
+NAMES = (
+    "probe_index",
+    "probe_scores",
+    "select_tokens",
+    "pack_kv",
+    "sparse_attn",
+    "zipvl_attn",
+    "zipvl_prefill",
+    "decode_attn",
+)
 
 
 def _inference_only(name: str) -> Callable[..., Any]:

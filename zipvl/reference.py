@@ -345,6 +345,56 @@ def zipvl_attn(
     Returns:
         ``out``: ``[B, Hq, N, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`.
     """
+    out, index, count, _, _ = zipvl_prefill(
+        q,
+        k,
+        v,
+        tau=tau,
+        ratio=ratio,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        keep_recent=keep_recent,
+        min_tokens=min_tokens,
+        all_queries=all_queries,
+        scale=scale,
+        causal=causal,
+        keep_mask=keep_mask,
+        token_mask=token_mask,
+    )
+    return out, index, count
+
+
+def zipvl_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_recent: int = 1,
+    min_tokens: int = 1,
+    all_queries: bool = False,
+    scale: float | None = None,
+    causal: bool = True,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    dense_above: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`zipvl_attn`, and the keys and values of ``T``, which are the ``drop`` cache.
+
+    Args:
+        dense_above: in ``(0, 1]``. A row whose ``T`` is more than this share of its real tokens keeps every real token:
+            where little would be saved, nothing is lost either. 1 never widens ``T``.
+
+    The other arguments are :func:`zipvl_attn`'s.
+
+    Returns:
+        ``out``, ``index``, ``count`` as :func:`zipvl_attn`; ``k_packed``, ``v_packed`` as :func:`pack_kv`.
+    """
     B, _, N, _ = q.shape
     probes = probe_index(q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask)
     accumulated, normalized = probe_scores(q, k, probes, scale=scale, causal=causal, token_mask=token_mask)
@@ -361,10 +411,16 @@ def zipvl_attn(
         keep_mask=keep,
         token_mask=token_mask,
     )
+    for b in range(B):
+        real = _real_tokens(token_mask, b, N, q.device)
+        if int(count[b]) > dense_above * len(real):
+            index[b, : len(real)] = real.to(torch.int32)
+            count[b] = len(real)
     out = sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
     if token_mask is not None:
         out.masked_fill_(~token_mask[:, None, :, None], 0.0)
-    return out, index, count
+    k_packed, v_packed = pack_kv(k, v, index, count)
+    return out, index, count, k_packed, v_packed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ __all__ = ["DTYPES", "OPS", "Support", "can_run_native", "support", "why_not"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp); zipvl_attn calls them. The others run over ATen there.
-_CUDA_KERNELS = frozenset({"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn"})
+# The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp). The others run over ATen there.
+_CUDA_KERNELS = frozenset(
+    {"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"}
+)
 # Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/plan/*_cuda.cpp).
-_TENSOR_CORE_KERNELS = frozenset({"probe_scores", "sparse_attn", "zipvl_attn"})
+_TENSOR_CORE_KERNELS = frozenset({"probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
 _KERNEL_DTYPES, _KERNEL_HEAD_DIMS = (torch.float16, torch.bfloat16), (64, 96, 128, 256)
 _SCORE_OPS = frozenset({"select_tokens"})  # their inputs are float32 scores, whatever the model's dtype
 

@@ -25,6 +25,10 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
                                          const std::optional<Tensor>& keep_mask,
                                          const std::optional<Tensor>& token_mask);
 
+// A selection in which a row with more than `dense_above` of its real tokens has all of them.
+std::tuple<Tensor, Tensor> widen_selection(const Tensor& index, const Tensor& count, double dense_above,
+                                           const std::optional<Tensor>& token_mask);
+
 std::tuple<Tensor, Tensor> pack_kv(const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
 
 Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,

@@ -33,6 +33,19 @@ Tensor unusable(const Tensor& score) {
   return logical_or(logical_not(all(isfinite(score), 1, true)), equal(total, scalar(0.0, ScalarType::Double)));
 }
 
+// [B, N] int64: each token's position.
+Tensor positions_like(const Tensor& row) {
+  const Tensor positions = iota(row.size(1), ScalarType::Long, row.device());
+  return expand(unsqueeze(positions, 0), {row.size(0), row.size(1)});
+}
+
+// selected [B, N] bool -> [B, N] int32: the positions of its tokens, ascending, and N in the places that are left.
+Tensor indices(const Tensor& selected) {
+  const Tensor none = scalar(static_cast<double>(selected.size(1)), ScalarType::Long, selected.device());
+  const Tensor places = where(selected, positions_like(selected), none);
+  return to(std::get<0>(sort(places, 1, /*descending=*/false)), ScalarType::Int);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tensor& rank_score, double tau,
@@ -57,13 +70,19 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
   target = minimum(maximum(target, scalar(static_cast<double>(min_tokens), kCount)), real_count);
 
   const Tensor order = std::get<1>(sort(key, 1, /*descending=*/true));
-  const Tensor positions = expand(unsqueeze(iota(tokens, ScalarType::Long, device), 0), {batch, tokens});
+  const Tensor positions = positions_like(real);
   const Tensor chosen = scatter(zeros({batch, tokens}, ScalarType::Bool, device), 1, order, less(positions, target));
   const Tensor selected = where(bad, real, chosen);
 
-  const Tensor places = where(selected, positions, scalar(static_cast<double>(tokens), ScalarType::Long, device));
-  const Tensor index = to(std::get<0>(sort(places, 1, /*descending=*/false)), ScalarType::Int);
-  return {index, sum(selected, 1, false, ScalarType::Int)};
+  return {indices(selected), sum(selected, 1, false, ScalarType::Int)};
+}
+
+std::tuple<Tensor, Tensor> widen_selection(const Tensor& index, const Tensor& count, double dense_above,
+                                           const std::optional<Tensor>& token_mask) {
+  const Tensor real = real_tokens(token_mask, index.size(0), index.size(1), index.device());
+  const Tensor limit = multiply(sum(real, 1, false, kCount), scalar(dense_above, kCount));
+  const Tensor wide = less(limit, to(count, kCount));
+  return {where(unsqueeze(wide, 1), indices(real), index), where(wide, sum(real, 1, false, ScalarType::Int), count)};
 }
 
 }  // namespace zipvl::aten

@@ -224,6 +224,23 @@ void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& ind
   selection(op, k, index, count, k.size(0), k.size(2));
 }
 
+AttentionSizes layer(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double tau,
+                     std::optional<double> ratio, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                     std::int64_t keep_recent, std::int64_t min_tokens, std::optional<double> scale_argument,
+                     const std::optional<Tensor>& keep_mask, const std::optional<Tensor>& token_mask,
+                     double dense_above) {
+  const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, Named{"v", v});
+  query_tokens(op, q, sizes.tokens);
+  budget(op, tau, ratio, min_tokens);
+  probe_counts(op, num_recent, num_random, seed);
+  not_negative(op, {{"keep_recent", keep_recent}});
+  scale(op, scale_argument);
+  mask(op, "keep_mask", keep_mask, q, sizes.batch, sizes.tokens);
+  mask(op, "token_mask", token_mask, q, sizes.batch, sizes.tokens);
+  share(op, "dense_above", dense_above);
+  return sizes;
+}
+
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens) {
   if (!mask) {

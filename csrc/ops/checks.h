@@ -80,6 +80,13 @@ void select_tokens(const char* op, const Tensor& budget_score, const Tensor& ran
 // Every argument of pack_kv.
 void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
 
+// Every argument of zipvl_attn. `dense_above` is zipvl_prefill's; 1 asks nothing.
+AttentionSizes layer(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double tau,
+                     std::optional<double> ratio, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                     std::int64_t keep_recent, std::int64_t min_tokens, std::optional<double> scale,
+                     const std::optional<Tensor>& keep_mask, const std::optional<Tensor>& token_mask,
+                     double dense_above = 1.0);
+
 // A bool [B, N] mask on the device of `like`; absent is fine.
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens);

@@ -42,6 +42,14 @@ std::tuple<Tensor, Tensor, Tensor> zipvl_attn(const Tensor& q, const Tensor& k, 
                                               bool causal, const std::optional<Tensor>& keep_mask,
                                               const std::optional<Tensor>& token_mask);
 
+// The same, and the packed k, v [B, Hkv, N, D] it attended to, rows >= count undefined. A row that selects more than
+// `dense_above` of its real tokens selects all of them.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zipvl_prefill(
+    const Tensor& q, const Tensor& k, const Tensor& v, double tau, std::optional<double> ratio, std::int64_t num_recent,
+    std::int64_t num_random, std::int64_t seed, std::int64_t keep_recent, std::int64_t min_tokens, bool all_queries,
+    std::optional<double> scale, bool causal, const std::optional<Tensor>& keep_mask,
+    const std::optional<Tensor>& token_mask, double dense_above);
+
 // q [B, Hq, 1, D], caches [B, Hkv, S, D], lengths [B] int32 -> out [B, Hq, 1, D], lse [B, Hq, 1] float32
 std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                        const Tensor& lengths, std::optional<double> scale);

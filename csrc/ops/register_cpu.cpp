@@ -10,5 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(zipvl, CPU, m) {
   m.impl("pack_kv", TORCH_BOX(&zipvl::ops::pack_kv));
   m.impl("sparse_attn", TORCH_BOX(&zipvl::ops::sparse_attn));
   m.impl("zipvl_attn", TORCH_BOX(&zipvl::ops::zipvl_attn));
+  m.impl("zipvl_prefill", TORCH_BOX(&zipvl::ops::zipvl_prefill));
   m.impl("decode_attn", TORCH_BOX(&zipvl::ops::decode_attn));
 }

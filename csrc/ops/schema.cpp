@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(zipvl, m) {
       "float? scale=None, bool causal=True, Tensor? keep_mask=None, Tensor? token_mask=None) "
       "-> (Tensor out, Tensor index, Tensor count)");
   m.def(
+      "zipvl_prefill(Tensor q, Tensor k, Tensor v, *, float tau=0.975, float? ratio=None, int num_recent=64, "
+      "int num_random=64, int seed=0, int keep_recent=1, int min_tokens=1, bool all_queries=False, "
+      "float? scale=None, bool causal=True, Tensor? keep_mask=None, Tensor? token_mask=None, "
+      "float dense_above=1.0) "
+      "-> (Tensor out, Tensor index, Tensor count, Tensor k_packed, Tensor v_packed)");
+  m.def(
       "decode_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, *, float? scale=None) "
       "-> (Tensor out, Tensor lse)");
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipvl import reference
+from zipvl import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("bhnd", "bnhd", "fused", "sliced")
@@ -301,29 +301,31 @@ print(peak() - before)
 # Every op once
 # ---------------------------------------------------------------------------------------------------------------------
 
-OPS = ("probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "decode_attn")
+OPS = ops.NAMES
 
 # Every keyword of every op with its default, as spec.md states them.
+_LAYER: dict[str, Any] = {
+    "tau": 0.975,
+    "ratio": None,
+    "num_recent": 64,
+    "num_random": 64,
+    "seed": 0,
+    "keep_recent": 1,
+    "min_tokens": 1,
+    "all_queries": False,
+    "scale": None,
+    "causal": True,
+    "keep_mask": None,
+    "token_mask": None,
+}
 KEYWORDS: dict[str, dict[str, Any]] = {
     "probe_index": {"num_recent": 64, "num_random": 64, "seed": 0, "token_mask": None},
     "probe_scores": {"scale": None, "causal": True, "token_mask": None},
     "select_tokens": {"tau": 0.975, "ratio": None, "min_tokens": 1, "keep_mask": None, "token_mask": None},
     "pack_kv": {},
     "sparse_attn": {"scale": None, "causal": True, "all_queries": False},
-    "zipvl_attn": {
-        "tau": 0.975,
-        "ratio": None,
-        "num_recent": 64,
-        "num_random": 64,
-        "seed": 0,
-        "keep_recent": 1,
-        "min_tokens": 1,
-        "all_queries": False,
-        "scale": None,
-        "causal": True,
-        "keep_mask": None,
-        "token_mask": None,
-    },
+    "zipvl_attn": _LAYER,
+    "zipvl_prefill": {**_LAYER, "dense_above": 1.0},
     "decode_attn": {"scale": None},
 }
 
@@ -340,6 +342,7 @@ def sample_tensors(op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, 
         "pack_kv": {"k": k, "v": v, "index": index, "count": count},
         "sparse_attn": {"q": q, "k": k, "v": v, "index": index, "count": count},
         "zipvl_attn": {"q": q, "k": k, "v": v},
+        "zipvl_prefill": {"q": q, "k": k, "v": v},
         "decode_attn": {
             "q": q[:, :, -1:],
             "k_cache": k,
