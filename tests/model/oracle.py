@@ -31,14 +31,14 @@ def oracle(
     ) -> tuple[torch.Tensor, None]:
         tokens = q.shape[2]
         groups = q.shape[1] // k.shape[1]
-        may = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        computed = torch.ones(tokens, dtype=torch.bool)
+        may = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        computed = torch.ones(tokens, dtype=torch.bool, device=q.device)
         window = getattr(module, "sliding_window", None)
         if window is not None:
             may &= torch.ones_like(may).triu(1 - window)
         elif module.layer_idx in kept:
-            alive = torch.zeros(tokens, dtype=torch.bool)
-            alive[kept[module.layer_idx]] = True
+            alive = torch.zeros(tokens, dtype=torch.bool, device=q.device)
+            alive[kept[module.layer_idx].to(q.device)] = True
             alive[prompt:] = True
             computed = computed if all_queries else alive
             may[:prompt] &= alive

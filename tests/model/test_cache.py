@@ -35,13 +35,17 @@ def selection(rows: list[list[int]], tokens: int) -> tuple[torch.Tensor, torch.T
     return index, torch.tensor([len(row) for row in rows], dtype=torch.int32)
 
 
+def selected(k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, count: torch.Tensor) -> RaggedKV:
+    return RaggedKV.packed(*zipvl.ops.pack_kv(k, v, index, count), count)
+
+
 # Packing
 
 
 def test_selected_tokens_are_packed_and_the_rest_is_gone() -> None:
     k, v = states(2, 10)
     rows = [[1, 4, 9], [0, 2, 3, 7, 9]]
-    packed = RaggedKV.selected(k, v, *selection(rows, 10))
+    packed = selected(k, v, *selection(rows, 10))
     assert packed.lengths.tolist() == [3, 5]
     assert packed.longest == 5
     for b, row in enumerate(rows):
@@ -51,12 +55,11 @@ def test_selected_tokens_are_packed_and_the_rest_is_gone() -> None:
     assert packed.nbytes == 2 * (2 * 2 * 5 * 8) * 4
 
 
-def test_garbage_behind_a_row_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pack_kv(k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)  # rows >= count are undefined
-
-    monkeypatch.setattr("zipvl.cache._ragged.ops.pack_kv", pack_kv)
-    packed = RaggedKV.selected(*states(2, 10), *selection([[1], [2, 3, 4]], 10))
+def test_garbage_behind_a_row_is_not_kept() -> None:
+    keys, values = states(2, 10)
+    keys[0, :, 1:] = values[0, :, 1:] = torch.nan  # tokens >= count are undefined
+    packed = RaggedKV.packed(keys, values, torch.tensor([1, 3], dtype=torch.int32))
+    assert packed.keys.shape[2] == 3
     assert packed.keys[0, :, 1:].isfinite().all()
     assert packed.values[0, :, 1:].isfinite().all()
 
@@ -77,7 +80,7 @@ def test_real_tokens_are_packed_in_order(mask: list[list[int]] | None) -> None:
 
 def test_append_is_ragged_and_grows() -> None:
     k, v = states(2, 10)
-    packed = RaggedKV.selected(k, v, *selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10))
+    packed = selected(k, v, *selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10))
     kept = [[k[0, :, [1, 4, 9]]], [k[1, :, [0, 2, 3, 7, 9]]]]
     masks: list[list[list[int]] | None] = [
         None,
@@ -123,7 +126,8 @@ def packed_layer(cache: str = "drop") -> tuple[ZipVLCacheLayer, torch.Tensor, to
     assert returned[0] is k and returned[1] is v
     claimed = _handover.claim(k)
     assert claimed is layer
-    claimed.keep_selected(*selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10), None)
+    index, count = selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10)
+    claimed.keep_packed(*zipvl.ops.pack_kv(k, v, index, count), count)
     return layer, k, v
 
 

@@ -225,8 +225,6 @@ def test_caches_that_cannot_work_are_errors() -> None:
             model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
         with pytest.raises(ValueError, match="offloaded"):
             model(**inputs, past_key_values=DynamicCache(offloading=True))
-        with pytest.raises(ValueError, match="assisted generation"):
-            model.generate(**inputs, max_new_tokens=3, prompt_lookup_num_tokens=3)
     assert not issubclass(QuantizedCache, DynamicCache)
 
 

@@ -41,6 +41,14 @@ def make_sparse(cache: DynamicCache, config: ZipVLConfig, model_config: Pretrain
     cache.layer_class_to_replicate = None
 
 
+def expect_candidates(cache: Cache, candidates: int) -> None:
+    """The last ``candidates`` tokens of the coming prefill of ``cache`` are guesses behind the prompt: they attend to
+    what is kept of the prompt, as decoded tokens do, and ``crop`` can remove them."""
+    for layer in cache.layers:
+        if isinstance(layer, ZipVLCacheLayer):
+            layer.candidates = candidates
+
+
 def settle(cache: Cache | None) -> None:
     """Trims what a prefill left untrimmed in ``cache``: the host waits for the kernels that packed it."""
     for layer in cache.layers if isinstance(cache, DynamicCache) else ():

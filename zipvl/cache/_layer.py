@@ -32,6 +32,8 @@ class ZipVLCacheLayer(DynamicLayer):
         self.trimmer = trimmer or Trimmer()
         self.packed: RaggedKV | None = None
         self.record: LayerStats | None = None
+        self.candidates = 0
+        """How many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt."""
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen = 0
 
@@ -86,29 +88,35 @@ class ZipVLCacheLayer(DynamicLayer):
     def keep_all(self) -> None:
         """The prefill was dense: this is an ordinary layer from here on."""
         key_states, value_states = self._take()
+        self.candidates = 0
         self.lazy_initialization(key_states, value_states)
         super().update(key_states, value_states)
         self._report()
 
-    def keep_selected(self, index: torch.Tensor, count: torch.Tensor, token_mask: torch.Tensor | None) -> None:
-        """The prefill was sparse: packs the tokens of ``index [B, N]``, ``count [B]``, or with ``cache="full"`` the
-        real ones, ``token_mask [B, N]`` or None: all."""
-        key_states, value_states = self._take()
-        if self.config.cache == "drop":
-            self._pack(RaggedKV.selected(key_states, value_states, index, count))
-        else:
-            self.packed = RaggedKV.real(key_states, value_states, token_mask)
+    def keep_packed(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> None:
+        """The prefill was sparse and this is what it attended to: ``keys``, ``values [B, Hkv, N, D]``, whose first
+        ``count [B]`` tokens become the cache (``cache="drop"``); the tensors are taken, not copied."""
+        self._take_prompt()
+        self.packed = RaggedKV.packed(keys, values, count)
+        if keys.device.type != "cpu" and count.numel():
+            if can_wait(keys.device):
+                self.trimmer.add(self.packed.lengths, self._trim)
+            else:
+                self.packed.clear()
         self._report()
 
-    def _pack(self, packed: RaggedKV) -> None:
-        """Takes ``packed``, and sees to it that it is trimmed."""
-        self.packed = packed
-        if packed.keys.device.type == "cpu" or packed.lengths.numel() == 0:
-            return
-        if can_wait(packed.keys.device):
-            self.trimmer.add(packed.lengths, self._trim)
-        else:
-            packed.clear()
+    def keep_real(self, token_mask: torch.Tensor | None) -> None:
+        """The prefill was sparse; keeps the real tokens, ``token_mask [B, N]`` or None: all (``cache="full"``)."""
+        self.packed = RaggedKV.real(*self._take_prompt(), token_mask)
+        self._report()
+
+    def _take_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of the prompt; those of candidates behind it stay pending."""
+        keys, values = self._take()
+        if self.candidates:
+            self._pending = (keys[:, :, -self.candidates :], values[:, :, -self.candidates :])
+            keys, values = keys[:, :, : -self.candidates], values[:, :, : -self.candidates]
+        return keys, values
 
     def _trim(self, longest: int) -> None:
         assert self.packed is not None
@@ -171,7 +179,7 @@ class ZipVLCacheLayer(DynamicLayer):
         super().reset()
         self.keys = self.values = None
         self.packed = self._pending = self.record = None
-        self._seen = 0
+        self._seen = self.candidates = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from zipvl import ops
-
 _SMALLEST_GROWTH = 64  # slots; small enough not to matter, large enough that a decode step seldom copies
 _ROOM_SHARE = 64  # of the prompt's slots, one in so many may be room for new tokens: 1.6%
 
@@ -41,7 +39,7 @@ class RaggedKV:
     length exceeds, so that nothing has to be read back from the device to grow or to slice the storage.
 
     Args:
-        keys, values: the storage; not shared with anything else.
+        keys, values: the storage; not shared with anything else, and written to.
         lengths: ``[B]`` int32, on the device of ``keys``.
         longest: an upper bound of ``lengths``.
     """
@@ -50,11 +48,6 @@ class RaggedKV:
         self.keys, self.values, self.lengths, self.longest = keys, values, lengths, longest
         self.tail = 0
         """How many last tokens every row holds, appended after the prompt: what ``crop`` may remove."""
-
-    @classmethod
-    def selected(cls, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, count: torch.Tensor) -> RaggedKV:
-        """The tokens of ``index [B, N]``, ``count [B]`` out of ``k``, ``v [B, Hkv, N, D]`` (what ``drop`` keeps)."""
-        return cls.packed(*ops.pack_kv(k, v, index, count), count)
 
     @classmethod
     def packed(cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> RaggedKV:
@@ -78,10 +71,14 @@ class RaggedKV:
         self.clear(min(longest + room, slots))
 
     def clear(self, slots: int | None = None) -> None:
-        """Moves the first ``slots`` slots (all) to storage of their own, in which those without a token are zero."""
+        """Zeroes the slots that hold no token; with fewer ``slots`` than there are, in storage of that many."""
         slots = self.keys.shape[2] if slots is None else slots
         unused = (torch.arange(slots, device=self.keys.device) >= self.lengths[:, None])[:, None, :, None]
-        self.keys, self.values = (states[:, :, :slots].masked_fill(unused, 0) for states in (self.keys, self.values))
+        if slots == self.keys.shape[2]:
+            self.keys.masked_fill_(unused, 0)
+            self.values.masked_fill_(unused, 0)
+        else:
+            self.keys, self.values = (s[:, :, :slots].masked_fill(unused, 0) for s in (self.keys, self.values))
 
     @classmethod
     def real(cls, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> RaggedKV:

@@ -60,25 +60,12 @@ def attention_forward(
 
     run = _runs.run_of(module)
     config = layer.config if layer is not None else run.config if run is not None else _runs.DEFAULT_CONFIG
-    tokens = query.shape[2]
-    is_prefill = key.shape[2] == tokens and tokens > 1
+    is_prefill = key.shape[2] == query.shape[2] > 1
+    tokens = query.shape[2] - (layer.candidates if layer is not None else 0)
     index = layer_index(module)
     reason = kind or _situation(index, tokens, attention_mask, config)
     if reason is None and is_prefill:
-        token_mask = attention_mask
-        out, chosen, count = ops.zipvl_attn(
-            query,
-            key,
-            value,
-            **config.attention_kwargs(),
-            scale=scaling,
-            causal=True,
-            keep_mask=_short_rows(token_mask, config.dense_below),
-            token_mask=token_mask,
-        )
-        if layer is not None:
-            layer.keep_selected(chosen, count, token_mask)
-        _record(run, layer, index, query, token_mask, None, chosen, count)
+        out = _prefill(module, layer, run, config, query, key, value, attention_mask, scaling)
         return out.transpose(1, 2), None
 
     if is_prefill and reason is not None and index is not None:
@@ -87,6 +74,50 @@ def attention_forward(
     if layer is not None:
         layer.keep_all()
     return _dense(module, query, key, value, attention_mask, **common, **kwargs)
+
+
+def _prefill(
+    module: nn.Module,
+    layer: ZipVLCacheLayer | None,
+    run: _runs.Run | None,
+    config: ZipVLConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """A sparse prefill, and what becomes of it: the cache layer's content, the statistics.
+
+    Candidates of assisted decoding behind the prompt (``layer.candidates``) attend to what is kept of it, as decoded
+    tokens do.
+
+    Returns:
+        ``[B, Hq, N, D]``.
+    """
+    candidates = layer.candidates if layer is not None else 0
+    tokens = query.shape[2] - candidates
+    token_mask = None if attention_mask is None else attention_mask[:, :tokens]
+    states = [s[:, :, :tokens] for s in (query, key, value)] if candidates else [query, key, value]
+    options = config.attention_kwargs() | {
+        "scale": scaling,
+        "causal": True,
+        "keep_mask": _short_rows(token_mask, config.dense_below),
+        "token_mask": token_mask,
+    }
+    if layer is not None and config.cache == "drop":
+        out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options)
+        layer.keep_packed(keys, values, count)
+    else:
+        out, chosen, count = ops.zipvl_attn(*states, **options)
+        if layer is not None:
+            layer.keep_real(token_mask)
+    _record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count)
+    if layer is not None and candidates:
+        guessed, _ = _attend_packed(module, layer, query[:, :, tokens:], attention_mask, scaling)
+        out = torch.cat([out, guessed.transpose(1, 2)], dim=2)
+        layer.candidates = 0
+    return out
 
 
 def _situation(index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig) -> str | None:
@@ -184,7 +215,8 @@ def _attend_packed(
             f"{tuple(attention_mask.shape)} was given for tokens behind a packed ZipVLCache, whose dropped columns it "
             "names. Use a 2-D attention_mask, or a DynamicCache."
         )
-    token_mask = None if attention_mask is None else attention_mask[:, -new:]
+    all_real = attention_mask is None or layer.candidates > 0 or _masks.new_are_real(attention_mask)
+    token_mask = None if all_real or attention_mask is None else attention_mask[:, -new:]
     if new == 1:
         packed = layer.append(token_mask)
         keys, values = packed.visible()
@@ -193,11 +225,12 @@ def _attend_packed(
     assert layer.packed is not None
     (keys, values), (new_keys, new_values) = layer.packed.visible(), layer.pending()
     past = layer.packed.valid()[:, None, None, :].expand(-1, 1, new, -1)
-    if token_mask is None:
-        token_mask = torch.ones(query.shape[0], new, dtype=torch.bool, device=query.device)
-    mask = torch.cat([past, _masks.expand(token_mask, new, query.device)], dim=-1)
+    own_mask = token_mask
+    if own_mask is None:
+        own_mask = torch.ones(query.shape[0], new, dtype=torch.bool, device=query.device)
+    mask = torch.cat([past, _masks.expand(own_mask, new, query.device)], dim=-1)
     keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
-    layer.append(token_mask if attention_mask is not None else None)
+    layer.append(token_mask)
     return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
 
 

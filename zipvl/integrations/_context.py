@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
 
-from zipvl.cache import ZipVLCache, is_ready, make_sparse, settle
+from zipvl.cache import ZipVLCache, expect_candidates, is_ready, make_sparse, settle
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _runs, _targets
 from zipvl.stats import Stats
@@ -77,12 +78,9 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
     ) -> Any:
         if _runs.run_of(target.attention[0]) is not run:  # a block inside this one is in force
             return ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        assists = getattr(generation_config, "is_assistant", False)
-        if assists or generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "zipvl.sparse: assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported: it "
-                "reads the outputs of prompt tokens that sparse attention may skip"
-            )
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted:
+            _check_assisted(generator, generation_config, run.config)
         given = model_kwargs.get("past_key_values") is not None
         result = ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
@@ -90,13 +88,39 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
             model_kwargs["past_key_values"] = ZipVLCache(target.decoder.config, run.config)
         elif cache is not None:
             _adopt(cache, target.decoder.config, run.config)
+        run.assisted = weakref.ref(model_kwargs["past_key_values"]) if assisted else None
         return result
 
+    def note_candidates(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        is_assisted = isinstance(cache, Cache) and run.assisted is not None and run.assisted() is cache
+        if is_assisted and cache.get_seq_length() == 0:
+            expect_candidates(cache, int(kwargs["logits_to_keep"]) - 1)
+
+    undo.callback(generator.register_forward_pre_hook(note_candidates, with_kwargs=True).remove)
     generator.__dict__[name] = prepare
     if before is None:
         undo.callback(generator.__dict__.pop, name)
     else:
         undo.callback(generator.__dict__.__setitem__, name, before)
+
+
+def _check_assisted(generator: Any, generation_config: Any, config: ZipVLConfig) -> None:
+    """Raises for assisted generation that could not give the tokens that plain generation gives.
+
+    Raises:
+        ValueError: naming what stands in the way, and the remedy.
+    """
+    problem = None
+    if getattr(generation_config, "assistant_early_exit", None):
+        problem = "assistant_early_exit runs this model's own layers as the assistant, on a cache of its own"
+    elif not generator._supports_logits_to_keep():
+        problem = f"{type(generator).__name__} takes no logits_to_keep, which says where the prompt ends"
+    if problem is not None:
+        raise ValueError(
+            f"zipvl.sparse: this assisted generation is not supported: {problem}; use plain generation, or another "
+            "assistant"
+        )
 
 
 class _CacheGiver:

@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 _EXPANDED = "_zipvl_expanded_mask"
+_NEW_ARE_REAL = "_zipvl_new_are_real"
 
 
 def mask_function(
@@ -67,11 +68,23 @@ def mask_function(
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding_mask is not None:
         padding_mask = padding_mask[:, :kv_length]
-        if is_tracing(padding_mask) or not bool(padding_mask.all()):
+        if is_tracing(padding_mask):
+            return padding_mask
+        if not bool(padding_mask.all()):
+            if 1 < q_length < kv_length and bool(padding_mask[:, -q_length:].all()):
+                setattr(padding_mask, _NEW_ARE_REAL, True)
             return padding_mask
     if q_length in (1, kv_length):
         return None
-    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    made = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    setattr(made, _NEW_ARE_REAL, True)
+    return made
+
+
+def new_are_real(token_mask: torch.Tensor) -> bool:
+    """Whether the tokens of this forward are known to be real in ``token_mask``, one that ``mask_function`` made for
+    several tokens behind a filled cache."""
+    return getattr(token_mask, _NEW_ARE_REAL, False)
 
 
 def _is_plain_causal(function: Callable[..., Any], allow_is_causal_skip: bool) -> bool:

@@ -6,6 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -27,6 +28,8 @@ class Run:
     def __init__(self, config: ZipVLConfig, stats: Stats) -> None:
         self.config = config
         self.stats = stats
+        self.assisted: weakref.ref[Any] | None = None
+        """The cache of the assisted generation that runs."""
         self._warned: set[str] = set()
         self._forward = threading.local()
 
