@@ -51,7 +51,7 @@ def run_facts(
             "active": stats.active,
             "reasons_for_dense": reasons_for_dense(stats),
             "mean_ratio": stats.mean_ratio,
-            "layers": [_layer_facts(index, stats.layers[index]) for index in sorted(stats.layers)],
+            "layers": [_layer_facts(index, stats.layers[index], sparse, dense) for index in sorted(stats.layers)],
         },
         "cache_share": share,
         "same_answer": dense.text == sparse.text,
@@ -74,6 +74,7 @@ def print_run(facts: dict[str, Any]) -> None:
     table.add_row("answer", *(f"[bold]{escape(side['answer'])}[/]" for side in (dense, sparse)))
     table.add_row("time to first token", *(_seconds(side["first_token_s"]) for side in (dense, sparse)))
     table.add_row("time in all", *(_total(side) for side in (dense, sparse)))
+    table.add_row("tokens per second after it", *(_rate(side["tokens_per_second"]) for side in (dense, sparse)))
     share = "" if facts["cache_share"] is None else f" ({facts['cache_share']:.1%})"
     table.add_row("cache after the prompt", _size(dense["cache_bytes"]), _size(sparse["cache_bytes"]) + share)
     table.add_row("cache after the answer", *(_size(side["final_cache_bytes"]) for side in (dense, sparse)))
@@ -83,7 +84,7 @@ def print_run(facts: dict[str, Any]) -> None:
     for reason in sparse["reasons_for_dense"]:
         console.print(f"[yellow]dense: {escape(reason)}[/]")
     if sparse["layers"]:
-        console.print(f"\n[bold]Tokens kept, layer by layer[/] (mean {sparse['mean_ratio']:.1%})")
+        console.print(f"\n[bold]Tokens kept and cache, layer by layer[/] (mean {sparse['mean_ratio']:.1%})")
         for layer in sparse["layers"]:
             console.print(_bar(layer))
 
@@ -114,12 +115,14 @@ def _answer_facts(answer: Answer) -> dict[str, Any]:
         "new_tokens": answer.new_tokens,
         "first_token_s": answer.first_token_s,
         "total_s": answer.total_s,
+        "tokens_per_second": answer.tokens_per_second,
         "cache_bytes": answer.cache_bytes,
         "final_cache_bytes": answer.final_cache_bytes,
     }
 
 
-def _layer_facts(index: int, layer: Any) -> dict[str, Any]:
+def _layer_facts(index: int, layer: Any, sparse: Answer, dense: Answer) -> dict[str, Any]:
+    held = [None if s.layer_cache_bytes is None else s.layer_cache_bytes[index] for s in (sparse, dense)]
     return {
         "layer": index,
         "mode": layer.mode,
@@ -127,6 +130,8 @@ def _layer_facts(index: int, layer: Any) -> dict[str, Any]:
         "tokens": layer.tokens[0],
         "kept": layer.kept[0],
         "ratio": layer.ratio,
+        "cache_bytes": held[0],
+        "dense_cache_bytes": held[1],
     }
 
 
@@ -139,12 +144,19 @@ def _bar(layer: dict[str, Any]) -> str:
     filled = round(layer["ratio"] * _BAR_WIDTH)
     color = "cyan" if layer["mode"] == "sparse" else "bright_black"
     bar = f"[{color}]{'█' * filled}[/][bright_black]{'·' * (_BAR_WIDTH - filled)}[/]"
-    counts = f"{layer['kept']:>9,} of {layer['tokens']:,}" + ("" if layer["mode"] == "sparse" else "  dense")
+    counts = f"{layer['kept']:>9,} of {layer['tokens']:,}"
+    if layer["cache_bytes"] is not None:
+        counts += f"  {_size(layer['cache_bytes']):>10}"
+    counts += "" if layer["mode"] == "sparse" else "  dense"
     return f"  layer {layer['layer']:>3}  {bar}  {layer['ratio']:>6.1%}  {counts}"
 
 
 def _seconds(value: float) -> str:
     return f"{value * 1e3:,.1f} ms" if value < 1 else f"{value:,.2f} s"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def _total(side: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from transformers.generation.streamers import BaseStreamer
 
 from zipvl.errors import InputError, first_line
+from zipvl.stats import LayerStats
 
 if TYPE_CHECKING:
     from zipvl.config import ZipVLConfig
@@ -35,6 +36,7 @@ class Answer:
         cache_bytes: memory of the key/value cache after the prompt, before any answer token; ``None`` where the model
             hands no cache out.
         final_cache_bytes: the same after the answer, room set aside for further tokens included.
+        layer_cache_bytes: ``cache_bytes`` layer by layer.
         stats: ``zipvl.Stats`` of this run; ``None`` for the dense run.
     """
 
@@ -45,7 +47,14 @@ class Answer:
     total_s: float
     cache_bytes: int | None
     final_cache_bytes: int | None
+    layer_cache_bytes: list[int] | None
     stats: Any = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; ``None`` where there are none."""
+        seconds = self.total_s - self.first_token_s
+        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else None
 
 
 def load_image(path: Path) -> Image.Image:
@@ -122,6 +131,7 @@ def ask(
         total_s=end - start,
         cache_bytes=first.cache_bytes,
         final_cache_bytes=cache_bytes(output.past_key_values),
+        layer_cache_bytes=first.layer_cache_bytes,
         stats=stats,
     )
 
@@ -149,8 +159,9 @@ def cache_bytes(cache: Any) -> int | None:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor reachable from ``value`` through lists, tuples, dicts and the attributes of cache objects."""
-    if id(value) in seen:
+    """Every tensor reachable from ``value`` through lists, tuples, dicts and the attributes of cache objects, but not
+    those of statistics."""
+    if id(value) in seen or isinstance(value, LayerStats):
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
@@ -175,6 +186,7 @@ class _FirstToken(BaseStreamer):
     def __init__(self) -> None:
         self.time = 0.0
         self.cache_bytes: int | None = None
+        self.layer_cache_bytes: list[int] | None = None
         self._cache: Any = None
         self._puts = 0
 
@@ -197,6 +209,8 @@ class _FirstToken(BaseStreamer):
         if self._puts == 2:
             self.time = time.perf_counter()
             self.cache_bytes = cache_bytes(self._cache)
+            layers = getattr(self._cache, "layers", None)
+            self.layer_cache_bytes = None if layers is None else [cache_bytes(layer) or 0 for layer in layers]
 
     def end(self) -> None:
         self._cache = None

@@ -52,6 +52,8 @@ def test_json(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
     for side in (got["dense"], sparse):
         assert side["new_tokens"] == NEW
         assert 0 < side["first_token_s"] < side["total_s"]
+        seconds = side["total_s"] - side["first_token_s"]
+        assert side["tokens_per_second"] == pytest.approx((NEW - 1) / seconds)
     assert got["same_answer"] == (got["dense"]["answer"] == sparse["answer"])
 
 
@@ -59,8 +61,11 @@ def test_cache_sizes_are_those_of_the_tensors_held(zipvl: Zipvl, page: Path, lla
     dropped = facts(zipvl, page, llava_next, "--ratio", "0.3")
     assert dropped["dense"]["cache_bytes"] == PROMPT * TOKEN_BYTES
     assert dropped["dense"]["final_cache_bytes"] == (PROMPT + NEW - 1) * TOKEN_BYTES
-    kept_bytes = dropped["zipvl"]["layers"][0]["kept"] * TOKEN_BYTES
-    assert kept_bytes <= dropped["zipvl"]["cache_bytes"] < 1.2 * kept_bytes  # beside them, bookkeeping
+    layers = dropped["zipvl"]["layers"]
+    lengths = 4  # one int32 a row and layer
+    assert [layer["cache_bytes"] for layer in layers] == [layers[0]["kept"] * TOKEN_BYTES // 3 + lengths] * 3
+    assert [layer["dense_cache_bytes"] for layer in layers] == [PROMPT * TOKEN_BYTES // 3] * 3
+    assert dropped["zipvl"]["cache_bytes"] == sum(layer["cache_bytes"] for layer in layers)
     assert dropped["cache_share"] == dropped["zipvl"]["cache_bytes"] / dropped["dense"]["cache_bytes"]
     full = facts(zipvl, page, llava_next, "--ratio", "0.3", "--cache", "full")
     assert full["zipvl"]["cache_bytes"] >= PROMPT * TOKEN_BYTES
@@ -74,7 +79,17 @@ def test_tau_one_is_dense_attention(zipvl: Zipvl, page: Path, llava_next: Path) 
 
 def test_text(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
     out = run(zipvl, page, llava_next, "--ratio", "0.25").stdout
-    for part in ("dense", "ZipVL", "time to first token", "cache after the prompt", "KiB", "layer   2", "█", "25.2%"):
+    for part in (
+        "dense",
+        "ZipVL",
+        "time to first token",
+        "cache after the prompt",
+        "KiB",
+        "layer   2",
+        "█",
+        "25.2%",
+        "tokens per second",
+    ):
         assert part in out
     assert "the default" not in out and "not active" not in out
 

@@ -52,7 +52,7 @@ def test_selected_tokens_are_packed_and_the_rest_is_gone() -> None:
         assert torch.equal(packed.keys[b, :, : len(row)], k[b, :, row])
         assert torch.equal(packed.values[b, :, : len(row)], v[b, :, row])
     assert torch.equal(packed.keys[0, :, 3:], torch.zeros(2, 2, 8))
-    assert packed.nbytes == 2 * (2 * 2 * 5 * 8) * 4
+    assert packed.nbytes == 2 * (2 * 2 * 5 * 8) * 4 + 2 * 4, "keys, values, lengths"
 
 
 def test_garbage_behind_a_row_is_not_kept() -> None:
@@ -279,7 +279,9 @@ def test_bytes_are_those_of_the_storage(cache: str, share: float) -> None:
     kept = output.past_key_values
     assert isinstance(kept, zipvl.ZipVLCache)
     stored = sum(
-        t.untyped_storage().nbytes() for layer in kept.layers for t in (layer.packed.keys, layer.packed.values)
+        t.untyped_storage().nbytes()
+        for layer in kept.layers
+        for t in (layer.packed.keys, layer.packed.values, layer.packed.lengths)
     )
     assert stats.cache_bytes == kept.cache_bytes == stored
     assert stats.full_cache_bytes == 3 * 2 * 2 * 16 * 907 * 4

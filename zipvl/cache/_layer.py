@@ -212,7 +212,9 @@ class ZipVLCacheLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the stored keys and values take, unused slots included."""
+        """Bytes of memory that everything stored takes, unused slots included."""
+        if self.packed is not None:
+            return self.packed.nbytes
         return sum(states.untyped_storage().nbytes() for states in self._stored())
 
     @property

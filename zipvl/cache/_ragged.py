@@ -142,5 +142,5 @@ class RaggedKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory the storage takes, unused slots included."""
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        """Bytes of memory that every tensor here takes, unused slots included."""
+        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.lengths))

@@ -93,8 +93,8 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
 
     def note_candidates(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        is_assisted = isinstance(cache, Cache) and run.assisted is not None and run.assisted() is cache
-        if is_assisted and cache.get_seq_length() == 0:
+        assisted = None if run.assisted is None else run.assisted()
+        if cache is assisted and isinstance(cache, Cache) and cache.get_seq_length() == 0:
             expect_candidates(cache, int(kwargs["logits_to_keep"]) - 1)
 
     undo.callback(generator.register_forward_pre_hook(note_candidates, with_kwargs=True).remove)
