@@ -15,6 +15,7 @@ tf = pytest.importorskip("transformers")
 import zipvl  # noqa: E402
 from tests.model.oracle import oracle  # noqa: E402
 from tests.model.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
+from zipvl.integrations.transformers import DecodeGraph  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128
 SHAPE = {
@@ -149,3 +150,30 @@ def test_many_layers_are_never_untrimmed_at_once() -> None:
         cache = model(ids(2048, 1).cuda()).past_key_values
     assert 0 < most <= LAYERS_BEHIND
     assert all(layer.packed.keys.shape[2] < 700 for layer in cache.layers)
+
+
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_a_replayed_step_is_the_step(cache: str) -> None:
+    model, tokens = make(layers=4), ids(1500, 1).cuda().repeat(2, 1)
+    tokens[1, 700:] = tokens[1, :800]
+    with zipvl.sparse(model, tau=0.7, cache=cache):
+        plain, replayed = (model(tokens, logits_to_keep=1) for _ in range(2))
+        token = plain.logits.argmax(-1)
+        step = DecodeGraph(model, replayed.past_key_values, steps=100)
+        for _ in range(100):
+            expected = model(token, past_key_values=plain.past_key_values).logits
+            torch.testing.assert_close(step(token), expected, atol=3e-2, rtol=0)
+            token = expected.argmax(-1)
+        with pytest.raises(RuntimeError, match="all reserved steps were taken"):
+            step(token)
+        assert replayed.past_key_values.get_seq_length() == 1600
+        after = [model(token, past_key_values=r.past_key_values).logits for r in (plain, replayed)]
+        torch.testing.assert_close(after[0], after[1], atol=3e-2, rtol=0)
+
+
+def test_a_dense_prefill_cannot_be_captured() -> None:
+    model = make()
+    with zipvl.sparse(model):
+        cache = model(ids(100, 1).cuda()).past_key_values
+        with pytest.raises(ValueError, match="the prefill of layer 0 was dense"):
+            DecodeGraph(model, cache, steps=3)

@@ -130,6 +130,25 @@ class ZipVLCacheLayer(DynamicLayer):
         self._report()
         return self.packed
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more, so that steps may be captured in a CUDA graph.
+
+        Raises:
+            ValueError: the prefill was dense, and the storage grows by concatenation.
+        """
+        self.trimmer.finish()
+        if self.packed is None:
+            raise ValueError("ZipVLCache: room can be reserved behind a sparse prefill alone; this layer's was dense")
+        self.packed.reserve(tokens)
+        self._report()
+
+    def advance(self, tokens: int) -> None:
+        """Notes ``tokens`` that a replayed CUDA graph appended."""
+        assert self.packed is not None
+        self.packed.advance(tokens)
+        self._seen += tokens
+        self._report()
+
     def attach(self, record: LayerStats) -> None:
         """Keeps the byte counts of ``record`` up to date from now on."""
         self.record = record
@@ -229,5 +248,5 @@ class ZipVLCacheLayer(DynamicLayer):
         return () if self.keys is None or self.values is None else (self.keys, self.values)
 
     def _report(self) -> None:
-        if self.record is not None:
+        if self.record is not None and not torch.compiler.is_compiling():
             self.record.cache_bytes, self.record.full_cache_bytes = self.nbytes, self.full_nbytes

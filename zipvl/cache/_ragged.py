@@ -40,7 +40,7 @@ class RaggedKV:
 
     Args:
         keys, values: the storage; not shared with anything else, and written to.
-        lengths: ``[B]`` int32, on the device of ``keys``.
+        lengths: ``[B]`` int32, on the device of ``keys``; changed in place, so that a CUDA graph sees it.
         longest: an upper bound of ``lengths``.
     """
 
@@ -56,7 +56,7 @@ class RaggedKV:
         On the CPU the storage is trimmed to the longest row. Elsewhere it is taken as it is, and ``trim`` or ``clear``
         has to be called before anything else is.
         """
-        made = cls(keys, values, count.to(torch.int32), keys.shape[2])
+        made = cls(keys, values, count.to(torch.int32, copy=True), keys.shape[2])
         if keys.device.type == "cpu" and not torch.compiler.is_compiling():
             made.trim(int(count.max()) if count.numel() else 0, room=0)
         return made
@@ -101,8 +101,7 @@ class RaggedKV:
         """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all."""
         new = k.shape[2]
         if self.longest + new > self.keys.shape[2]:
-            slots = self.longest + new + _growth(self.longest)
-            self.keys, self.values = _grown(self.keys, slots), _grown(self.values, slots)
+            self.reserve(new + _growth(self.longest))
         if token_mask is None:
             added: torch.Tensor | int = new
             self.tail += new
@@ -115,8 +114,19 @@ class RaggedKV:
         slot = self.lengths[:, None].to(torch.int64) + torch.arange(new, device=k.device)
         for storage, states in ((self.keys, k), (self.values, v)):
             storage.scatter_(2, slot[:, None, :, None].expand(states.shape), states)
-        self.lengths = self.lengths + added
+        self.lengths.add_(added)
         self.longest += new
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more."""
+        slots = self.longest + tokens
+        if slots > self.keys.shape[2]:
+            self.keys, self.values = _grown(self.keys, slots), _grown(self.values, slots)
+
+    def advance(self, tokens: int) -> None:
+        """Notes ``tokens`` that a replayed CUDA graph appended to every row; fewer than none: takes them back."""
+        self.longest += tokens
+        self.tail += tokens
 
     def visible(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``keys`` and ``values`` up to the longest row, as views ``[B, Hkv, longest, D]``."""
@@ -128,9 +138,8 @@ class RaggedKV:
 
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` tokens of every row; at most ``tail``."""
-        self.lengths = self.lengths - tokens
-        self.longest -= tokens
-        self.tail -= tokens
+        self.lengths.sub_(tokens)
+        self.advance(-tokens)
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was; ``rows`` may repeat, reorder or leave out."""

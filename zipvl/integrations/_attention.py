@@ -219,8 +219,7 @@ def _attend_packed(
     token_mask = None if all_real or attention_mask is None else attention_mask[:, -new:]
     if new == 1:
         packed = layer.append(token_mask)
-        keys, values = packed.visible()
-        out, _ = ops.decode_attn(query, keys, values, packed.lengths, scale=scaling)
+        out, _ = ops.decode_attn(query, packed.keys, packed.values, packed.lengths, scale=scaling)
         return out.transpose(1, 2), None
     assert layer.packed is not None
     (keys, values), (new_keys, new_values) = layer.packed.visible(), layer.pending()

@@ -1,7 +1,7 @@
 """Registers ``attn_implementation="zipvl"`` with transformers when imported.
 
-Public here: ``sparse`` (a context manager, also ``zipvl.sparse``) and ``configure`` (the configuration of a model whose
-attention implementation was set to ``"zipvl"`` for good).
+Public here: ``sparse`` (a context manager, also ``zipvl.sparse``), ``configure`` (the configuration of a model whose
+attention implementation was set to ``"zipvl"`` for good) and ``DecodeGraph`` (decode steps as a CUDA graph).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from zipvl.config import ZipVLConfig
 from zipvl.integrations import _runs, _targets
 from zipvl.integrations._attention import attention_forward
 from zipvl.integrations._context import IMPLEMENTATION, sparse
+from zipvl.integrations._decode_graph import DecodeGraph
 from zipvl.integrations._masks import mask_function
 from zipvl.stats import Stats
 
-__all__ = ["configure", "sparse"]
+__all__ = ["DecodeGraph", "configure", "sparse"]
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
