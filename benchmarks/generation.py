@@ -1,0 +1,211 @@
+"""Decoding behind a long prompt: tokens per second and memory, dense against ZipVL's caches.
+
+``python -m benchmarks.generation`` builds LongVA-7B's language model with random weights, runs a prompt of 64K tokens
+at an imposed ratio, and times decode steps at each batch size. ``dense`` is what transformers does: a ``DynamicCache``
+and SDPA, cuDNN first. ``full``, ``drop`` and ``quantize`` are a ``ZipVLCache``, step by step and as a ``DecodeGraph``;
+``full`` holds every token, so as a graph it is the best that dense decoding could be. The rows of a batch are copies of
+one prompt's cache, which saves prefills and changes neither bytes nor time.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import zipvl
+from benchmarks import _record
+from benchmarks._models import QWEN2_7B, SMOKE, build
+from zipvl.integrations.transformers import DecodeGraph
+
+METHODS = ("dense", "full", "drop", "quantize")
+WARM_STEPS = 3
+NEW_TOKENS = 512
+DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+MARGIN = 1.1  # a batch so many times the largest that fits must not fit
+
+
+@contextmanager
+def applied(model: Any, method: str, ratio: float) -> Iterator[None]:
+    """``method`` in force on ``model``."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(DENSE_KERNELS, set_priority=True))
+        if method != "dense":
+            stack.enter_context(zipvl.sparse(model, ratio=ratio, cache=method))
+        yield
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def allocated(peak: bool = False) -> int:
+    """Bytes of device memory in use, or the most since the last ``reset_peak_memory_stats``; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def prefill(model: Any, ids: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+    """The cache of one prompt, and its time and memory; the first run warms up."""
+    measured: dict[str, Any] = {}
+    cache = None
+    for _ in range(2):
+        del cache
+        gc.collect()
+        before = allocated()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        synchronize()
+        measured = {
+            "prefill_s": time.perf_counter() - start,
+            "bytes_after_prefill": allocated() - before,
+            "peak_bytes": allocated(peak=True) - before,
+        }
+    return cache, measured
+
+
+def time_steps(step: Any, batch: int, steps: int, device: str) -> float:
+    """Seconds of one decode step, mean over ``steps`` after a few to warm up."""
+    token = torch.full((batch, 1), 5, device=device)
+    for _ in range(WARM_STEPS):
+        step(token)
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step(token)
+    synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def decode(model: Any, cache: Any, method: str, batch: int, steps: int, device: str) -> dict[str, float]:
+    """Tokens per second of ``batch`` rows, by Python and, where that is possible, by a replayed graph."""
+    seconds = time_steps(lambda token: model(token, past_key_values=cache, use_cache=True), batch, steps, device)
+    found = {"step_ms": 1e3 * seconds, "tokens_per_s": batch / seconds}
+    if method in ("full", "drop") and device == "cuda":
+        graph = DecodeGraph(model, cache, steps=steps + WARM_STEPS)
+        seconds = time_steps(graph, batch, steps, device)
+        found |= {"graph_step_ms": 1e3 * seconds, "graph_tokens_per_s": batch / seconds}
+    return found
+
+
+def largest_batch(weights: int, row: int) -> int:
+    """Rows of ``row`` bytes that fit beside ``weights``; ``row`` counts the cache and what a step needs beside it."""
+    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    return max(total - weights, 0) // max(row, 1)
+
+
+def fits(model: Any, cache: Any, batch: int) -> bool:
+    """Whether one step of ``batch`` rows fits, their cache being copies of ``cache``, which has one row."""
+    try:
+        cache.batch_repeat_interleave(batch)
+        model(torch.full((batch, 1), 5, device="cuda"), past_key_values=cache, use_cache=True)
+        synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    return True
+
+
+def verify(model: Any, ids: torch.Tensor, batch: int) -> dict[str, Any]:
+    """Runs dense at the largest batch computed, less what the allocator's blocks waste, and at one too large."""
+    found: dict[str, Any] = {}
+    for name, rows in (("fits", int(batch / MARGIN)), ("does_not_fit", int(batch * MARGIN) + 1)):
+        cache, _ = prefill(model, ids)
+        found |= {f"{name}_batch": rows, name: fits(model, cache, rows)}
+        del cache
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+@torch.inference_mode()
+def main(
+    prompt: int = 65536,
+    steps: Annotated[int, typer.Option(help="Decode steps timed, of the 512 that the memory is reckoned for.")] = 48,
+    ratio: float = 0.25,
+    batches: str = "1,8",
+    methods: str = ",".join(METHODS),
+    check_batch: Annotated[bool, typer.Option(help="Run dense at the largest batch and beyond it.")] = True,
+    smoke: Annotated[bool, typer.Option(help="A tiny model, nothing recorded.")] = False,
+) -> None:
+    """Measures, prints a table, and appends to benchmarks/results/generation.jsonl on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = SMOKE if smoke else QWEN2_7B
+    model = build(shape, prompt + NEW_TOKENS, device)
+    weights = allocated()
+    ids = torch.randint(shape.vocab, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * next(model.parameters()).element_size()
+    rows: list[dict[str, Any]] = []
+    for method in methods.split(","):
+        with applied(model, method, ratio):
+            cache, row = prefill(model, ids)
+            row = {"method": method, **row, "share_of_full": row["bytes_after_prefill"] / (prompt * token_bytes)}
+            sizes = [int(batch) for batch in batches.split(",")]
+            for before, batch in zip([1, *sizes], sizes, strict=False):
+                cache.batch_repeat_interleave(batch // before)
+                row[f"batch_{batch}"] = decode(model, cache, method, batch, steps, device)
+            row["largest_batch"] = largest_batch(weights, row["bytes_after_prefill"] + NEW_TOKENS * token_bytes)
+            del cache
+            gc.collect()
+            if method == "dense" and check_batch and device == "cuda":
+                row["verified"] = verify(model, ids, row["largest_batch"])
+        rows.append(row)
+        Console().print(row)
+    show(rows, batches.split(","))
+    if device == "cuda" and not smoke:
+        settings = {
+            "prompt": prompt,
+            "ratio": ratio,
+            "steps": steps,
+            "new_tokens": NEW_TOKENS,
+            "weights_bytes": weights,
+        }
+        _record.append("generation", {**settings, "shape": vars(shape), "rows": rows}, device)
+
+
+def show(rows: list[dict[str, Any]], batches: list[str]) -> None:
+    """The table, each figure beside dense's."""
+    table = Table(
+        "cache", "prefill", "bytes after it", "peak", *(f"tokens/s, batch {b}" for b in batches), "largest batch"
+    )
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    for row in rows:
+        cells = []
+        for batch in batches:
+            here = row[f"batch_{batch}"]
+            text = f"{here['tokens_per_s']:.1f}"
+            if "graph_tokens_per_s" in here:
+                text += f", as a graph {here['graph_tokens_per_s']:.1f}"
+            if dense is not None:
+                best = here.get("graph_tokens_per_s", here["tokens_per_s"])
+                text += f" ({best / dense[f'batch_{batch}']['tokens_per_s']:.2f}x)"
+            cells.append(text)
+        table.add_row(
+            row["method"],
+            f"{row['prefill_s']:.3f} s",
+            f"{row['bytes_after_prefill'] / 2**20:,.0f} MiB ({row['share_of_full']:.1%})",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            *cells,
+            str(row["largest_batch"]),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()
