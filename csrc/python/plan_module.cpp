@@ -2,13 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <stdexcept>
+#include <string>
 
 #include "plan/probe_scores.h"
 #include "plan/probe_scores_cuda.h"
 #include "plan/select_tokens.h"
 #include "plan/sparse_attn.h"
 #include "plan/sparse_attn_cuda.h"
+#include "plan/zipvl_attn.h"
 #include "python/build_info.h"
 
 namespace py = pybind11;
@@ -161,4 +164,42 @@ PYBIND11_MODULE(_plan, m) {
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
       py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("scale") = 1.0,
       py::arg("causal") = true, py::arg("all_queries") = false, py::arg("hopper") = true);
+
+  py::class_<ZipvlAttnPlan>(m, "ZipvlAttnPlan")
+      .def_readonly("native", &ZipvlAttnPlan::native)
+      .def_readonly("selection_bytes", &ZipvlAttnPlan::selection_bytes)
+      .def_readonly("attention_bytes", &ZipvlAttnPlan::attention_bytes)
+      .def_property_readonly("workspace_bytes", [](const ZipvlAttnPlan& plan) { return plan.workspace.bytes; })
+      .def_property_readonly(
+          "offsets",
+          [](const ZipvlAttnPlan& plan) {
+            const ZipvlAttnWorkspace& at = plan.workspace;
+            return std::map<std::string, std::int64_t>{
+                {"probe_index", at.probe_index}, {"keep_from", at.keep_from},       {"accumulated", at.accumulated},
+                {"normalized", at.normalized},   {"probe_scores", at.probe_scores}, {"select_tokens", at.select_tokens},
+                {"k_packed", at.k_packed},       {"v_packed", at.v_packed},         {"seen", at.seen}};
+          })
+      .def("__str__", &ZipvlAttnPlan::describe);
+  m.def(
+      "plan_zipvl_attn",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
+         std::int64_t head_dim, std::int64_t probes, bool masked, bool half_precision, bool all_queries, bool hopper,
+         std::int64_t multiprocessors, std::int64_t shared_bytes, bool returns_packed) {
+        check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
+        if (tokens < 1 || probes < 1 || multiprocessors < 1) {
+          throw std::invalid_argument("tokens, probes and multiprocessors must be at least 1, got " +
+                                      std::to_string(tokens) + ", " + std::to_string(probes) + " and " +
+                                      std::to_string(multiprocessors));
+        }
+        return plan_zipvl_attn(
+            {batch, kv_heads, tokens, head_dim, probes, returns_packed},
+            plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked}),
+            plan_select_tokens({batch, tokens, multiprocessors, shared_bytes, hopper}),
+            plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,
+                                   /*scale=*/1.0, /*causal=*/true, all_queries, hopper}));
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
+      py::arg("head_dim"), py::arg("probes") = 128, py::arg("masked") = false, py::arg("half_precision") = true,
+      py::arg("all_queries") = false, py::arg("hopper") = true, py::arg("multiprocessors") = 132,
+      py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false);
 }

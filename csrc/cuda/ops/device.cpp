@@ -1,6 +1,7 @@
 #include "cuda/ops/device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <array>
 #include <atomic>
@@ -49,6 +50,25 @@ KernelFamily kernel_family([[maybe_unused]] int device) {
 }
 
 int multiprocessors(int device) { return attribute<cudaDevAttrMultiProcessorCount>(device); }
+
+int shared_bytes_per_block(int device) { return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device); }
+
+// One call of the C shim: the dispatcher by name, which torch::stable::empty goes through, costs the host several times
+// as much.
+Tensor empty_strided(std::initializer_list<std::int64_t> sizes, std::initializer_list<std::int64_t> strides,
+                     ScalarType type, const Tensor& like) {
+  const auto shim_type = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.begin(), shim_type, aoti_torch_device_type_cuda(),
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_attention_output(const Tensor& q) {
+  const std::int64_t B = q.size(0), H = q.size(1), N = q.size(2), D = q.size(3);
+  return empty_strided({B, H, N, D}, {N * H * D, D, H * D, 1}, q.scalar_type(), q);
+}
 
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;

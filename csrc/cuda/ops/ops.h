@@ -29,4 +29,17 @@ std::tuple<Tensor, Tensor> pack_kv(const Tensor& k, const Tensor& v, const Tenso
 Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
                    std::optional<double> scale, bool causal, bool all_queries);
 
+std::tuple<Tensor, Tensor, Tensor> zipvl_attn(const Tensor& q, const Tensor& k, const Tensor& v, double tau,
+                                              std::optional<double> ratio, std::int64_t num_recent,
+                                              std::int64_t num_random, std::int64_t seed, std::int64_t keep_recent,
+                                              std::int64_t min_tokens, bool all_queries, std::optional<double> scale,
+                                              bool causal, const std::optional<Tensor>& keep_mask,
+                                              const std::optional<Tensor>& token_mask);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zipvl_prefill(
+    const Tensor& q, const Tensor& k, const Tensor& v, double tau, std::optional<double> ratio, std::int64_t num_recent,
+    std::int64_t num_random, std::int64_t seed, std::int64_t keep_recent, std::int64_t min_tokens, bool all_queries,
+    std::optional<double> scale, bool causal, const std::optional<Tensor>& keep_mask,
+    const std::optional<Tensor>& token_mask, double dense_above);
+
 }  // namespace zipvl::cuda

@@ -4,22 +4,14 @@
 
 #include "aten/call.h"
 #include "cuda/ops/device.h"
-#include "cuda/probe_index/probe_index.h"
+#include "cuda/ops/steps.h"
 #include "ops/checks.h"
 
 namespace zipvl::cuda {
 
-Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
-                   const std::optional<Tensor>& token_mask) {
-  constexpr const char* kOp = "probe_index";
-  checks::probe_index(kOp, q, num_recent, num_random, seed, token_mask);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Tensor out = aten::empty({q.size(0), num_recent + num_random}, aten::ScalarType::Int, q.device());
-  if (q.size(0) == 0) {
-    return out;
-  }
+ProbeIndexParams probe_index_params(const Tensor& q, std::int64_t num_recent, std::int64_t num_random,
+                                    std::int64_t seed, const std::optional<Tensor>& token_mask) {
   ProbeIndexParams params{};
-  params.out = out.mutable_data_ptr<std::int32_t>();
   params.batch = q.size(0);
   params.tokens = q.size(2);
   params.num_recent = num_recent;
@@ -30,6 +22,20 @@ Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_ra
     params.mask_stride[0] = token_mask->stride(0);
     params.mask_stride[1] = token_mask->stride(1);
   }
+  return params;
+}
+
+Tensor probe_index(const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                   const std::optional<Tensor>& token_mask) {
+  constexpr const char* kOp = "probe_index";
+  checks::probe_index(kOp, q, num_recent, num_random, seed, token_mask);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Tensor out = aten::empty({q.size(0), num_recent + num_random}, aten::ScalarType::Int, q.device());
+  if (q.size(0) == 0) {
+    return out;
+  }
+  ProbeIndexParams params = probe_index_params(q, num_recent, num_random, seed, token_mask);
+  params.out = out.mutable_data_ptr<std::int32_t>();
   check_launch(kOp, launch_probe_index(params, stream_of(q)));
   return out;
 }

@@ -1,5 +1,3 @@
-#include "cuda/probe_scores/probe_scores.h"
-
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -10,10 +8,9 @@
 #include "aten/call.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
-#include "ops/checks.h"
+#include "cuda/ops/steps.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
-#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda {
 namespace {
@@ -32,7 +29,7 @@ bool kernels_take(const checks::AttentionSizes& sizes, const Tensor& q, std::int
 }
 
 ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::ProbeScoresCudaPlan& plan,
-                              const Tensor& q, const Tensor& k, const Tensor& probe_index, double scale, bool causal,
+                              const Tensor& q, const Tensor& k, std::int64_t probes, double scale, bool causal,
                               const std::optional<Tensor>& token_mask) {
   ProbeScoresParams params{};
   params.q = q.const_data_ptr();
@@ -41,9 +38,6 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::P
     params.q_stride[d] = q.stride(d);
     params.k_stride[d] = k.stride(d);
   }
-  params.probe_index = probe_index.const_data_ptr<std::int32_t>();
-  params.probe_stride[0] = probe_index.stride(0);
-  params.probe_stride[1] = probe_index.stride(1);
   if (token_mask) {
     params.token_mask = token_mask->const_data_ptr<bool>();
     params.mask_stride[0] = token_mask->stride(0);
@@ -55,7 +49,7 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::P
   params.query_heads = static_cast<int>(sizes.query_heads);
   params.kv_heads = static_cast<int>(sizes.kv_heads);
   params.tokens = static_cast<int>(sizes.tokens);
-  params.probes = static_cast<int>(probe_index.size(1));
+  params.probes = static_cast<int>(probes);
   params.rows = static_cast<int>(plan.rows);
   params.rows_padded = static_cast<int>(plan.rows_padded);
   params.words = static_cast<int>(plan.words);
@@ -71,6 +65,18 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::P
   return params;
 }
 
+// The device's family, where its copies can read k; null where none can.
+ProbeScoresStep::Launch launch_for(const ProbeScoresParams& params, [[maybe_unused]] int device) {
+#ifdef ZIPVL_HAS_SM90
+  if (kernel_family(device) == KernelFamily::kSm90 && probe_scores_fits_sm90(params)) {
+    return &launch_probe_scores_sm90;
+  }
+#endif
+  return probe_scores_fits_sm80(params) ? &launch_probe_scores_sm80 : nullptr;
+}
+
+}  // namespace
+
 void place_workspace(ProbeScoresParams& params, const plan::ProbeScoresWorkspace& space, unsigned char* bytes) {
   params.probe_rows = bytes + space.probe_rows;
   params.row_limit = reinterpret_cast<std::int32_t*>(bytes + space.row_limit);
@@ -82,37 +88,36 @@ void place_workspace(ProbeScoresParams& params, const plan::ProbeScoresWorkspace
   params.sums = reinterpret_cast<float*>(bytes + space.sums);
 }
 
-using Launch = cudaError_t (*)(const ProbeScoresParams&, cudaStream_t);
-
-// The device's family, where its copies can read k; null where none can.
-Launch launch_for(const ProbeScoresParams& params, [[maybe_unused]] int device) {
-#ifdef ZIPVL_HAS_SM90
-  if (kernel_family(device) == KernelFamily::kSm90 && probe_scores_fits_sm90(params)) {
-    return &launch_probe_scores_sm90;
+ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
+                                  std::int64_t probes, double scale, bool causal,
+                                  const std::optional<Tensor>& token_mask) {
+  ProbeScoresStep step{};
+  if (kernels_take(sizes, q, probes)) {
+    step.plan = plan::plan_probe_scores_cuda(
+        {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probes, sizes.head_dim, token_mask.has_value()});
+    step.params = make_params(sizes, step.plan, q, k, probes, scale, causal, token_mask);
+    step.launch = launch_for(step.params, q.get_device_index());
   }
-#endif
-  return probe_scores_fits_sm80(params) ? &launch_probe_scores_sm80 : nullptr;
+  return step;
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index,
                                         std::optional<double> scale, bool causal,
                                         const std::optional<Tensor>& token_mask) {
   const auto sizes = checks::probe_scores(kOp, q, k, probe_index, scale, token_mask);
-  const std::int64_t probes = probe_index.size(1);
-  if (sizes.batch == 0 || sizes.tokens == 0 || !kernels_take(sizes, q, probes)) {
-    return ops::probe_scores(q, k, probe_index, scale, causal, token_mask);
+  const auto fallback = [&] { return ops::probe_scores(q, k, probe_index, scale, causal, token_mask); };
+  if (sizes.batch == 0 || sizes.tokens == 0) {
+    return fallback();
   }
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const auto plan = plan::plan_probe_scores_cuda(
-      {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probes, sizes.head_dim, token_mask.has_value()});
-  ProbeScoresParams params =
-      make_params(sizes, plan, q, k, probe_index, ops::scale_or_default(scale, sizes.head_dim), causal, token_mask);
-  const Launch launch = launch_for(params, q.get_device_index());
+  auto [plan, params, launch] = probe_scores_step(sizes, q, k, probe_index.size(1),
+                                                  ops::scale_or_default(scale, sizes.head_dim), causal, token_mask);
   if (launch == nullptr) {
-    return ops::probe_scores(q, k, probe_index, scale, causal, token_mask);
+    return fallback();
   }
+  params.probe_index = probe_index.const_data_ptr<std::int32_t>();
+  params.probe_stride[0] = probe_index.stride(0);
+  params.probe_stride[1] = probe_index.stride(1);
   const Tensor workspace = aten::empty({plan.workspace.bytes}, aten::ScalarType::Byte, q.device());
   place_workspace(params, plan.workspace, workspace.mutable_data_ptr<std::uint8_t>());
   const Tensor accumulated = aten::empty({sizes.batch, sizes.tokens}, aten::ScalarType::Float, q.device());

@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(zipvl, CUDA, m) {
   m.impl("select_tokens", TORCH_BOX(&zipvl::cuda::select_tokens));
   m.impl("pack_kv", TORCH_BOX(&zipvl::cuda::pack_kv));
   m.impl("sparse_attn", TORCH_BOX(&zipvl::cuda::sparse_attn));
-  m.impl("zipvl_attn", TORCH_BOX(&zipvl::ops::zipvl_attn));
-  m.impl("zipvl_prefill", TORCH_BOX(&zipvl::ops::zipvl_prefill));
+  m.impl("zipvl_attn", TORCH_BOX(&zipvl::cuda::zipvl_attn));
+  m.impl("zipvl_prefill", TORCH_BOX(&zipvl::cuda::zipvl_prefill));
   m.impl("decode_attn", TORCH_BOX(&zipvl::ops::decode_attn));
 }

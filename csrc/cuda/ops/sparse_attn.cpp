@@ -1,16 +1,13 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "aten/call.h"
-#include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
-#include "cuda/pack_kv/pack_kv.h"
+#include "cuda/ops/steps.h"
 #include "cuda/sparse_attn/seen_tokens.h"
 #include "cuda/sparse_attn/sm80/launch.h"
 #include "cuda/sparse_attn/sm90/launch.h"
-#include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
-#include "plan/sparse_attn_cuda.h"
 
 namespace zipvl::cuda {
 namespace {
@@ -35,30 +32,6 @@ void copy_strides(const Tensor& x, std::int64_t (&strides)[3]) {
   for (int dim = 0; dim < 3; ++dim) {
     strides[dim] = x.stride(dim);
   }
-}
-
-SparseAttnParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
-                           const Tensor& out) {
-  SparseAttnParams params{};
-  params.q = q.const_data_ptr();
-  params.k = k.const_data_ptr();
-  params.v = v.const_data_ptr();
-  copy_strides(q, params.q_stride);
-  copy_strides(k, params.k_stride);
-  copy_strides(v, params.v_stride);
-  params.out = out.mutable_data_ptr();
-  params.index = index.const_data_ptr<std::int32_t>();
-  params.index_stride[0] = index.stride(0);
-  params.index_stride[1] = index.stride(1);
-  params.count = count.const_data_ptr<std::int32_t>();
-  params.count_stride = count.stride(0);
-  params.batch = q.size(0);
-  params.query_heads = q.size(1);
-  params.kv_heads = k.size(1);
-  params.tokens = q.size(2);
-  params.head_dim = static_cast<int>(q.size(3));
-  params.element = q.scalar_type() == aten::ScalarType::Half ? Element::kFloat16 : Element::kBFloat16;
-  return params;
 }
 
 #ifdef ZIPVL_HAS_SM90
@@ -88,71 +61,98 @@ PackKvParams pack_params_of(const SparseAttnParams& attn, int device) {
   params.element_bytes = 2;
   params.tail = attn::sm90::kPackedRows;
   params.multiprocessors = multiprocessors(device);
+  params.overlap_previous = true;
   return params;
-}
-
-// Packs K and V, counts what each query sees where that is asked for, and attends.
-void run_sm90(SparseAttnParams params, const plan::SparseAttnCudaPlan& plan, const Tensor& q) {
-  const cudaStream_t stream = stream_of(q);
-  const int device = q.get_device_index();
-  const auto workspace = [&] {
-    return aten::empty({params.batch, params.kv_heads, plan.capacity, params.head_dim}, q.scalar_type(), q.device());
-  };
-  const Tensor k_packed = workspace(), v_packed = workspace();
-  params.k_packed = k_packed.mutable_data_ptr();
-  params.v_packed = v_packed.mutable_data_ptr();
-  params.capacity = plan.capacity;
-  std::optional<Tensor> seen;
-  if (plan.seen_tokens) {
-    seen = aten::empty({params.batch, params.tokens}, aten::ScalarType::Int, q.device());
-    SeenTokensParams counting{};
-    counting.seen = seen->mutable_data_ptr<std::int32_t>();
-    counting.index = params.index;
-    counting.index_stride[0] = params.index_stride[0];
-    counting.index_stride[1] = params.index_stride[1];
-    counting.count = params.count;
-    counting.count_stride = params.count_stride;
-    counting.batch = params.batch;
-    counting.tokens = params.tokens;
-    check_launch(kOp, launch_seen_tokens(counting, stream));
-  }
-  check_launch(kOp, launch_pack_kv(pack_params_of(params, device), stream));
-  const std::int32_t* seen_data = seen ? seen->const_data_ptr<std::int32_t>() : nullptr;
-  check_launch(kOp, attn::sm90::launch_sparse_attn(params, seen_data, multiprocessors(device), stream));
 }
 #endif
 
 }  // namespace
 
+SparseAttnStep sparse_attn_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Tensor& v,
+                                double scale, bool causal, bool all_queries) {
+  SparseAttnStep step{};
+  step.plan = plan::plan_sparse_attn_cuda(
+      {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, sizes.head_dim,
+       q.scalar_type() != aten::ScalarType::Float, rows_are_aligned(q) && rows_are_aligned(k) && rows_are_aligned(v),
+       scale, causal, all_queries, kernel_family(q.get_device_index()) == KernelFamily::kSm90});
+  SparseAttnParams& params = step.params;
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  copy_strides(q, params.q_stride);
+  copy_strides(k, params.k_stride);
+  copy_strides(v, params.v_stride);
+  params.batch = sizes.batch;
+  params.query_heads = sizes.query_heads;
+  params.kv_heads = sizes.kv_heads;
+  params.tokens = sizes.tokens;
+  params.head_dim = static_cast<int>(sizes.head_dim);
+  params.element = q.scalar_type() == aten::ScalarType::Half ? Element::kFloat16 : Element::kBFloat16;
+  params.scale = static_cast<float>(scale);
+  params.causal = causal;
+  params.all_queries = all_queries;
+  return step;
+}
+
+void launch_sparse_attn(const char* op, const SparseAttnParams& params, const plan::SparseAttnCudaPlan& plan,
+                        [[maybe_unused]] std::int32_t* seen, [[maybe_unused]] int device, cudaStream_t stream) {
+#ifdef ZIPVL_HAS_SM90
+  if (plan.kernel == plan::SparseAttnKernel::kSm90) {
+    if (plan.seen_tokens) {
+      SeenTokensParams counting{};
+      counting.seen = seen;
+      counting.index = params.index;
+      counting.index_stride[0] = params.index_stride[0];
+      counting.index_stride[1] = params.index_stride[1];
+      counting.count = params.count;
+      counting.count_stride = params.count_stride;
+      counting.batch = params.batch;
+      counting.tokens = params.tokens;
+      check_launch(op, launch_seen_tokens(counting, stream));
+    }
+    check_launch(op, launch_pack_kv(pack_params_of(params, device), stream));
+    check_launch(op, attn::sm90::launch_sparse_attn(params, seen, multiprocessors(device), stream));
+    return;
+  }
+#endif
+  check_launch(op, launch_sparse_attn_sm80(params, stream));
+}
+
 Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
                    std::optional<double> scale, bool causal, bool all_queries) {
   const auto sizes = checks::sparse_attn(kOp, q, k, v, index, count, scale);
+  const auto fallback = [&] { return ops::sparse_attn(q, k, v, index, count, scale, causal, all_queries); };
   if (sizes.batch == 0 || sizes.tokens == 0) {
-    return ops::sparse_attn(q, k, v, index, count, scale, causal, all_queries);
+    return fallback();
   }
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const double factor = ops::scale_or_default(scale, sizes.head_dim);
-  const auto plan = plan::plan_sparse_attn_cuda(
-      {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, sizes.head_dim,
-       q.scalar_type() != aten::ScalarType::Float, rows_are_aligned(q) && rows_are_aligned(k) && rows_are_aligned(v),
-       factor, causal, all_queries, kernel_family(q.get_device_index()) == KernelFamily::kSm90});
+  auto [plan, params] =
+      sparse_attn_step(sizes, q, k, v, ops::scale_or_default(scale, sizes.head_dim), causal, all_queries);
   if (plan.kernel == plan::SparseAttnKernel::kAten) {
-    return ops::sparse_attn(q, k, v, index, count, scale, causal, all_queries);
+    return fallback();
   }
-  const Tensor out =
-      aten::empty({sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim}, q.scalar_type(), q.device());
-  SparseAttnParams params = params_of(q, k, v, index, count, out);
-  params.scale = static_cast<float>(factor);
-  params.causal = causal;
-  params.all_queries = all_queries;
-#ifdef ZIPVL_HAS_SM90
+  params.index = index.const_data_ptr<std::int32_t>();
+  params.index_stride[0] = index.stride(0);
+  params.index_stride[1] = index.stride(1);
+  params.count = count.const_data_ptr<std::int32_t>();
+  params.count_stride = count.stride(0);
+  std::optional<Tensor> k_packed, v_packed, seen;
   if (plan.kernel == plan::SparseAttnKernel::kSm90) {
-    run_sm90(params, plan, q);
-    return aten::transpose(out, 1, 2);
+    const aten::Sizes packed{sizes.batch, sizes.kv_heads, plan.capacity, sizes.head_dim};
+    k_packed = aten::empty(packed, q.scalar_type(), q.device());
+    v_packed = aten::empty(packed, q.scalar_type(), q.device());
+    params.k_packed = k_packed->mutable_data_ptr();
+    params.v_packed = v_packed->mutable_data_ptr();
+    params.capacity = plan.capacity;
   }
-#endif
-  check_launch(kOp, launch_sparse_attn_sm80(params, stream_of(q)));
-  return aten::transpose(out, 1, 2);
+  if (plan.seen_tokens) {
+    seen = aten::empty({sizes.batch, sizes.tokens}, aten::ScalarType::Int, q.device());
+  }
+  const Tensor out = empty_attention_output(q);
+  params.out = out.mutable_data_ptr();
+  launch_sparse_attn(kOp, params, plan, seen ? seen->mutable_data_ptr<std::int32_t>() : nullptr, q.get_device_index(),
+                     stream_of(q));
+  return out;
 }
 
 }  // namespace zipvl::cuda

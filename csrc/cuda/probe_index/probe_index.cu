@@ -2,7 +2,9 @@
 // thread writes its own slots. With one, two passes over the mask: the first counts the real tokens, the second numbers
 // them and writes those whose rank is a probe's.
 #include "common/probe_draw.h"
+#include "cuda/common/launch.h"
 #include "cuda/probe_index/probe_index.h"
+#include "cuda/ptx/sync.cuh"
 
 namespace zipvl::cuda {
 namespace {
@@ -46,6 +48,8 @@ __device__ std::int64_t slot_of(std::int64_t rank, const ProbeSplit& split, cons
 
 __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams params) {
   __shared__ int warp_totals[kWarps];
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   const std::int64_t b = blockIdx.x, probes = params.num_recent + params.num_random;
   std::int32_t* out = params.out + b * probes;
   const bool* mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
@@ -60,6 +64,10 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
   }
   const ProbeSplit split = split_probes(real, params.num_recent, params.num_random);
   const std::int64_t count = split.random + split.recent;
+  const std::int64_t kept_rank = max(real - params.keep_recent, std::int64_t{0});  // of the first one kept
+  if (params.keep_from != nullptr && threadIdx.x == 0 && (mask == nullptr || kept_rank >= real)) {
+    params.keep_from[b] = static_cast<std::int32_t>(mask == nullptr ? kept_rank : params.tokens);
+  }
   for (std::int64_t slot = threadIdx.x; slot < probes; slot += kThreads) {
     if (slot >= count) {
       out[slot] = -1;
@@ -76,7 +84,11 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
     const bool is_real = n < params.tokens && mask[n * params.mask_stride[1]];
     const BlockCount found = count_flags(is_real, warp_totals);
     if (is_real) {
-      const std::int64_t slot = slot_of(numbered + found.before, split, params);
+      const std::int64_t rank = numbered + found.before;
+      if (params.keep_from != nullptr && rank == kept_rank) {
+        params.keep_from[b] = static_cast<std::int32_t>(n);
+      }
+      const std::int64_t slot = slot_of(rank, split, params);
       if (slot >= 0) {
         out[slot] = static_cast<std::int32_t>(n);
       }
@@ -88,8 +100,7 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
 }  // namespace
 
 cudaError_t launch_probe_index(const ProbeIndexParams& params, cudaStream_t stream) {
-  probe_index_kernel<<<static_cast<unsigned>(params.batch), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_dependent(&probe_index_kernel, static_cast<unsigned>(params.batch), kThreads, 0, stream, params);
 }
 
 }  // namespace zipvl::cuda

@@ -2,7 +2,7 @@
 // second's into scores. Each sum has one order, so the same bits come out on every run.
 #include <algorithm>
 
-#include "cuda/probe_scores/launch.h"
+#include "cuda/common/launch.h"
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/tile_math.cuh"
 #include "cuda/ptx/sync.cuh"

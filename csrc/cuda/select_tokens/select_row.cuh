@@ -39,6 +39,7 @@ __device__ inline Totals load(const SelectTokensParams& params, std::int64_t b, 
   const float* rank_score = params.rank_score + b * params.rank_stride[0];
   const bool* token_mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
   const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];
+  const int keep_from = params.keep_from == nullptr ? params.tokens : params.keep_from[b];
   Totals totals{};
   std::uint32_t signs = 0;
   part.each_batch([&](int i) {
@@ -50,7 +51,7 @@ __device__ inline Totals load(const SelectTokensParams& params, std::int64_t b, 
       budget[j] = budget_score[n * params.budget_stride[1]];
       rank[j] = rank_score[n * params.rank_stride[1]];
       real[j] = token_mask == nullptr || token_mask[n * params.mask_stride[1]];
-      kept[j] = keep_mask != nullptr && keep_mask[n * params.keep_stride[1]];
+      kept[j] = n >= keep_from || (keep_mask != nullptr && keep_mask[n * params.keep_stride[1]]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -227,6 +228,7 @@ __device__ void select_row(Team& team, std::int64_t b, const SelectTokensParams&
       target = budget_by_mass(team, part, totals, params, shared);
     }
     target = min(max(max(target, totals.kept), params.min_tokens), real);
+    target = target > params.dense_above * real ? real : target;
   }
   Cut cut{kNotReal, target, target};  // every real token
   if (target < real) {

@@ -1,6 +1,8 @@
 // Token selection by one block a row, and by groups of blocks that meet in device memory.
 #include "cuda/select_tokens/select_tokens.h"
 
+#include "cuda/common/launch.h"
+#include "cuda/ptx/sync.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
@@ -97,6 +99,8 @@ extern __shared__ uint4 dynamic_shared[];
 
 __global__ void __launch_bounds__(kThreads, 1) by_block(const __grid_constant__ SelectTokensParams params) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   BlockTeam team;
   select_row(team, blockIdx.x, params, shared, &shared + 1);
 }
@@ -116,26 +120,25 @@ __global__ void __launch_bounds__(kThreads, 1) by_grid(const __grid_constant__ S
 }  // namespace select
 
 cudaError_t launch_select_tokens(const SelectTokensParams& params, cudaStream_t stream) {
-  const bool grid = params.blocks_per_row > 1;
-  const void* kernel =
-      grid ? reinterpret_cast<const void*>(select::by_grid) : reinterpret_cast<const void*>(select::by_block);
+  const auto kernel = params.blocks_per_row > 1 ? &select::by_grid : &select::by_block;
   const std::size_t shared = sizeof(select::Shared) + std::size_t{8} * params.tokens_per_block;
   const cudaError_t allowed =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (allowed != cudaSuccess) {
     return allowed;
   }
+  if (params.blocks_per_row == 1) {
+    return launch_dependent(kernel, static_cast<unsigned>(params.batch), select::kThreads,
+                            static_cast<unsigned>(shared), stream, params);
+  }
   SelectTokensParams copy = params;
   void* arguments[] = {&copy};
-  if (!grid) {
-    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(params.batch)), dim3(select::kThreads), arguments,
-                            shared, stream);
-  }
   const cudaError_t cleared = cudaMemsetAsync(params.workspace, 0, params.batch * params.row_workspace_bytes, stream);
   if (cleared != cudaSuccess) {
     return cleared;
   }
-  return cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(params.row_groups * params.blocks_per_row)),
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                     dim3(static_cast<unsigned>(params.row_groups * params.blocks_per_row)),
                                      dim3(select::kThreads), arguments, shared, stream);
 }
 

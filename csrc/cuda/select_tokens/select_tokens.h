@@ -13,14 +13,17 @@ struct SelectTokensParams {
   const float* rank_score;    // [batch, tokens]
   const bool* keep_mask;      // [batch, tokens], or null: none is kept whatever its score
   const bool* token_mask;     // [batch, tokens], or null: every token is real
-  std::int32_t* index;        // [batch, tokens], contiguous
-  std::int32_t* count;        // [batch], contiguous
+  // [batch], or null: real tokens from this position on are kept, beside those of keep_mask
+  const std::int32_t* keep_from;
+  std::int32_t* index;                                                            // [batch, tokens], contiguous
+  std::int32_t* count;                                                            // [batch], contiguous
   std::int64_t budget_stride[2], rank_stride[2], keep_stride[2], mask_stride[2];  // batch, token
   std::int64_t batch;
   int tokens;
   int min_tokens;  // at most `tokens`
   double tau;
-  double ratio;  // 0: the budget is by tau
+  double ratio;        // 0: the budget is by tau
+  double dense_above;  // in (0, 1]: a row with more than this share of its real tokens selected has all of them
 
   int blocks_per_row;    // that share a row's tokens
   int tokens_per_block;  // a multiple of 2,048

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/probe_scores/launch.h"
+#include "cuda/common/launch.h"
 #include "cuda/probe_scores/sm80/first_pass.cuh"
 #include "cuda/probe_scores/sm80/launch.h"
 #include "cuda/probe_scores/sm80/second_pass.cuh"

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "cuda/probe_scores/launch.h"
+#include "cuda/common/launch.h"
 #include "cuda/probe_scores/sm90/first_pass.cuh"
 #include "cuda/probe_scores/sm90/launch.h"
 #include "cuda/probe_scores/sm90/second_pass.cuh"

@@ -1,7 +1,9 @@
 // Token selection by a cluster of blocks a row. They meet in each other's shared memory: every block stores its part
 // into the inbox of every block, and its stores count towards that block's mbarrier, so that nothing is fenced and
 // nobody waits for more than the data.
+#include "cuda/common/launch.h"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/sync.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
@@ -106,6 +108,8 @@ __global__ void __launch_bounds__(kThreads, 1) by_cluster(const __grid_constant_
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic_shared);
   uint4* inboxes = reinterpret_cast<uint4*>(&shared + 1);
   ClusterTeam team(shared, inboxes);
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   select_row(team, blockIdx.x / team.size(), params, shared.block, inboxes + 2 * team.size() * kPairs);
 }
 
@@ -124,17 +128,9 @@ cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaS
   if (error != cudaSuccess) {
     return error;
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(params.blocks_per_row), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(params.batch * params.blocks_per_row));
-  config.blockDim = dim3(select::kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, select::by_cluster, params);
+  return launch_dependent_clusters(&select::by_cluster, static_cast<unsigned>(params.blocks_per_row),
+                                   static_cast<unsigned>(params.batch * params.blocks_per_row), select::kThreads,
+                                   static_cast<unsigned>(shared), stream, params);
 }
 
 }  // namespace zipvl::cuda

@@ -88,10 +88,26 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
   }
 }
 
-// One warp: its share of the gaps between selected tokens. Tokens of a gap are one run of bytes in the output, which
-// the copy engine fills from a piece of shared zeros while the tensor cores work.
+// The first place of an ascending row of `count` positions whose position is at least `token`.
+__device__ __forceinline__ int first_place_from(const std::int32_t* index, std::int64_t stride, int count, int token) {
+  int begin = 0, end = count;
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (index[middle * stride] < token) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+// One warp: the tokens of the block's share that nobody selected. Shares are equal in tokens, because the selection may
+// be all at one end. Tokens between two that are selected are one run of bytes in the output, which the copy engine
+// fills from a piece of shared zeros while the tensor cores work: a lane takes a short gap, and the warp a long one.
 template <typename Traits>
 __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStorage<Traits>& shared, int lane) {
+  constexpr int kLongGap = 16;  // tokens
   for (int i = lane; i < kZeroBytes / 16; i += kWarpThreads) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
@@ -99,19 +115,43 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   __syncwarp();
   const std::int64_t token_bytes =
       static_cast<std::int64_t>(params.query_heads) * Traits::kHeadDim * sizeof(typename Traits::Element);
-  for (int b = 0; b < params.batch; ++b) {
+  // Every `step`-th piece of the tokens from begin to end, from piece `piece` on.
+  const auto fill = [&](unsigned char* out, int begin, int end, int piece, int step) {
+    const std::int64_t bytes = (end - begin) * token_bytes;
+    for (std::int64_t at = std::int64_t{piece} * kZeroBytes; at < bytes; at += std::int64_t{step} * kZeroBytes) {
+      const std::int64_t left = bytes - at;
+      ptx::bulk_store(out + begin * token_bytes + at, shared.zeros,
+                      left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
+    }
+    ptx::bulk_commit();
+    ptx::bulk_wait_read<4>();
+  };
+  const int share = (params.tokens + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+  const int first = min(static_cast<int>(blockIdx.x) * share, params.tokens), last = min(first + share, params.tokens);
+  for (int b = 0; b < params.batch && first < last; ++b) {
     const int count = selected(params, b);
     const std::int32_t* index = params.index + b * params.index_stride[0];
+    const std::int64_t stride = params.index_stride[1];
     auto* out = static_cast<unsigned char*>(params.out) + b * params.tokens * token_bytes;
-    for (int j = blockIdx.x * kWarpThreads + lane; j <= count; j += gridDim.x * kWarpThreads) {
-      const int begin = j == 0 ? 0 : min(max(index[(j - 1) * params.index_stride[1]], -1), params.tokens - 1) + 1;
-      const int end = j == count ? params.tokens : min(max(index[j * params.index_stride[1]], 0), params.tokens);
-      std::int64_t left = (end - begin) * token_bytes;
-      for (unsigned char* at = out + begin * token_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
-        ptx::bulk_store(at, shared.zeros, left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
+    const int start = first_place_from(index, stride, count, first);
+    for (int place = start; place <= count; place += kWarpThreads) {
+      // The gap before this lane's place, within the share.
+      const int j = place + lane;
+      const int begin = j == start   ? first
+                        : j <= count ? min(max(index[(j - 1) * stride], first - 1), last - 1) + 1
+                                     : last;
+      const int end = j < count ? min(max(index[j * stride], begin), last) : last;
+      const bool is_long = end - begin > kLongGap;
+      if (begin < end && !is_long) {
+        fill(out, begin, end, 0, 1);
       }
-      ptx::bulk_commit();
-      ptx::bulk_wait_read<4>();
+      for (unsigned lanes = __ballot_sync(0xFFFFFFFFU, is_long); lanes != 0; lanes &= lanes - 1) {
+        const int owner = __ffs(static_cast<int>(lanes)) - 1;
+        fill(out, __shfl_sync(0xFFFFFFFFU, begin, owner), __shfl_sync(0xFFFFFFFFU, end, owner), lane, kWarpThreads);
+      }
+      if (__any_sync(0xFFFFFFFFU, begin >= last)) {
+        break;
+      }
     }
   }
   ptx::bulk_wait_read<0>();

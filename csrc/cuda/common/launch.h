@@ -1,0 +1,35 @@
+// Launches that may begin while the kernel before them in the stream ends (programmatic dependent launch). Such a
+// kernel calls ptx::wait_for_previous_kernel before it touches memory that another wrote, or that another may still
+// read.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace zipvl::cuda {
+
+// cluster: blocks of a thread-block cluster, sm_90; 1: none.
+template <typename... Params, typename... Args>
+cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, unsigned blocks, unsigned threads,
+                                      unsigned shared_bytes, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Params...), unsigned blocks, unsigned threads, unsigned shared_bytes,
+                             cudaStream_t stream, const Args&... args) {
+  return launch_dependent_clusters(kernel, 1, blocks, threads, shared_bytes, stream, args...);
+}
+
+}  // namespace zipvl::cuda

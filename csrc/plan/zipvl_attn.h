@@ -1,0 +1,44 @@
+// How the whole layer runs over its CUDA kernels: one workspace for all of them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "plan/probe_scores_cuda.h"
+#include "plan/select_tokens.h"
+#include "plan/sparse_attn_cuda.h"
+
+namespace zipvl::plan {
+
+struct ZipvlAttnProblem {
+  std::int64_t batch, kv_heads, tokens, head_dim, probes;
+  bool returns_packed;  // the packed keys and values are results, and no workspace
+};
+
+// Byte offsets, each a multiple of 256. What the selection needs and what the attention needs begin at the same byte:
+// the kernels run one after the other, and select_tokens is the last to read the former.
+struct ZipvlAttnWorkspace {
+  // Until index and count are written:
+  std::int64_t probe_index;              // [B, P] int32
+  std::int64_t keep_from;                // [B] int32
+  std::int64_t accumulated, normalized;  // [B, N] float32
+  std::int64_t probe_scores;             // ProbeScoresWorkspace
+  std::int64_t select_tokens;            // SelectTokensPlan's
+  // From then on:
+  std::int64_t k_packed, v_packed;  // [B, Hkv, N, D] of a 16-bit dtype; unused where they are results or not needed
+  std::int64_t seen;                // [B, N] int32; unused unless SparseAttnCudaPlan asks for it
+  std::int64_t bytes;
+};
+
+struct ZipvlAttnPlan {
+  bool native;  // every step has a kernel
+  ZipvlAttnWorkspace workspace;
+  std::int64_t selection_bytes, attention_bytes;  // of the two phases that share the workspace
+
+  std::string describe() const;
+};
+
+ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScoresCudaPlan& scores,
+                              const SelectTokensPlan& select, const SparseAttnCudaPlan& attention);
+
+}  // namespace zipvl::plan
