@@ -88,26 +88,24 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
   }
 }
 
-// The first place of an ascending row of `count` positions whose position is at least `token`.
-__device__ __forceinline__ int first_place_from(const std::int32_t* index, std::int64_t stride, int count, int token) {
-  int begin = 0, end = count;
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (index[middle * stride] < token) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
+// How many of the first `count` places hold a token before `token`, for the whole warp: 32 probes a round.
+__device__ __forceinline__ int places_before(const std::int32_t* index, std::int64_t stride, int count, int token,
+                                             int lane) {
+  int low = 0, high = count;
+  while (low < high) {
+    const int step = (high - low + kWarpThreads - 1) / kWarpThreads;
+    const int probe = low + lane * step + step - 1;
+    const bool before = probe < high && index[probe * stride] < token;
+    low += __popc(__ballot_sync(0xFFFFFFFFU, before)) * step;
+    high = min(low + step - 1, high);
   }
-  return begin;
+  return low;
 }
 
-// One warp: the tokens of the block's share that nobody selected. Shares are equal in tokens, because the selection may
-// be all at one end. Tokens between two that are selected are one run of bytes in the output, which the copy engine
-// fills from a piece of shared zeros while the tensor cores work: a lane takes a short gap, and the warp a long one.
+// One warp: the zeros of its block's share of the tokens, 32 at a time, a lane a token. The copy engine writes them
+// from a piece of shared zeros while the tensor cores work.
 template <typename Traits>
 __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStorage<Traits>& shared, int lane) {
-  constexpr int kLongGap = 16;  // tokens
   for (int i = lane; i < kZeroBytes / 16; i += kWarpThreads) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
@@ -115,42 +113,30 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   __syncwarp();
   const std::int64_t token_bytes =
       static_cast<std::int64_t>(params.query_heads) * Traits::kHeadDim * sizeof(typename Traits::Element);
-  // Every `step`-th piece of the tokens from begin to end, from piece `piece` on.
-  const auto fill = [&](unsigned char* out, int begin, int end, int piece, int step) {
-    const std::int64_t bytes = (end - begin) * token_bytes;
-    for (std::int64_t at = std::int64_t{piece} * kZeroBytes; at < bytes; at += std::int64_t{step} * kZeroBytes) {
-      const std::int64_t left = bytes - at;
-      ptx::bulk_store(out + begin * token_bytes + at, shared.zeros,
-                      left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
-    }
-    ptx::bulk_commit();
-    ptx::bulk_wait_read<4>();
+  const auto share_begin = [&](unsigned block) {
+    return static_cast<int>(static_cast<std::int64_t>(params.tokens) * block / gridDim.x);
   };
-  const int share = (params.tokens + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-  const int first = min(static_cast<int>(blockIdx.x) * share, params.tokens), last = min(first + share, params.tokens);
-  for (int b = 0; b < params.batch && first < last; ++b) {
+  const int begin = share_begin(blockIdx.x), end = share_begin(blockIdx.x + 1);
+  for (int b = 0; b < params.batch; ++b) {
     const int count = selected(params, b);
     const std::int32_t* index = params.index + b * params.index_stride[0];
-    const std::int64_t stride = params.index_stride[1];
     auto* out = static_cast<unsigned char*>(params.out) + b * params.tokens * token_bytes;
-    const int start = first_place_from(index, stride, count, first);
-    for (int place = start; place <= count; place += kWarpThreads) {
-      // The gap before this lane's place, within the share.
-      const int j = place + lane;
-      const int begin = j == start   ? first
-                        : j <= count ? min(max(index[(j - 1) * stride], first - 1), last - 1) + 1
-                                     : last;
-      const int end = j < count ? min(max(index[j * stride], begin), last) : last;
-      const bool is_long = end - begin > kLongGap;
-      if (begin < end && !is_long) {
-        fill(out, begin, end, 0, 1);
-      }
-      for (unsigned lanes = __ballot_sync(0xFFFFFFFFU, is_long); lanes != 0; lanes &= lanes - 1) {
-        const int owner = __ffs(static_cast<int>(lanes)) - 1;
-        fill(out, __shfl_sync(0xFFFFFFFFU, begin, owner), __shfl_sync(0xFFFFFFFFU, end, owner), lane, kWarpThreads);
-      }
-      if (__any_sync(0xFFFFFFFFU, begin >= last)) {
-        break;
+    int place = places_before(index, params.index_stride[1], count, begin, lane);
+    for (int first = begin; first < end; first += kWarpThreads) {
+      // At most 32 places name one of these tokens, and they follow each other.
+      const bool there = place + lane < count;
+      const int token = there ? index[(place + lane) * params.index_stride[1]] : 0;
+      const bool passed = there && token < first + kWarpThreads;
+      const unsigned named = passed && token >= first ? 1U << (token - first) : 0;
+      const unsigned selected_here = __reduce_or_sync(0xFFFFFFFFU, named);
+      place += __popc(__ballot_sync(0xFFFFFFFFU, passed));
+      if (first + lane < end && (selected_here >> lane & 1) == 0) {
+        unsigned char* at = out + (first + lane) * token_bytes;
+        for (std::int64_t left = token_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
+          ptx::bulk_store(at, shared.zeros, left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
+        }
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<4>();
       }
     }
   }
