@@ -7,6 +7,7 @@ run with it if it takes too long; the last takes the seconds that are left. Rand
 
     python train.py train --seconds 780                  # the whole run; the folder is saved every 45 seconds
     python train.py train --start . --out new            # from the shipped weights, if from nothing a stage is stuck
+    python train.py train --finish new --out newer       # once more through the end of the last stage
     python train.py train --resume checkpoints/last.pt   # go on from there
     python train.py evaluate --pages 300                 # dense and sparse exact match, in plain PyTorch
 """
@@ -68,19 +69,21 @@ QUESTION_LENGTH, ANSWER_LENGTH = 8, 4
 CHARACTER_LOSS_WEIGHT, BLANK_WEIGHT = 0.3, 0.05
 STUCK_SECONDS = 200
 """A stage of the curriculum that takes longer has failed and ends the run."""
-TARGET_TAU, TARGET_RATIO = 0.975, 0.36
+TARGET_TAU, TARGET_RATIO = 0.975, 0.375
 OTHER_TAUS = (0.955, 0.99)
 """A third of the batches that select by tau take another tau from this range."""
-LATE = 0.6
+LATE = 0.5
 """From this part of the last stage on most batches select by tau."""
+FINISH_RATE, FINISH_ENTROPY_WEIGHT = 5e-4, 0.003
+"""With `--finish`: where the learning rate and the entropy weight begin."""
 DENSE_SHARE, LATE_DENSE_SHARE = 0.3, 0.2
 """Share of the last stage's batches that are dense, with eight questions."""
 TAU_SHARE, LATE_TAU_SHARE = 0.5, 0.9
 """Of the others, the share that selects by tau."""
 LOWEST_RATIO = 0.15
-ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.008, (0.0003, 0.03)
-FIRST_TARGET, TARGET_REACHED = 0.85, 0.35
-"""The ratio that the entropy weight is steered to falls from 0.85 to `TARGET_RATIO` over 35% of the last stage."""
+ENTROPY_WEIGHT, ENTROPY_BOUNDS = 0.002, (0.0003, 0.03)
+FIRST_TARGET, TARGET_REACHED = 0.7, 0.35
+"""The ratio that the entropy weight is steered to falls from 0.7 to `TARGET_RATIO` over 35% of the last stage."""
 CONTROL_GAIN, CONTROL_STEP, CONTROL_POWER, MOST_EXCESS = 0.1, 0.03, 3.0, 2.5
 ENOUGH, PLENTY = 0.12, 0.25
 """A layer that keeps less than 12% has no entropy in the loss, one that keeps more than 25% its full share."""
@@ -206,6 +209,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = build_model(seed, tile_side)
         self.character_head = nn.Linear(self.model.config.vision_config.hidden_size, 2 * (BLANK + 1))
+        self.with_characters = True
         weight = torch.ones(BLANK + 1)
         weight[BLANK] = BLANK_WEIGHT
         self.register_buffer("character_weight", weight, persistent=False)
@@ -254,11 +258,14 @@ class Learner(nn.Module):
     def forward(self, batch: Batch, kind: str, attention: TrainingAttention, entropy_weights: Tensor) -> Measured:
         """entropy_weights: of each layer's mean entropy, `[layers]`."""
         features = self.features(batch)
-        characters, named = self.character_loss(features, batch)
         if kind == "characters":
+            characters, named = self.character_loss(features, batch)
             return Measured(characters, {"characters": characters}, named)
         answers, right = self.answer_loss(features, batch, attention)
-        loss, parts = answers + CHARACTER_LOSS_WEIGHT * characters, {"answers": answers, "characters": characters}
+        loss, parts = answers, {"answers": answers}
+        if self.with_characters:
+            characters, _ = self.character_loss(features, batch)
+            loss, parts["characters"] = loss + CHARACTER_LOSS_WEIGHT * characters, characters
         if right.shape[1] > 1:
             parts["right_first"] = right[:, 0].mean()  # later questions may be answered by elimination
         if attention.with_entropy:
@@ -297,12 +304,27 @@ class Trainer:
         )
         self.step, self.stage_index, self.stage_step, self.seconds, self.stage_start = 0, 0, 0, 0.0, 0.0
         self.entropy_weight = ENTROPY_WEIGHT
+        self.finishing = False
         self.kept = Kept()
         self.layer_weights = self.weights_of_layers()
         self.unread: dict[str, list[Tensor]] = {}
         self.unread_shares: list[Tensor] = []
         self.numbers: dict[str, float] = {}
         self.logged = -math.inf
+
+    def finish(self, folder: Path) -> None:
+        """Goes once more through the end of the last stage with a folder's weights.
+
+        The rate begins at `FINISH_RATE`, most batches select by tau, and there is no character loss: the head that it
+        needs is not in the folder, and a new one would disturb the vision tower.
+        """
+        self.learner.start_from(folder)
+        self.stage_index, self.entropy_weight = len(STAGES) - 1, FINISH_ENTROPY_WEIGHT
+        self.set_finishing(True)
+        self.layer_weights = self.weights_of_layers()
+
+    def set_finishing(self, finishing: bool) -> None:
+        self.finishing, self.learner.with_characters = finishing, not finishing
 
     @property
     def stage(self) -> Stage:
@@ -322,7 +344,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Constant in the curriculum, falling to 30% in a stage of limited time; in the last a cosine to nearly 0."""
-        peak, done = self.stage.peak_rate, self.progress
+        peak, done = FINISH_RATE if self.finishing else self.stage.peak_rate, self.progress
         if self.last_stage:
             return peak * min(1, (self.stage_step + 1) / 100) * max(0.01, math.cos(math.pi / 2 * done))
         return peak * min(1, (self.step + 1) / 200) * (1 - 0.7 * done)
@@ -333,7 +355,7 @@ class Trainer:
         In the last stage: dense; by tau, as it will be evaluated; or by shares, half of them near what `TARGET_TAU`
         kept when last noted, the others from U(low, 1), low falling from 0.6 to `LOWEST_RATIO` by mid-stage.
         """
-        late = self.progress >= LATE
+        late = self.finishing or self.progress >= LATE
         if not self.last_stage or chance.random() < (LATE_DENSE_SHARE if late else DENSE_SHARE):
             return Plan()
         if chance.random() < (LATE_TAU_SHARE if late else TAU_SHARE):
@@ -399,7 +421,8 @@ class Trainer:
 
     def target_ratio(self) -> float:
         """What `TARGET_TAU` should keep by now."""
-        return FIRST_TARGET * (TARGET_RATIO / FIRST_TARGET) ** min(1.0, self.progress / TARGET_REACHED)
+        reached = 1.0 if self.finishing else min(1.0, self.progress / TARGET_REACHED)
+        return FIRST_TARGET * (TARGET_RATIO / FIRST_TARGET) ** reached
 
     def control_entropy(self) -> None:
         """Steers the entropy weight, slowly, so that `TARGET_TAU` keeps what it should."""
@@ -472,7 +495,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the model folder and, for resuming, the checkpoint."""
         save_folder(self.learner.model, self.out)
-        names = ("step", "stage_index", "stage_step", "seconds", "stage_start", "entropy_weight")
+        names = ("step", "stage_index", "stage_step", "seconds", "stage_start", "entropy_weight", "finishing")
         state = {"learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["progress"] = {name: getattr(self, name) for name in names}
         partial = self.checkpoint.with_suffix(".part")
@@ -486,6 +509,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
+        self.set_finishing(self.finishing)
 
 
 @torch.inference_mode()
@@ -536,6 +560,7 @@ def train(
     ),
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
     start: Annotated[Path | None, typer.Option(help="Model folder whose weights to begin with.")] = None,
+    finish: Annotated[Path | None, typer.Option(help="Model folder whose last stage to end once more.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for all stages; the last takes what the others leave.")] = 780,
     seed: int = 0,
     compiled: bool = torch.cuda.is_available(),
@@ -547,6 +572,8 @@ def train(
     trainer = Trainer(out, checkpoint, seed, compiled, math.inf if smoke else seconds, smoke)
     if resume:
         trainer.resume(resume)
+    elif finish:
+        trainer.finish(finish)
     elif start:
         trainer.learner.start_from(start)
         trainer.stage_index = 1  # the vision tower alone has nothing left to learn
