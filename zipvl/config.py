@@ -26,6 +26,8 @@ class ZipVLConfig:
         dense_below: prompts with fewer tokens than this use the model's ordinary attention.
         layers: indices of the layers that must be sparse. ``None``: every layer that can be. A layer named
             here that cannot be sparse is an error.
+        skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
+            is tested (docs/transformers.md). ``None``: where it pays; True: wherever it applies; False: nowhere.
 
     Raises:
         ValueError: a value is out of range; the message names it, what was expected and what came.
@@ -42,6 +44,7 @@ class ZipVLConfig:
     cache: CacheMode = "drop"
     dense_below: int = 256
     layers: tuple[int, ...] | None = None
+    skip_projections: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("tau", "ratio"):
@@ -56,6 +59,10 @@ class ZipVLConfig:
                 raise ValueError(f"ZipVLConfig: {name} must be an integer of at least 0, got {value!r}")
         if self.num_recent + self.num_random == 0:
             raise ValueError("ZipVLConfig: num_recent + num_random must be at least 1, got 0")
+        if self.skip_projections not in (None, True, False):
+            raise ValueError(
+                f"ZipVLConfig: skip_projections must be None, True or False, got {self.skip_projections!r}"
+            )
         if self.cache not in get_args(CacheMode):
             raise ValueError(f"ZipVLConfig: cache must be one of {get_args(CacheMode)}, got {self.cache!r}")
 

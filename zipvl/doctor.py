@@ -69,6 +69,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     q, k, v = normal(1, 4, 48, 16), normal(1, 2, 48, 16), normal(1, 2, 48, 16)
     index = torch.arange(48, dtype=torch.int32, device=device)[None]
     count = torch.tensor([48], dtype=torch.int32, device=device)
+    both = index.expand(2, -1)
     few = {"num_recent": 4, "num_random": 4}
     examples: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "probe_index": ((q,), few),
@@ -79,6 +80,8 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "zipvl_attn": ((q, k, v), {"tau": 0.8, **few}),
         "zipvl_prefill": ((q, k, v), {"dense_above": 1e-3, **few}),  # every packed row is defined
         "decode_attn": ((q[:, :, :1], k, v, count // 2), {}),
+        "project_queries": ((k[0], normal(64, 16) / 4, normal(64), v[0], v[0], both, None), {}),
+        "project_outputs": ((k[0], normal(8, 16) / 4, both, both[:, 24].contiguous()), {}),
     }
     return examples[op]
 

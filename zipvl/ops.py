@@ -241,6 +241,50 @@ def decode_attn(
     return torch.ops.zipvl.decode_attn(q, k_cache, v_cache, lengths, scale=scale)
 
 
+def project_queries(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """The queries of chosen tokens: linear layer, RMS norm of each head if there is one, rotary embedding.
+
+    Args:
+        x: ``[B, N, C]``, the attention layer's input.
+        weight, bias: ``[Hq * D, C]`` and ``[Hq * D]``, of the query projection.
+        cos, sin: ``[B, N, D]`` or ``[1, N, D]``; a head's first half is rotated with its second.
+        index: ``[B, M]`` int32, the tokens; entries outside ``[0, N)`` are skipped.
+        count: ``[B]`` int32, how many places of ``index`` count; all without it.
+        norm_weight, norm_eps: ``[D]``, of the query norm.
+
+    Returns:
+        ``[B, Hq, N, D]``, the transposed view of a contiguous ``[B, N, Hq, D]``; tokens not chosen are undefined.
+    """
+    return torch.ops.zipvl.project_queries(
+        x, weight, bias, cos, sin, index, count, norm_weight=norm_weight, norm_eps=norm_eps
+    )
+
+
+def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    """The output projection of chosen tokens.
+
+    Args:
+        x: ``[B, N, C]``, the attention output.
+        weight: ``[O, C]``.
+        index, count: ``[B, M]``, ``[B]`` int32, as :func:`select_tokens` makes them.
+
+    Returns:
+        ``[B, N, O]``; tokens not chosen are 0, which is what a layer without bias makes of their rows of zeros.
+    """
+    return torch.ops.zipvl.project_outputs(x, weight, index, count)
+
+
 # ---- fakes: shapes, dtypes and strides of the results, for torch.compile and torch.export
 
 
@@ -315,6 +359,26 @@ def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor
     return _attention_output(q), index, count, k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@_fake("project_queries")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    D = cos.shape[2]
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[0] // D, D)).transpose(1, 2)
+
+
+@_fake("project_outputs")
+def _(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
+
+
 @_fake("decode_attn")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return _attention_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -331,6 +395,8 @@ NAMES = (
     "zipvl_attn",
     "zipvl_prefill",
     "decode_attn",
+    "project_queries",
+    "project_outputs",
 )
 
 

@@ -24,6 +24,8 @@ __all__ = [
     "pack_kv",
     "probe_index",
     "probe_scores",
+    "project_outputs",
+    "project_queries",
     "select_tokens",
     "sparse_attn",
     "zipvl_attn",
@@ -467,6 +469,74 @@ def decode_attn(
             out[b, h] = (logits.softmax(dim=-1) @ values).to(q.dtype)
             lse[b, h] = logits.logsumexp(dim=-1)
     return out, lse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The projections around the layer, for chosen tokens alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def project_queries(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """Queries of chosen tokens: linear layer, RMS norm of each head (Qwen3), rotary embedding.
+
+    Args:
+        x: ``[B, N, C]``.
+        weight, bias: ``[Hq * D, C]``, ``[Hq * D]``.
+        cos, sin: ``[B, N, D]`` or ``[1, N, D]``.
+        index: ``[B, M]`` int32; entries outside ``[0, N)`` are skipped.
+        count: ``[B]`` int32, clamped to ``[0, M]``: how many places of ``index`` count; None: all.
+        norm_weight, norm_eps: ``[D]`` and the epsilon of the norm; None: no norm.
+
+    Returns:
+        ``[B, Hq, N, D]``; tokens that are not chosen are NaN here and anything in the op.
+    """
+    B, N, C = x.shape
+    D = cos.shape[2]
+    H = weight.shape[0] // D
+    assert weight.shape == (H * D, C) and cos.shape == sin.shape and index.shape[0] == B
+    q = x.new_full((B, N, H, D), math.nan)
+    for b in range(B):
+        places = index.shape[1] if count is None else _clamped(count[b], index.shape[1])
+        T = _valid_positions(index[b, :places], N)
+        rows = torch.nn.functional.linear(x[b, T], weight, bias).view(-1, H, D)
+        if norm_weight is not None:
+            wide = rows.to(_compute_dtype(x))
+            rows = norm_weight * (wide * (wide.pow(2).mean(-1, keepdim=True) + norm_eps).rsqrt()).to(x.dtype)
+        c, s = (table[b % table.shape[0], T, None] for table in (cos, sin))
+        low, high = rows.chunk(2, dim=-1)
+        q[b, T] = rows * c + torch.cat((-high, low), dim=-1) * s
+    return q.transpose(1, 2)
+
+
+def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    """The output projection of chosen tokens.
+
+    Args:
+        x: ``[B, N, C]``; rows that are not chosen are not looked at.
+        weight: ``[O, C]``; there is no bias, which those rows would need.
+        index, count: ``[B, M]``, ``[B]`` int32, as in :func:`project_queries`.
+
+    Returns:
+        ``[B, N, O]``, 0 for tokens that are not chosen.
+    """
+    B, N, C = x.shape
+    assert weight.shape[1] == C and index.shape[0] == B
+    out = x.new_zeros(B, N, weight.shape[0])
+    for b in range(B):
+        T = _valid_positions(index[b, : _clamped(count[b], index.shape[1])], N)
+        out[b, T] = x[b, T] @ weight.T
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,25 +70,47 @@ def _ratios(real: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.where(real > 0, kept.double() / real.clamp(min=1), 1.0)
 
 
+class _Traced:
+    """What the last forward of each layer in a compiled graph did, one attribute a layer.
+
+    ``torch.compile`` replays attributes that are only written without a guard on what they were before; a dictionary or
+    a list, which it reads, would make every forward a new graph.
+    """
+
+    def leave(self, layer: int, *prefill: Any) -> None:
+        """Keeps ``prefill``, the arguments of ``Stats.add`` after the layer, until it is taken."""
+        setattr(self, f"layer_{layer}", prefill)
+
+    def take(self) -> list[tuple[int, Any]]:
+        """The layers and what was kept of each, which is then forgotten."""
+        found = [(int(name.removeprefix("layer_")), prefill) for name, prefill in vars(self).items()]
+        self.__dict__.clear()
+        return found
+
+
 class Stats:
     """What happened to every attention layer under ``zipvl.sparse``.
 
     ``layers`` holds each layer's last prefill, by layer index; ``mean_ratio`` runs over all prefills since the start or
-    the last ``reset()``. Nothing is read back from the device until it is asked for.
+    the last ``reset()``. Nothing is read back from the device until it is asked for. A forward inside a compiled graph
+    leaves what it did in ``traced``; it is counted when the statistics are next read or written, so that of several
+    compiled forwards in between the last one counts.
     """
 
     def __init__(self, record_index: bool = False) -> None:
         self.record_index = record_index
+        self.traced = _Traced()
         self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything recorded."""
         with self._lock:
-            self.layers: dict[int, LayerStats] = {}
+            self.traced.take()
+            self._layers: dict[int, LayerStats] = {}
             self._ratio_sums: dict[int, torch.Tensor] = {}
             self._rows: dict[int, int] = {}
-            self._prefills: dict[int, int] = {}
+            self._prefill_counts: dict[int, int] = {}
             self._sparse_prefills = 0
 
     def add(
@@ -109,6 +131,22 @@ class Stats:
             real: ``[B]`` real tokens of each row.
             index, count: ``[B, N]`` and ``[B]``, the selection of a sparse layer.
         """
+        self._count_traced()
+        return self._add(layer, reason, prompt, real, index, count)
+
+    def _count_traced(self) -> None:
+        for layer, prefill in self.traced.take():
+            self._add(layer, *prefill)
+
+    def _add(
+        self,
+        layer: int,
+        reason: str | None,
+        prompt: int,
+        real: torch.Tensor,
+        index: torch.Tensor | None,
+        count: torch.Tensor | None,
+    ) -> LayerStats:
         kept = real if count is None else count
         entry = LayerStats(
             layer=layer,
@@ -121,27 +159,36 @@ class Stats:
         )
         ratio_sum = _ratios(real, kept).sum()
         with self._lock:
-            self.layers[layer] = entry
+            self._layers[layer] = entry
             before = self._ratio_sums.get(layer)
             self._ratio_sums[layer] = ratio_sum if before is None else before.to(ratio_sum.device) + ratio_sum
             self._rows[layer] = self._rows.get(layer, 0) + real.shape[0]
-            self._prefills[layer] = self._prefills.get(layer, 0) + 1
+            self._prefill_counts[layer] = self._prefill_counts.get(layer, 0) + 1
             self._sparse_prefills += reason is None
         return entry
 
     @property
+    def layers(self) -> dict[int, LayerStats]:
+        """Each layer's last prefill."""
+        self._count_traced()
+        return self._layers
+
+    @property
     def active(self) -> bool:
         """Whether any layer of any prefill was sparse."""
+        self._count_traced()
         return self._sparse_prefills > 0
 
     @property
     def prefills(self) -> int:
         """How many prefills were recorded."""
-        return max(self._prefills.values(), default=0)
+        self._count_traced()
+        return max(self._prefill_counts.values(), default=0)
 
     @property
     def mean_ratio(self) -> float:
         """Mean of kept / real tokens over layers, rows and prefills; a dense layer counts 1. 1.0 if nothing ran."""
+        self._count_traced()
         rows = sum(self._rows.values())
         return sum(float(total) for total in self._ratio_sums.values()) / rows if rows else 1.0
 

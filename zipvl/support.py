@@ -14,9 +14,11 @@ __all__ = ["DTYPES", "OPS", "Support", "can_run_native", "support", "why_not"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+_PROJECTION_KERNELS = frozenset({"project_queries", "project_outputs"})
 # The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp). The others run over ATen there.
-_CUDA_KERNELS = frozenset(
-    {"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"}
+_CUDA_KERNELS = (
+    frozenset({"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
+    | _PROJECTION_KERNELS
 )
 # Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/plan/*_cuda.cpp).
 _TENSOR_CORE_KERNELS = frozenset({"probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
@@ -61,6 +63,8 @@ def support(
         return Support("unavailable", problem)
     if device.type == "cuda" and op not in _CUDA_KERNELS:
         return Support("fallback", "no CUDA kernel of its own yet: runs over ATen's ops on the GPU")
+    if device.type == "cuda" and op in _PROJECTION_KERNELS and (reason := _not_for_tensor_cores(dtype, None)):
+        return Support("fallback", reason)
     if device.type == "cuda" and op in _TENSOR_CORE_KERNELS and (reason := _not_for_tensor_cores(dtype, head_dim)):
         return Support("fallback", reason)
     return Support("native")

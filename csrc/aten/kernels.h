@@ -37,6 +37,12 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                        const Tensor& lengths, double scale);
 
+Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& cos,
+                       const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
+                       const std::optional<Tensor>& norm_weight, double norm_eps);
+
+Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count);
+
 // token_mask, or every token when it is absent: [B, N] bool
 Tensor real_tokens(const std::optional<Tensor>& token_mask, std::int64_t batch, std::int64_t tokens,
                    torch::stable::Device device);

@@ -241,6 +241,69 @@ AttentionSizes layer(const char* op, const Tensor& q, const Tensor& k, const Ten
   return sizes;
 }
 
+namespace {
+
+// x [B, N, C] and weight [O, C], and which rows: index [B, M], count [B].
+void chosen_rows(const char* op, const Tensor& x, const Tensor& weight, const Tensor& index,
+                 const std::optional<Tensor>& count) {
+  rank(op, {"x", x}, 3, "[B, N, C]");
+  floating(op, {"x", x});
+  unit_last_stride(op, {"x", x});
+  rank(op, {"weight", weight}, 2, "[outputs, C]");
+  same_device(op, x, {"weight", weight});
+  same_dtype(op, {"x", x}, {"weight", weight});
+  shape(op, {"weight", weight}, {weight.size(0), x.size(2)});
+  rank(op, {"index", index}, 2, "[B, M]");
+  dtype(op, {"index", index}, ScalarType::Int);
+  shape(op, {"index", index}, {x.size(0), index.size(1)});
+  same_device(op, x, {"index", index});
+  if (count) {
+    dtype(op, {"count", *count}, ScalarType::Int);
+    shape(op, {"count", *count}, {x.size(0)});
+    same_device(op, x, {"count", *count});
+  }
+}
+
+// An optional vector of `size` elements like x.
+void vector_like(const char* op, const Tensor& x, const char* name, const std::optional<Tensor>& vector,
+                 std::int64_t size) {
+  if (vector) {
+    shape(op, {name, *vector}, {size});
+    same_device(op, x, {name, *vector});
+    same_dtype(op, {"x", x}, {name, *vector});
+  }
+}
+
+}  // namespace
+
+void project_queries(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& cos, const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
+                     const std::optional<Tensor>& norm_weight, double norm_eps) {
+  chosen_rows(op, x, weight, index, count);
+  rank(op, {"cos", cos}, 3, "[B or 1, N, D]");
+  const std::int64_t head_dim = cos.size(2);
+  if (head_dim < 2 || head_dim % 2 != 0 || weight.size(0) % head_dim != 0 || weight.size(0) == 0) {
+    fail(op, "cos must have an even head dim that divides weight's ", weight.size(0), " outputs, got ", head_dim);
+  }
+  for (const Named table : {Named{"cos", cos}, Named{"sin", sin}}) {
+    rank(op, table, 3, "[B or 1, N, D]");
+    const std::int64_t rows = table.tensor.size(0) == 1 ? 1 : x.size(0);
+    shape(op, table, {rows, x.size(1), head_dim});
+    unit_last_stride(op, table);
+    same_device(op, x, table);
+    same_dtype(op, {"x", x}, table);
+  }
+  vector_like(op, x, "bias", bias, weight.size(0));
+  vector_like(op, x, "norm_weight", norm_weight, head_dim);
+  if (!(norm_eps >= 0.0)) {
+    fail(op, "norm_eps must be at least 0, got ", norm_eps);
+  }
+}
+
+void project_outputs(const char* op, const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count) {
+  chosen_rows(op, x, weight, index, count);
+}
+
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens) {
   if (!mask) {

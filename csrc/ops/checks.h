@@ -87,6 +87,14 @@ AttentionSizes layer(const char* op, const Tensor& q, const Tensor& k, const Ten
                      const std::optional<Tensor>& keep_mask, const std::optional<Tensor>& token_mask,
                      double dense_above = 1.0);
 
+// Every argument of project_queries.
+void project_queries(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& cos, const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
+                     const std::optional<Tensor>& norm_weight, double norm_eps);
+
+// Every argument of project_outputs.
+void project_outputs(const char* op, const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count);
+
 // A bool [B, N] mask on the device of `like`; absent is fine.
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
           std::int64_t tokens);

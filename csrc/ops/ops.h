@@ -54,4 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zipvl_prefill(
 std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                        const Tensor& lengths, std::optional<double> scale);
 
+// x [B, N, C], weight [Hq * D, C], bias [Hq * D], cos, sin [B or 1, N, D], index [B, M] int32, count [B] int32,
+// norm_weight [D] -> q [B, Hq, N, D], the transposed view of a contiguous [B, N, Hq, D]; rows not named undefined
+Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& cos,
+                       const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
+                       const std::optional<Tensor>& norm_weight, double norm_eps);
+
+// x [B, N, C], weight [O, C], index [B, M], count [B] int32 -> [B, N, O], rows not named 0
+Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count);
+
 }  // namespace zipvl::ops

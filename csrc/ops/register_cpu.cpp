@@ -11,5 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(zipvl, CPU, m) {
   m.impl("sparse_attn", TORCH_BOX(&zipvl::ops::sparse_attn));
   m.impl("zipvl_attn", TORCH_BOX(&zipvl::ops::zipvl_attn));
   m.impl("zipvl_prefill", TORCH_BOX(&zipvl::ops::zipvl_prefill));
+  m.impl("project_queries", TORCH_BOX(&zipvl::ops::project_queries));
+  m.impl("project_outputs", TORCH_BOX(&zipvl::ops::project_outputs));
   m.impl("decode_attn", TORCH_BOX(&zipvl::ops::decode_attn));
 }

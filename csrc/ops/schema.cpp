@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(zipvl, m) {
       "float dense_above=1.0) "
       "-> (Tensor out, Tensor index, Tensor count, Tensor k_packed, Tensor v_packed)");
   m.def(
+      "project_queries(Tensor x, Tensor weight, Tensor? bias, Tensor cos, Tensor sin, Tensor index, "
+      "Tensor? count=None, *, Tensor? norm_weight=None, float norm_eps=1e-06) -> Tensor");
+  m.def("project_outputs(Tensor x, Tensor weight, Tensor index, Tensor count) -> Tensor");
+  m.def(
       "decode_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, *, float? scale=None) "
       "-> (Tensor out, Tensor lse)");
 }

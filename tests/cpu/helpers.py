@@ -327,6 +327,8 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "zipvl_attn": _LAYER,
     "zipvl_prefill": {**_LAYER, "dense_above": 1.0},
     "decode_attn": {"scale": None},
+    "project_queries": {"norm_weight": None, "norm_eps": 1e-6},
+    "project_outputs": {},
 }
 
 
@@ -348,5 +350,20 @@ def sample_tensors(op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, 
             "k_cache": k,
             "v_cache": v,
             "lengths": torch.arange(N, N - B, -1, dtype=torch.int32).clamp(min=0),
+        },
+        "project_queries": {
+            "x": torch.randn(B, N, 48),
+            "weight": torch.randn(Hq * D, 48),
+            "bias": torch.randn(Hq * D),
+            "cos": torch.randn(B, N, D),
+            "sin": torch.randn(B, N, D),
+            "index": index,
+            "count": count,
+        },
+        "project_outputs": {
+            "x": torch.randn(B, N, Hq * D),
+            "weight": torch.randn(48, Hq * D),
+            "index": index,
+            "count": count,
         },
     }[op]

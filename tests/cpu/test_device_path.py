@@ -13,7 +13,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("op", ["probe_scores", "sparse_attn", "pack_kv", "decode_attn", "zipvl_attn", "zipvl_prefill"])
+@pytest.mark.parametrize(
+    "op", ["probe_scores", "sparse_attn", "pack_kv", "decode_attn", "zipvl_attn", "zipvl_prefill", "projections"]
+)
 def test_without_host_reads(op: str) -> None:
     # The memory tests bound the CPU's blocks; a device's are larger.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not memory"]

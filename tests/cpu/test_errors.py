@@ -122,6 +122,25 @@ TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
     ("pack_kv sparse_attn", "index", on_meta, "cpu.*meta"),
     ("pack_kv sparse_attn", "count", on_meta, "cpu.*meta"),
     ("decode_attn", "lengths", on_meta, "cpu.*meta"),
+    ("project_queries project_outputs", "x", unsqueezed, r"3 dimensions.*\[1, 2, 40, \d+\]"),
+    ("project_queries project_outputs", "x", to(torch.float64), "float16, bfloat16.*float32.*float64"),
+    ("project_queries project_outputs", "x", every_other_column, "last stride of 1.*got 2"),
+    ("project_queries project_outputs", "weight", unsqueezed, "2 dimensions"),
+    ("project_queries project_outputs", "weight", to(torch.bfloat16), "float32.*bfloat16"),
+    ("project_queries project_outputs", "weight", narrower(1), "must have shape"),
+    ("project_queries project_outputs", "index", to(torch.int64), "int32.*int64"),
+    ("project_queries project_outputs", "index", narrower(0), r"\[2, 40\].*\[1, 40\]"),
+    ("project_queries project_outputs", "count", to(torch.int64), "int32.*int64"),
+    ("project_queries project_outputs", "count", narrower(0), r"\[2\].*\[1\]"),
+    ("project_queries", "bias", narrower(0), r"\[384\].*\[383\]"),
+    ("project_queries", "bias", to(torch.float16), "float32.*float16"),
+    ("project_queries", "cos", lambda t: t[..., :63], "even head dim that divides.*384.*63"),
+    ("project_queries", "cos", lambda t: t[:, :39], r"\[2, 40, 64\].*\[2, 39, 64\]"),
+    ("project_queries", "sin", unsqueezed, "3 dimensions"),
+    ("project_queries", "sin", to(torch.float16), "float32.*float16"),
+    ("project_queries", "sin", every_other_column, "last stride of 1.*got 2"),
+    ("project_queries project_outputs", "index", on_meta, "cpu.*meta"),
+    ("project_queries project_outputs", "weight", on_meta, "cpu.*meta"),
 ]
 
 # (ops that have the keyword, keyword, value, what the message must say besides op and keyword)
@@ -141,6 +160,8 @@ KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
     ],
     ("probe_index zipvl_attn zipvl_prefill", "num_recent", 2**31, r"below 2\*\*31.*got 2147483648"),
     *[("zipvl_prefill", "dense_above", v, r"\(0, 1\].*got") for v in (0.0, -1.0, 1.5, math.nan)],
+    ("project_queries", "norm_weight", torch.ones(63), r"\[64\].*\[63\]"),
+    *[("project_queries", "norm_eps", v, "at least 0.*got") for v in (-1.0, math.nan)],
     ("zipvl_attn zipvl_prefill", "keep_recent", -2, "at least 0.*got -2"),
     *[
         ("probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn", "scale", v, "finite.*got")

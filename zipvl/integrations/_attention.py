@@ -63,14 +63,14 @@ def attention_forward(
     is_prefill = key.shape[2] == query.shape[2] > 1
     tokens = query.shape[2] - (layer.candidates if layer is not None else 0)
     index = layer_index(module)
-    reason = kind or _situation(index, tokens, attention_mask, config)
+    reason = kind or situation(index, tokens, attention_mask, config)
     if reason is None and is_prefill:
         out = _prefill(module, layer, run, config, query, key, value, attention_mask, scaling)
         return out.transpose(1, 2), None
 
     if is_prefill and reason is not None and index is not None:
         _tell(module, run, config, index, reason, kind is not None)
-        _record(run, layer, index, query, attention_mask, reason, None, None)
+        record(run, layer, index, query, attention_mask, reason, None, None)
     if layer is not None:
         layer.keep_all()
     return _dense(module, query, key, value, attention_mask, **common, **kwargs)
@@ -102,7 +102,7 @@ def _prefill(
     options = config.attention_kwargs() | {
         "scale": scaling,
         "causal": True,
-        "keep_mask": _short_rows(token_mask, config.dense_below),
+        "keep_mask": short_rows(token_mask, config.dense_below),
         "token_mask": token_mask,
     }
     if layer is not None and config.cache == "drop":
@@ -112,7 +112,7 @@ def _prefill(
         out, chosen, count = ops.zipvl_attn(*states, **options)
         if layer is not None:
             layer.keep_real(token_mask)
-    _record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count)
+    record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count)
     if layer is not None and candidates:
         guessed, _ = _attend_packed(module, layer, query[:, :, tokens:], attention_mask, scaling)
         out = torch.cat([out, guessed.transpose(1, 2)], dim=2)
@@ -120,7 +120,7 @@ def _prefill(
     return out
 
 
-def _situation(index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig) -> str | None:
+def situation(index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig) -> str | None:
     """Why this prefill of a layer that could be sparse is not; None if it is."""
     if config.layers is not None and index not in config.layers:
         return "not among ZipVLConfig.layers"
@@ -131,7 +131,7 @@ def _situation(index: int | None, tokens: int, attention_mask: torch.Tensor | No
     return None
 
 
-def _short_rows(token_mask: torch.Tensor | None, dense_below: int) -> torch.Tensor | None:
+def short_rows(token_mask: torch.Tensor | None, dense_below: int) -> torch.Tensor | None:
     """The keep mask ``[B, N]`` that makes rows with fewer than ``dense_below`` real tokens dense, as they are alone."""
     if token_mask is None:
         return None
@@ -162,11 +162,11 @@ def _tell(module: nn.Module, run: _runs.Run | None, config: ZipVLConfig, index: 
             warnings.warn(text, stacklevel=3)
 
 
-def _record(
+def record(
     run: _runs.Run | None,
     layer: ZipVLCacheLayer | None,
     index: int | None,
-    query: torch.Tensor,
+    states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     reason: str | None,
     chosen: torch.Tensor | None,
@@ -175,15 +175,20 @@ def _record(
     """Writes one layer's prefill to the run's statistics."""
     if run is None or index is None:
         return
-    batch, _, tokens, _ = query.shape
+    batch, _, tokens, _ = states.shape
     run.saw_prefill(tokens, reason)
     if attention_mask is None:
-        real = torch.full((batch,), tokens, device=query.device)
+        real = torch.full((batch,), tokens, device=states.device)
     elif attention_mask.dim() == 2:
         real = attention_mask.sum(-1)
     else:  # [B, 1, N, N], boolean or additive: a real token attends to itself under every pattern
         itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
         real = (itself if itself.dtype == torch.bool else itself >= 0).sum(-1).expand(batch)
+    if torch.compiler.is_exporting():
+        return  # the program runs without this process
+    if torch.compiler.is_compiling():
+        run.stats.traced.leave(index, reason, tokens, real, chosen, count)
+        return
     entry = run.stats.add(index, reason, tokens, real, chosen, count)
     if layer is not None:
         layer.attach(entry)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
@@ -14,10 +15,9 @@ from transformers.generation import GenerationMode
 
 from zipvl.cache import ZipVLCache, expect_candidates, is_ready, make_sparse, settle
 from zipvl.config import ZipVLConfig
-from zipvl.integrations import _runs, _targets
+from zipvl.integrations import _projections, _runs, _targets
+from zipvl.integrations._eligibility import IMPLEMENTATION
 from zipvl.stats import Stats
-
-IMPLEMENTATION = "zipvl"
 
 
 @contextmanager
@@ -47,6 +47,7 @@ def sparse(
     run = _runs.Run(config, Stats(record_index=record_index))
     with ExitStack() as undo:
         undo.callback(_runs.restore, _runs.install(target.attention, run))
+        undo.callback(_projections.install(target.attention))
         _switch(target.configs, undo)
         for generator in target.generators:
             _give_generate_a_cache(generator, target, run, undo)
@@ -142,7 +143,23 @@ class _CacheGiver:
         use_cache = kwargs.get("use_cache")
         if not caches and (getattr(self.model_config, "use_cache", False) if use_cache is None else use_cache):
             kwargs = kwargs | {"past_key_values": ZipVLCache(self.model_config, self.run.config)}
+        elif not caches and torch.compiler.is_compiling():
+            kwargs = kwargs | _all_real(args, kwargs)
         return args, kwargs
+
+
+def _all_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The mask ``[B, N]`` of real tokens alone, for a forward without mask, positions and cache; nothing for others.
+
+    Such a forward could hold packed sequences, for all that transformers knows while a graph is traced (eagerly it
+    looks at the positions), and it would get a 4-D mask. But the positions are not the caller's, so it holds none.
+    """
+    if len(args) > 1 or kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
+        return {}
+    tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+    if tokens is None:
+        return {}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
 
 
 def _adopt(cache: Cache, model_config: PretrainedConfig, config: ZipVLConfig) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+IMPLEMENTATION = "zipvl"
+"""The name of the attention implementation."""
+
 _REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
 
 
@@ -53,6 +56,12 @@ def type_of_layer(config: Any, index: int | None) -> str | None:
     """The configured type of layer ``index``, such as ``sliding_attention``; None if the model does not say."""
     types = getattr(config, "layer_types", None)
     return types[index] if types and index is not None and index < len(types) else None
+
+
+def asks_for_more(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a module's forward is asked for something that ``refuse_unsupported`` may refuse."""
+    names = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", "cache")
+    return module.training or any(kwargs.get(name) is not None for name in names)
 
 
 def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

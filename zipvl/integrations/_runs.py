@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -48,7 +49,9 @@ class Run:
         return [] if None in modes else sorted({reason for reason in modes if reason})
 
     def warn_once(self, text: str) -> None:
-        """Warns, the first time in this run."""
+        """Warns, the first time in this run; not while a graph is traced, where a warning would end it."""
+        if torch.compiler.is_compiling():
+            return
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=3)

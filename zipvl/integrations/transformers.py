@@ -11,10 +11,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from zipvl.config import ZipVLConfig
-from zipvl.integrations import _runs, _targets
+from zipvl.integrations import _projections, _runs, _targets
 from zipvl.integrations._attention import attention_forward
-from zipvl.integrations._context import IMPLEMENTATION, sparse
+from zipvl.integrations._context import sparse
 from zipvl.integrations._decode_graph import DecodeGraph
+from zipvl.integrations._eligibility import IMPLEMENTATION
 from zipvl.integrations._masks import mask_function
 from zipvl.stats import Stats
 
@@ -44,7 +45,9 @@ def configure(model: nn.Module, config: ZipVLConfig | None, *, record_index: boo
     stats = Stats(record_index=record_index)
     if config is None:
         _runs.restore(dict.fromkeys(target.attention))
+        _projections.remove(target.attention)
         return stats
     _targets.check_layers(target, config)
     _runs.install(target.attention, _runs.Run(config, stats))
+    _projections.install(target.attention)
     return stats

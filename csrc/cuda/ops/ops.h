@@ -42,4 +42,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zipvl_prefill(
     std::optional<double> scale, bool causal, const std::optional<Tensor>& keep_mask,
     const std::optional<Tensor>& token_mask, double dense_above);
 
+Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& cos,
+                       const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
+                       const std::optional<Tensor>& norm_weight, double norm_eps);
+
+Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count);
+
 }  // namespace zipvl::cuda

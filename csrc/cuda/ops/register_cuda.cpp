@@ -13,5 +13,7 @@ STABLE_TORCH_LIBRARY_IMPL(zipvl, CUDA, m) {
   m.impl("sparse_attn", TORCH_BOX(&zipvl::cuda::sparse_attn));
   m.impl("zipvl_attn", TORCH_BOX(&zipvl::cuda::zipvl_attn));
   m.impl("zipvl_prefill", TORCH_BOX(&zipvl::cuda::zipvl_prefill));
+  m.impl("project_queries", TORCH_BOX(&zipvl::cuda::project_queries));
+  m.impl("project_outputs", TORCH_BOX(&zipvl::cuda::project_outputs));
   m.impl("decode_attn", TORCH_BOX(&zipvl::ops::decode_attn));
 }

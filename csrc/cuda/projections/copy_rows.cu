@@ -1,0 +1,87 @@
+// Chosen rows moved to the front, or back to where they belong: bytes only, a warp a row. The grid does not know the
+// counts: its warps stride over the rows there are.
+#include <algorithm>
+
+#include "cuda/projections/chosen_rows.cuh"
+
+namespace zipvl::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kVectorsInFlight = 4;  // of 16 bytes, a lane: 128 KB in flight on a multiprocessor of 2,048 threads
+constexpr int kBlocksPerMultiprocessor = 16;  // two waves of resident ones, so that the last rows do not leave it idle
+constexpr std::int64_t kMostGrid = 65535;     // gridDim.y
+
+enum class Direction { kGather, kScatter };
+
+// to = from, `vectors` of them, by the lanes of a warp; null `from`: zeros.
+__device__ void copy_row(uint4* to, const uint4* from, std::int64_t vectors) {
+  const int lane = threadIdx.x % 32;
+  for (std::int64_t first = lane; first < vectors; first += 32 * kVectorsInFlight) {
+    uint4 vector[kVectorsInFlight];
+#pragma unroll
+    for (int i = 0; i < kVectorsInFlight; ++i) {
+      const std::int64_t at = first + 32 * i;
+      vector[i] = from != nullptr && at < vectors ? from[at] : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorsInFlight; ++i) {
+      const std::int64_t at = first + 32 * i;
+      if (at < vectors) {
+        to[at] = vector[i];
+      }
+    }
+  }
+}
+
+template <Direction kDirection>
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_constant__ CopyRowsParams params) {
+  const ChosenRows& chosen = params.chosen;
+  const int warp = threadIdx.x / 32;
+  if (params.total != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && warp == 0) {
+    const std::int64_t total = rows_before(chosen, chosen.batch);
+    if (threadIdx.x == 0) {
+      *params.total = static_cast<std::int32_t>(total);
+    }
+  }
+  for (std::int64_t b = blockIdx.y; b < chosen.batch; b += gridDim.y) {
+    auto* packed = static_cast<uint4*>(params.packed) + rows_before(chosen, b) * params.row_vectors;
+    auto* full = static_cast<uint4*>(params.full) + b * params.full_stride[0];
+    const std::int64_t rows = rows_in(chosen, b);
+    for (std::int64_t row = std::int64_t{blockIdx.x} * kWarps + warp; row < rows;
+         row += std::int64_t{gridDim.x} * kWarps) {
+      const std::int64_t token = token_of(chosen, b, row);
+      uint4* here = packed + row * params.row_vectors;
+      uint4* there = token < 0 ? nullptr : full + token * params.full_stride[1];
+      if constexpr (kDirection == Direction::kGather) {
+        copy_row(here, there, params.row_vectors);
+      } else if (there != nullptr) {
+        copy_row(there, here, params.row_vectors);
+      }
+    }
+  }
+}
+
+template <Direction kDirection>
+cudaError_t launch(const CopyRowsParams& params, cudaStream_t stream) {
+  const std::int64_t batch = std::min(params.chosen.batch, kMostGrid);
+  const std::int64_t most = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor;
+  const std::int64_t blocks = std::clamp<std::int64_t>((params.chosen.places + kWarps - 1) / kWarps, 1,
+                                                       std::max<std::int64_t>(most / batch, 1));
+  copy_rows_kernel<kDirection>
+      <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_gather_rows(const CopyRowsParams& params, cudaStream_t stream) {
+  return launch<Direction::kGather>(params, stream);
+}
+
+cudaError_t launch_scatter_rows(const CopyRowsParams& params, cudaStream_t stream) {
+  return launch<Direction::kScatter>(params, stream);
+}
+
+}  // namespace zipvl::cuda

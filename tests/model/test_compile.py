@@ -1,0 +1,135 @@
+"""Whole models under zipvl.sparse as one graph: torch.compile, torch.export, AOTInductor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tiny_models import TEXT, build, make_llama, text_inputs
+from torch import nn
+from transformers import DynamicCache
+
+import zipvl
+
+
+def make_qwen2(layers: int = 3) -> Any:
+    return build(tf.Qwen2ForCausalLM, tf.Qwen2Config(**(TEXT | {"num_hidden_layers": layers})))
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def masked(inputs: dict[str, torch.Tensor], padding: int) -> dict[str, torch.Tensor]:
+    """The same prompt with ``padding`` of its first tokens padding."""
+    mask = inputs["attention_mask"].clone()
+    mask[:, :padding] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("make", "dynamic", "use_cache", "skip"),
+    [
+        (make_llama, True, True, True),
+        (make_llama, False, False, False),
+        (make_qwen2, True, False, True),
+        (make_qwen2, False, True, False),
+    ],
+)
+def test_one_graph_is_the_eager_model(make: Any, dynamic: bool, use_cache: bool, skip: bool) -> None:
+    """Traced and run as it stands (backend ``eager``), so that the results are the same bits."""
+    model = make()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
+    with zipvl.sparse(model, tau=0.8, skip_projections=skip) as stats:
+        for number, tokens in enumerate((300, 417)):
+            prompts = [
+                text_inputs(tokens),
+                masked(text_inputs(tokens), 30),
+                {"input_ids": text_inputs(tokens)["input_ids"]},
+            ]
+            for inputs in prompts[: 3 if number == 0 else 1]:
+                stats.reset()
+                expected = model(**inputs, use_cache=use_cache)
+                kept = [stats.layers[i].kept for i in range(3)]
+                stats.reset()
+                actual = compiled(**inputs, use_cache=use_cache)
+                assert torch.equal(actual.logits, expected.logits)
+                assert [stats.layers[i].kept for i in range(3)] == kept and stats.prefills == 1
+                assert stats.layers[0].mode == "sparse"
+                if use_cache:
+                    token = torch.tensor([[5]])
+                    new = [model(token, past_key_values=o.past_key_values).logits for o in (actual, expected)]
+                    assert torch.equal(*new)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_lengths_share_a_graph_and_settings_do_not(use_cache: bool) -> None:
+    model = make_qwen2()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for ratio in (0.5, 0.25):
+        with zipvl.sparse(model, ratio=ratio) as stats:
+            compiled(**text_inputs(300), use_cache=use_cache)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for tokens in (300, 352, 512):
+                    compiled(**text_inputs(tokens), use_cache=use_cache)
+                    assert stats.layers[2].kept == [int(ratio * tokens)]
+            assert stats.prefills == 3 and stats.mean_ratio == pytest.approx(ratio)
+    dense = compiled(**text_inputs(300), use_cache=use_cache).logits
+    assert torch.equal(dense, model(**text_inputs(300), use_cache=use_cache).logits)
+
+
+def test_several_compiled_forwards_between_two_reads_count_once() -> None:
+    model = make_llama()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with zipvl.sparse(model, ratio=0.5) as stats:
+        for tokens in (300, 400):
+            compiled(**text_inputs(tokens))
+    assert stats.prefills == 1 and stats.layers[0].kept == [200]
+    stats.reset()
+    assert stats.prefills == 0 and not stats.active
+
+
+def test_inductor() -> None:
+    model = make_qwen2(layers=1)  # the compiler's time grows with them
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with zipvl.sparse(model, ratio=0.5) as stats:
+        for tokens in (300, 417):
+            actual = compiled(**text_inputs(tokens)).logits
+            torch.testing.assert_close(actual, model(**text_inputs(tokens)).logits, rtol=1e-3, atol=1e-3)
+    assert stats.active
+
+
+class Prefill(nn.Module):
+    """The logits of the last token."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache(config=self.model.config)
+        return self.model(input_ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+
+def test_exported_and_packaged(tmp_path: Path) -> None:
+    model = make_qwen2(layers=1)  # the compiler's time grows with them
+    tokens = torch.export.Dim("tokens", min=256, max=4096)
+    with zipvl.sparse(model, ratio=0.5) as stats:
+        program = torch.export.export(Prefill(model), (text_inputs(300)["input_ids"],), dynamic_shapes=({1: tokens},))
+        assert not stats.active, "an exported program runs without this process"
+        expected = {n: model(text_inputs(n)["input_ids"], logits_to_keep=1).logits[:, -1] for n in (300, 701)}
+    names = {str(node.target) for node in program.graph.nodes}
+    assert {"zipvl.sparse_attn.default", "zipvl.project_outputs.default"} <= names
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for length, logits in expected.items():
+        inputs = text_inputs(length)["input_ids"]
+        assert torch.equal(program.module()(inputs), logits)
+        torch.testing.assert_close(package(inputs), logits, rtol=1e-3, atol=1e-3)
