@@ -5,8 +5,8 @@ everywhere else, which an output projection without bias maps to zero. So a pref
 alone: up to the share ``1 - ratio`` of them is saved. How many rows there are is known to the device alone, and stays
 there.
 
-``forward`` takes the place of an attention module's own on the instance, for as long as a run is in force. Where it does
-not apply it calls the module's own.
+``forward`` takes the place of an attention module's own on the instance, for as long as a run is in force. Where it
+does not apply it calls the module's own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def remove(modules: Iterable[nn.Module]) -> None:
             del module.__dict__["forward"]
 
 
-def static_reason(module: nn.Module) -> str | None:
+def static_reason(module: Any) -> str | None:
     """Why ``module`` cannot skip projections whatever the prompt; None if it can."""
     kind = type(module)
     if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
@@ -77,7 +77,7 @@ def static_reason(module: nn.Module) -> str | None:
 
 
 def forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
@@ -111,7 +111,7 @@ def forward(
 
 
 def reason(
-    module: nn.Module,
+    module: Any,
     config: ZipVLConfig,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None,
@@ -162,20 +162,20 @@ def _compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def _config(module: nn.Module, run: _runs.Run, cache: Any) -> ZipVLConfig:
+def _config(module: Any, run: _runs.Run, cache: Any) -> ZipVLConfig:
     """The configuration that decides: a ``ZipVLCache``'s own, or the run's."""
     layer = _cache_layer(module, cache)
     return run.config if layer is None else layer.config
 
 
-def _cache_layer(module: nn.Module, cache: Any) -> ZipVLCacheLayer | None:
+def _cache_layer(module: Any, cache: Any) -> ZipVLCacheLayer | None:
     """The layer of a ``ZipVLCache`` that belongs to ``module``; None in another cache."""
     layers = [] if cache is None else cache.layers
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     return layer if isinstance(layer, ZipVLCacheLayer) else None
 
 
-def _is_prefill(module: nn.Module, cache: Any, tokens: int) -> bool:
+def _is_prefill(module: Any, cache: Any, tokens: int) -> bool:
     """Whether these tokens are the first that the layer sees, and all of the prompt."""
     if cache is None:
         return tokens > 1
@@ -186,7 +186,7 @@ def _is_prefill(module: nn.Module, cache: Any, tokens: int) -> bool:
 
 
 def _sparse_forward(
-    module: nn.Module,
+    module: Any,
     run: _runs.Run,
     config: ZipVLConfig,
     x: Tensor,
@@ -244,4 +244,6 @@ def _keep_mask(x: Tensor, token_mask: Tensor | None, config: ZipVLConfig) -> Ten
             return None
         return (torch.arange(tokens, device=x.device) >= tokens - config.keep_recent).expand(batch, tokens)
     behind = token_mask.flip(-1).cumsum(-1).flip(-1)
-    return token_mask & (behind <= config.keep_recent) | _attention.short_rows(token_mask, config.dense_below)
+    short = _attention.short_rows(token_mask, config.dense_below)
+    assert short is not None
+    return token_mask & (behind <= config.keep_recent) | short
