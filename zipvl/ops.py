@@ -283,6 +283,76 @@ def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> 
         ``[B, N, O]``; tokens not chosen are 0, which is what a layer without bias makes of their rows of zeros.
     """
     return torch.ops.zipvl.project_outputs(x, weight, index, count)
+def quantize_kv(
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    *,
+    high_bits: int = 4,
+    low_bits: int = 2,
+    v_factor: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values of the selected tokens at ``high_bits``, of the other real tokens at ``low_bits`` (ZipCache).
+
+    Args:
+        k, v: ``[B, Hkv, N, D]``, ``D`` a multiple of 32.
+        index, count: from :func:`select_tokens`.
+        high_bits, low_bits: 2, 4 or 8.
+        v_factor: float32 ``[B, Hkv, D]``, what each channel of ``v`` is divided by first. By default the square root of
+            the channel's largest absolute value, and 1 where that is 0; give an earlier call's to append to its blocks.
+
+    Returns:
+        ``high`` uint8 ``[B, Hkv, ceil(N / 64) + 1, bytes]`` and ``high_blocks`` int32 ``[B]``, the blocks of 64 tokens that
+        each row uses (the others are undefined); ``low`` and ``low_blocks`` likewise; ``v_factor``. docs/cache.md has
+        the bytes.
+    """
+    return torch.ops.zipvl.quantize_kv(
+        k, v, index, count, high_bits=high_bits, low_bits=low_bits, v_factor=v_factor, token_mask=token_mask
+    )
+
+
+def decode_attn_quantized(
+    q: Tensor,
+    high: Tensor,
+    high_blocks: Tensor,
+    low: Tensor,
+    low_blocks: Tensor,
+    v_factor: Tensor,
+    *,
+    high_bits: int = 4,
+    low_bits: int = 2,
+    k_recent: Tensor | None = None,
+    v_recent: Tensor | None = None,
+    recent_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One new query a row against a quantised cache and the tokens since then: all of them in one softmax.
+
+    Args:
+        q: ``[B, Hq, 1, D]``.
+        high, high_blocks, low, low_blocks, v_factor: as :func:`quantize_kv` gives them; more blocks may be appended.
+        k_recent, v_recent: ``[B, Hkv, R, D]`` of q's dtype, of which the first ``recent_lengths[b]`` (int32 ``[B]``)
+            are attended to as well. All three or none.
+
+    Returns:
+        ``out`` ``[B, Hq, 1, D]`` and ``lse`` float32 ``[B, Hq, 1]``, as :func:`decode_attn` returns them.
+    """
+    return torch.ops.zipvl.decode_attn_quantized(
+        q,
+        high,
+        high_blocks,
+        low,
+        low_blocks,
+        v_factor,
+        high_bits=high_bits,
+        low_bits=low_bits,
+        k_recent=k_recent,
+        v_recent=v_recent,
+        recent_lengths=recent_lengths,
+        scale=scale,
+    )
 
 
 # ---- fakes: shapes, dtypes and strides of the results, for torch.compile and torch.export
@@ -384,6 +454,27 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) ->
     return _attention_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@_fake("quantize_kv")
+def _(
+    k: Tensor, v: Tensor, index: Tensor, count: Tensor, *, high_bits: int = 4, low_bits: int = 2, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, Hkv, N, D = k.shape
+
+    def packed(bits: int) -> Tensor:
+        size = 16 + 2 * k.element_size() * (D + 64) + 16 * D * bits
+        return k.new_empty((B, Hkv, (N + 63) // 64 + 1, size), dtype=torch.uint8)
+
+    def blocks() -> Tensor:
+        return k.new_empty((B,), dtype=torch.int32)
+
+    return packed(high_bits), blocks(), packed(low_bits), blocks(), k.new_empty((B, Hkv, D), dtype=torch.float32)
+
+
+@_fake("decode_attn_quantized")
+def _(q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return _attention_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 # ---- inference only
 
 NAMES = (
@@ -397,6 +488,8 @@ NAMES = (
     "decode_attn",
     "project_queries",
     "project_outputs",
+    "quantize_kv",
+    "decode_attn_quantized",
 )
 
 

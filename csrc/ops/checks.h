@@ -80,6 +80,18 @@ void select_tokens(const char* op, const Tensor& budget_score, const Tensor& ran
 // Every argument of pack_kv.
 void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
 
+// Every argument of quantize_kv.
+void quantize_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
+                 std::int64_t high_bits, std::int64_t low_bits, const std::optional<Tensor>& v_factor,
+                 const std::optional<Tensor>& token_mask);
+
+// Every argument of decode_attn_quantized; `tokens` of the sizes is 1.
+AttentionSizes decode_attn_quantized(const char* op, const Tensor& q, const Tensor& high, const Tensor& high_blocks,
+                                     const Tensor& low, const Tensor& low_blocks, const Tensor& v_factor,
+                                     std::int64_t high_bits, std::int64_t low_bits,
+                                     const std::optional<Tensor>& k_recent, const std::optional<Tensor>& v_recent,
+                                     const std::optional<Tensor>& recent_lengths, std::optional<double> scale);
+
 // Every argument of zipvl_attn. `dense_above` is zipvl_prefill's; 1 asks nothing.
 AttentionSizes layer(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double tau,
                      std::optional<double> ratio, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,

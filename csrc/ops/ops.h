@@ -63,4 +63,19 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
 // x [B, N, C], weight [O, C], index [B, M], count [B] int32 -> [B, N, O], rows not named 0
 Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count);
 
+// k, v [B, Hkv, N, D], index [B, N], count [B] int32, v_factor [B, Hkv, D] float32, token_mask [B, N] bool -> high
+// [B, Hkv, ceil(N / 64) + 1, bytes] uint8, high_blocks [B] int32, low, low_blocks, v_factor. CPU tensors only.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const Tensor& index,
+                                                               const Tensor& count, std::int64_t high_bits,
+                                                               std::int64_t low_bits,
+                                                               const std::optional<Tensor>& v_factor,
+                                                               const std::optional<Tensor>& token_mask);
+
+// q [B, Hq, 1, D], segments as quantize_kv gives them, k_recent, v_recent [B, Hkv, R, D], recent_lengths [B] int32 ->
+// out [B, Hq, 1, D], lse [B, Hq, 1] float32. CPU tensors only.
+std::tuple<Tensor, Tensor> decode_attn_quantized(
+    const Tensor& q, const Tensor& high, const Tensor& high_blocks, const Tensor& low, const Tensor& low_blocks,
+    const Tensor& v_factor, std::int64_t high_bits, std::int64_t low_bits, const std::optional<Tensor>& k_recent,
+    const std::optional<Tensor>& v_recent, const std::optional<Tensor>& recent_lengths, std::optional<double> scale);
+
 }  // namespace zipvl::ops

@@ -14,4 +14,6 @@ STABLE_TORCH_LIBRARY_IMPL(zipvl, CPU, m) {
   m.impl("project_queries", TORCH_BOX(&zipvl::ops::project_queries));
   m.impl("project_outputs", TORCH_BOX(&zipvl::ops::project_outputs));
   m.impl("decode_attn", TORCH_BOX(&zipvl::ops::decode_attn));
+  m.impl("quantize_kv", TORCH_BOX(&zipvl::ops::quantize_kv));
+  m.impl("decode_attn_quantized", TORCH_BOX(&zipvl::ops::decode_attn_quantized));
 }

@@ -33,4 +33,12 @@ STABLE_TORCH_LIBRARY(zipvl, m) {
   m.def(
       "decode_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, *, float? scale=None) "
       "-> (Tensor out, Tensor lse)");
+  m.def(
+      "quantize_kv(Tensor k, Tensor v, Tensor index, Tensor count, *, int high_bits=4, int low_bits=2, "
+      "Tensor? v_factor=None, Tensor? token_mask=None) "
+      "-> (Tensor high, Tensor high_blocks, Tensor low, Tensor low_blocks, Tensor v_factor)");
+  m.def(
+      "decode_attn_quantized(Tensor q, Tensor high, Tensor high_blocks, Tensor low, Tensor low_blocks, "
+      "Tensor v_factor, *, int high_bits=4, int low_bits=2, Tensor? k_recent=None, Tensor? v_recent=None, "
+      "Tensor? recent_lengths=None, float? scale=None) -> (Tensor out, Tensor lse)");
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipvl import ops, reference
+from zipvl import ops, reference, reference_cache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("bhnd", "bnhd", "fused", "sliced")
@@ -302,6 +302,7 @@ print(peak() - before)
 # ---------------------------------------------------------------------------------------------------------------------
 
 OPS = ops.NAMES
+REFERENCE = {op: getattr(reference, op, None) or getattr(reference_cache, op) for op in OPS}
 
 # Every keyword of every op with its default, as spec.md states them.
 _LAYER: dict[str, Any] = {
@@ -329,6 +330,15 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "decode_attn": {"scale": None},
     "project_queries": {"norm_weight": None, "norm_eps": 1e-6},
     "project_outputs": {},
+    "quantize_kv": {"high_bits": 4, "low_bits": 2, "v_factor": None, "token_mask": None},
+    "decode_attn_quantized": {
+        "high_bits": 4,
+        "low_bits": 2,
+        "k_recent": None,
+        "v_recent": None,
+        "recent_lengths": None,
+        "scale": None,
+    },
 }
 
 
@@ -337,6 +347,12 @@ def sample_tensors(op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, 
     q, k, v = make_qkv(B, Hq, Hkv, N, D)
     index, count = all_tokens(B, N)
     scores = torch.rand(B, N)
+    if op == "decode_attn_quantized":
+        names = ("high", "high_blocks", "low", "low_blocks", "v_factor")
+        segments = (
+            reference_cache.quantize_kv(k, v, *make_selection(B, N)) if B * N else ops.quantize_kv(k, v, index, count)
+        )
+        return {"q": q[:, :, -1:], **dict(zip(names, segments, strict=True))}
     return {
         "probe_index": {"q": q},
         "probe_scores": {"q": q, "k": k, "probe_index": reference.probe_index(q, num_recent=4, num_random=4)},
@@ -366,4 +382,5 @@ def sample_tensors(op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, 
             "index": index,
             "count": count,
         },
+        "quantize_kv": {"k": k, "v": v, "index": index, "count": count},
     }[op]

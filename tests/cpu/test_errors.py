@@ -141,6 +141,26 @@ TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
     ("project_queries", "sin", every_other_column, "last stride of 1.*got 2"),
     ("project_queries project_outputs", "index", on_meta, "cpu.*meta"),
     ("project_queries project_outputs", "weight", on_meta, "cpu.*meta"),
+    ("quantize_kv", "k", unsqueezed, r"4 dimensions.*\[1, 2, 2, 40, 64\]"),
+    ("quantize_kv", "k", narrower(2), "39.*got 40"),
+    ("quantize_kv", "v", narrower(3), "64.*got 63"),
+    ("quantize_kv", "v", to(torch.float16), "float32.*float16"),
+    ("quantize_kv", "index", to(torch.int64), "int32.*int64"),
+    ("quantize_kv", "count", narrower(0), r"\[2\].*\[1\]"),
+    ("decode_attn_quantized", "q", to(torch.float64), "float16, bfloat16.*float32.*float64"),
+    ("decode_attn_quantized", "q", narrower(3), "multiple of 32, got 63"),
+    ("decode_attn_quantized", "q", lambda t: t.repeat(1, 1, 3, 1), "1 token.*got 3"),
+    ("decode_attn_quantized", "high", heads(4), "4 heads.*not divide.*6"),
+    ("decode_attn_quantized", "high", to(torch.int32), "uint8.*int32"),
+    ("decode_attn_quantized", "high", narrower(3), r"\[2, 2, 2, 5136\].*\[2, 2, 2, 5135\]"),
+    ("decode_attn_quantized", "high", lambda t: t[0], "4 dimensions.*got 3"),
+    ("decode_attn_quantized", "low", heads(1), r"\[2, 2, 2, 3088\].*\[2, 1, 2, 3088\]"),
+    ("decode_attn_quantized", "low", every_other_column, "last stride of 1.*got 2"),
+    ("decode_attn_quantized", "low", on_meta, "cpu.*meta"),
+    ("decode_attn_quantized", "high_blocks", to(torch.int64), "int32.*int64"),
+    ("decode_attn_quantized", "low_blocks", narrower(0), r"\[2\].*\[1\]"),
+    ("decode_attn_quantized", "v_factor", to(torch.float16), "float32.*float16"),
+    ("decode_attn_quantized", "v_factor", narrower(2), r"\[2, 2, 64\].*\[2, 2, 63\]"),
 ]
 
 # (ops that have the keyword, keyword, value, what the message must say besides op and keyword)
@@ -164,13 +184,26 @@ KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
     *[("project_queries", "norm_eps", v, "at least 0.*got") for v in (-1.0, math.nan)],
     ("zipvl_attn zipvl_prefill", "keep_recent", -2, "at least 0.*got -2"),
     *[
-        ("probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn", "scale", v, "finite.*got")
+        (
+            "probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn decode_attn_quantized",
+            "scale",
+            v,
+            "finite.*got",
+        )
         for v in (math.nan, math.inf)
     ],
     *[
+        ("quantize_kv decode_attn_quantized", name, value, f"2, 4 or 8, got {value}")
+        for name in ("high_bits", "low_bits")
+        for value in (0, 3, 16)
+    ],
+    ("quantize_kv", "v_factor", torch.ones(2, 2, 63), r"\[2, 2, 64\].*\[2, 2, 63\]"),
+    ("decode_attn_quantized", "k_recent", torch.ones(2, 2, 5, 64), "together, got k_recent alone"),
+    ("decode_attn_quantized", "recent_lengths", torch.ones(2, dtype=torch.int32), "together, got recent_lengths"),
+    *[
         (having, mask, wrong, expected)
         for having, mask in (
-            ("probe_index probe_scores select_tokens zipvl_attn zipvl_prefill", "token_mask"),
+            ("probe_index probe_scores select_tokens zipvl_attn zipvl_prefill quantize_kv", "token_mask"),
             ("select_tokens zipvl_attn zipvl_prefill", "keep_mask"),
         )
         for wrong, expected in (

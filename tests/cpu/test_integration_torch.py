@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zipvl import ops, reference
+from zipvl import ops
 
-from .helpers import KEYWORDS, OPS, make_mask, make_qkv, sample_tensors
+from .helpers import KEYWORDS, OPS, REFERENCE, make_mask, make_qkv, sample_tensors
 
 LENGTHS = (150, 37, 600, 129)
 
@@ -36,7 +36,7 @@ def test_schema_wrapper_and_reference_have_one_signature(op: str) -> None:
     schema = [
         (a.name, a.kwarg_only, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in arguments
     ]
-    assert described(getattr(ops, op)) == described(getattr(reference, op)) == schema
+    assert described(getattr(ops, op)) == described(REFERENCE[op]) == schema
     assert {name: default for name, keyword, default in schema if keyword} == KEYWORDS[op]
 
 
@@ -48,6 +48,12 @@ def masks_of(op: str) -> list[dict[str, Any]]:
         return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}]
     if op == "zipvl_prefill":  # packed rows past the count are undefined, so every token is selected
         return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool), "dense_above": 0.5}]
+    if op == "quantize_kv":
+        return [{}, {"high_bits": 8, "low_bits": 4, "v_factor": torch.rand(2, 2, 64) + 0.5, "token_mask": mask}]
+    if op == "decode_attn_quantized":
+        recent = torch.randn(2, 2, 5, 64)
+        lengths = torch.tensor([5, 2], dtype=torch.int32)
+        return [{}, {"k_recent": recent, "v_recent": recent, "recent_lengths": lengths, "scale": 0.2}]
     if op == "sparse_attn":
         return [{}, {"all_queries": True, "causal": False, "scale": 0.2}]
     return [{}]
@@ -81,7 +87,11 @@ def stages(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> tuple[Tensor,
     out = ops.sparse_attn(q, k, v, index, count)
     k_packed, v_packed = ops.pack_kv(k, v, index, count)
     new, lse = ops.decode_attn(q[:, :, -1:], k_packed, v_packed, count)
-    return out, new, lse
+    quantized = ops.quantize_kv(k, v, index, count, token_mask=token_mask)
+    again, _ = ops.decode_attn_quantized(
+        q[:, :, -1:], *quantized, k_recent=k, v_recent=v, recent_lengths=torch.zeros_like(count)
+    )
+    return out, new + again, lse
 
 
 def arguments(N: int, B: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,7 +161,21 @@ class ScriptedStages(nn.Module):
         out = torch.ops.zipvl.sparse_attn(q, k, v, index, count)
         k_packed, v_packed = torch.ops.zipvl.pack_kv(k, v, index, count)
         new, lse = torch.ops.zipvl.decode_attn(q[:, :, -1:], k_packed, v_packed, count)
-        return out, new, lse
+        high, high_blocks, low, low_blocks, v_factor = torch.ops.zipvl.quantize_kv(
+            k, v, index, count, token_mask=token_mask
+        )
+        again, _ = torch.ops.zipvl.decode_attn_quantized(
+            q[:, :, -1:],
+            high,
+            high_blocks,
+            low,
+            low_blocks,
+            v_factor,
+            k_recent=k,
+            v_recent=v,
+            recent_lengths=torch.zeros_like(count),
+        )
+        return out, new + again, lse
 
 
 class ScriptedLayer(nn.Module):
