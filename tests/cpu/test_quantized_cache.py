@@ -114,15 +114,17 @@ def check_decode(
 ) -> tuple[Tensor, Tensor]:
     """The op against float64 on the dequantised cache, in each row the tokens of both segments and the recent ones."""
     high, high_blocks, low, low_blocks, v_factor = made
-    given_recent = {} if recent is None else dict(zip(("k_recent", "v_recent", "recent_lengths"), recent, strict=True))
-    out, lse = ops.decode_attn_quantized(q, *made, **given_recent, **keywords)
+    given_recent: dict[str, Any] = (
+        {} if recent is None else dict(zip(("k_recent", "v_recent", "recent_lengths"), recent, strict=True))
+    )
+    out, lse = ops.decode_attn_quantized(q, high, high_blocks, low, low_blocks, v_factor, **given_recent, **keywords)
     assert out.shape == q.shape and out.dtype == q.dtype and lse.dtype == torch.float32
     segments = [
         reference_cache.dequantize_kv(packed, blocks, v_factor, bits=keywords.get(name, bits), dtype=q.dtype)
         for packed, blocks, name, bits in ((high, high_blocks, "high_bits", 4), (low, low_blocks, "low_bits", 2))
     ]
     scale = keywords.get("scale")
-    exact_out, exact_lse = reference_cache.attend(q.double(), segments, *(recent or ()), scale=scale)
+    exact_out, exact_lse = reference_cache.attend(q.double(), segments, **given_recent, scale=scale)
     for b in range(q.shape[0]):
         keys, values = (torch.cat([segment[b][part] for segment in segments], dim=1) for part in (0, 1))
         if recent is not None:
@@ -159,8 +161,8 @@ def test_decode(dtype: torch.dtype, group: int, D: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_decode_bits(bits: tuple[int, int]) -> None:
     q, k, v = make_qkv(2, 6, 2, 200, 64, torch.bfloat16)
-    keywords = {"high_bits": bits[0], "low_bits": bits[1]}
-    check_decode(q[:, :, :1], ops.quantize_kv(k, v, *make_selection(2, 200), **keywords), **keywords)  # type: ignore[arg-type]
+    keywords: dict[str, Any] = {"high_bits": bits[0], "low_bits": bits[1]}
+    check_decode(q[:, :, :1], ops.quantize_kv(k, v, *make_selection(2, 200), **keywords), **keywords)
 
 
 def test_nothing_to_attend_to() -> None:
