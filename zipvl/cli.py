@@ -93,7 +93,9 @@ RatioOption = Annotated[
     float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
 ]
 CacheOption = Annotated[str, typer.Option(help="drop: store the kept tokens alone; full: store all.")]
-DenseBelowOption = Annotated[int, typer.Option(help="Prompts of fewer tokens stay dense.")]
+DenseBelowOption = Annotated[
+    str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the random probe tokens.")]
 NewTokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -108,7 +110,7 @@ def run(
     tau: TauOption = 0.975,
     ratio: RatioOption = None,
     cache: CacheOption = "drop",
-    dense_below: DenseBelowOption = 256,
+    dense_below: DenseBelowOption = "auto",
     seed: SeedOption = 0,
     max_new_tokens: NewTokensOption = 32,
     device: DeviceOption = "auto",
@@ -143,7 +145,7 @@ def inspect(
     tau: TauOption = 0.975,
     ratio: RatioOption = None,
     cache: CacheOption = "drop",
-    dense_below: DenseBelowOption = 256,
+    dense_below: DenseBelowOption = "auto",
     seed: SeedOption = 0,
     max_new_tokens: NewTokensOption = 32,
     device: DeviceOption = "auto",
@@ -184,6 +186,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 def _config(**values: Any) -> ZipVLConfig:
     from zipvl.config import ZipVLConfig
 
+    below = values["dense_below"]
+    values["dense_below"] = int(below) if below.lstrip("-").isdecimal() else below
     try:
         return ZipVLConfig(**values)
     except ValueError as error:

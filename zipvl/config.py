@@ -23,7 +23,11 @@ class ZipVLConfig:
         min_tokens: fewest tokens a layer keeps.
         all_queries: compute every query against the kept keys instead of the kept queries alone.
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``full`` all.
-        dense_below: prompts with fewer tokens than this use the model's ordinary attention.
+        dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
+            than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
+            (``zipvl.policy``); 256 elsewhere.
+        dense_above: with the ``drop`` cache, a row that would keep more than this share of its tokens keeps all of
+            them, in ``(0, 1]``: where little is saved, nothing is lost. 1 never does.
         layers: indices of the layers that must be sparse. ``None``: every layer that can be. A layer named
             here that cannot be sparse is an error.
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
@@ -42,7 +46,8 @@ class ZipVLConfig:
     min_tokens: int = 1
     all_queries: bool = False
     cache: CacheMode = "drop"
-    dense_below: int = 256
+    dense_below: int | Literal["auto"] = "auto"
+    dense_above: float = 1.0
     layers: tuple[int, ...] | None = None
     skip_projections: bool | None = None
 
@@ -53,8 +58,15 @@ class ZipVLConfig:
                 raise ValueError(f"ZipVLConfig: {name} must be in (0, 1], got {value}")
         if self.tau is None:
             raise ValueError("ZipVLConfig: tau must be in (0, 1], got None")
+        if not 0.0 < self.dense_above <= 1.0:
+            raise ValueError(f"ZipVLConfig: dense_above must be in (0, 1], got {self.dense_above}")
         for name in ("num_recent", "num_random", "seed", "keep_recent", "min_tokens", "dense_below"):
             value = getattr(self, name)
+            if name == "dense_below" and isinstance(value, str):
+                if value != "auto":
+                    expected = 'must be "auto" or an integer of at least 0'
+                    raise ValueError(f"ZipVLConfig: dense_below {expected}, got {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"ZipVLConfig: {name} must be an integer of at least 0, got {value!r}")
         if self.num_recent + self.num_random == 0:

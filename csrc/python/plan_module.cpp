@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "plan/layer_cost.h"
 #include "plan/probe_scores.h"
 #include "plan/probe_scores_cuda.h"
 #include "plan/select_tokens.h"
@@ -29,6 +32,13 @@ void check_sizes(std::int64_t batch, std::int64_t query_heads, std::int64_t kv_h
         "sizes must satisfy batch, tokens >= 0, heads and head_dim >= 1, query_heads % kv_heads == 0; got batch " +
         std::to_string(batch) + ", query_heads " + std::to_string(query_heads) + ", kv_heads " +
         std::to_string(kv_heads) + ", tokens " + std::to_string(tokens) + ", head_dim " + std::to_string(head_dim));
+  }
+}
+
+void check_share(double share, double least) {
+  if (!(share >= least && share <= 1.0)) {
+    throw std::invalid_argument("a share of the tokens must be in " + std::string(least > 0.0 ? "(" : "[") +
+                                "0, 1], got " + std::to_string(share));
   }
 }
 
@@ -202,4 +212,31 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("head_dim"), py::arg("probes") = 128, py::arg("masked") = false, py::arg("half_precision") = true,
       py::arg("all_queries") = false, py::arg("hopper") = true, py::arg("multiprocessors") = 132,
       py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false);
+
+  py::class_<LayerCost>(m, "LayerCost")
+      .def_readonly("dense_us", &LayerCost::dense_us)
+      .def_readonly("zipvl_us", &LayerCost::zipvl_us)
+      .def("__str__", &LayerCost::describe);
+  m.def(
+      "layer_cost",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t tokens, std::int64_t head_dim, double share,
+         bool all_queries) {
+        check_sizes(batch, query_heads, query_heads, tokens, head_dim, 1);
+        check_share(share, /*least=*/0.0);
+        return plan_layer_cost({batch, query_heads, tokens, head_dim, share, all_queries});
+      },
+      py::kw_only(), py::arg("batch") = 1, py::arg("query_heads"), py::arg("tokens"), py::arg("head_dim"),
+      py::arg("share") = 1.0, py::arg("all_queries") = false);
+  m.def(
+      "dense_below",
+      [](std::int64_t query_heads, std::int64_t head_dim, std::optional<double> ratio, bool all_queries) {
+        check_sizes(1, query_heads, query_heads, 1, head_dim, 1);
+        check_share(ratio.value_or(1.0), std::numeric_limits<double>::min());
+        return plan_dense_below({query_heads, head_dim, ratio.value_or(0.0), all_queries});
+      },
+      py::kw_only(), py::arg("query_heads"), py::arg("head_dim"), py::arg("ratio") = std::nullopt,
+      py::arg("all_queries") = false);
+  m.attr("NEVER_PAYS") = kNeverPays;
+  m.attr("MOST_FACTOR") = kMostFactor;
+  m.attr("MOST_EXTRA_US") = kMostExtraUs;
 }

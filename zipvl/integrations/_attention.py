@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from zipvl import ops
+from zipvl import ops, policy
 from zipvl.cache import ZipVLCacheLayer
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _handover, _masks, _runs
@@ -63,14 +63,15 @@ def attention_forward(
     is_prefill = key.shape[2] == query.shape[2] > 1
     tokens = query.shape[2] - (layer.candidates if layer is not None else 0)
     index = layer_index(module)
-    reason = kind or situation(index, tokens, attention_mask, config)
+    dense_below = policy.dense_below(config, query.shape[1], query.shape[3], query)
+    reason = kind or situation(index, tokens, attention_mask, config, dense_below)
     if reason is None and is_prefill:
-        out = _prefill(module, layer, run, config, query, key, value, attention_mask, scaling)
+        out = _prefill(module, layer, run, config, dense_below, query, key, value, attention_mask, scaling)
         return out.transpose(1, 2), None
 
     if is_prefill and reason is not None and index is not None:
         _tell(module, run, config, index, reason, kind is not None)
-        record(run, layer, index, query, attention_mask, reason, None, None)
+        record(run, layer, index, query, attention_mask, reason, None, None, dense_below)
     if layer is not None:
         layer.keep_all()
     return _dense(module, query, key, value, attention_mask, **common, **kwargs)
@@ -81,6 +82,7 @@ def _prefill(
     layer: ZipVLCacheLayer | None,
     run: _runs.Run | None,
     config: ZipVLConfig,
+    dense_below: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -102,17 +104,17 @@ def _prefill(
     options = config.attention_kwargs() | {
         "scale": scaling,
         "causal": True,
-        "keep_mask": short_rows(token_mask, config.dense_below),
+        "keep_mask": short_rows(token_mask, dense_below),
         "token_mask": token_mask,
     }
     if layer is not None and config.cache == "drop":
-        out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options)
+        out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options, dense_above=config.dense_above)
         layer.keep_packed(keys, values, count)
     else:
         out, chosen, count = ops.zipvl_attn(*states, **options)
         if layer is not None:
             layer.keep_real(token_mask)
-    record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count)
+    record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count, dense_below)
     if layer is not None and candidates:
         guessed, _ = _attend_packed(module, layer, query[:, :, tokens:], attention_mask, scaling)
         out = torch.cat([out, guessed.transpose(1, 2)], dim=2)
@@ -120,12 +122,14 @@ def _prefill(
     return out
 
 
-def situation(index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig) -> str | None:
+def situation(
+    index: int | None, tokens: int, attention_mask: torch.Tensor | None, config: ZipVLConfig, dense_below: int
+) -> str | None:
     """Why this prefill of a layer that could be sparse is not; None if it is."""
     if config.layers is not None and index not in config.layers:
         return "not among ZipVLConfig.layers"
-    if tokens < config.dense_below:
-        return f"prompt shorter than dense_below={config.dense_below}"
+    if tokens < dense_below:
+        return f"prompt shorter than dense_below={dense_below}"
     if attention_mask is not None and attention_mask.dim() != 2:
         return NOT_PLAIN_CAUSAL
     return None
@@ -171,12 +175,13 @@ def record(
     reason: str | None,
     chosen: torch.Tensor | None,
     count: torch.Tensor | None,
+    dense_below: int,
 ) -> None:
     """Writes one layer's prefill to the run's statistics."""
     if run is None or index is None:
         return
     batch, _, tokens, _ = states.shape
-    run.saw_prefill(tokens, reason)
+    run.saw_prefill(tokens, reason, dense_below)
     if attention_mask is None:
         real = torch.full((batch,), tokens, device=states.device)
     elif attention_mask.dim() == 2:

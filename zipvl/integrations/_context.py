@@ -195,6 +195,6 @@ class _AfterForward:
         reasons = self.run.idle_reasons()
         if reasons:
             self.run.warn_once(
-                f"zipvl.sparse: no layer of {type(module).__name__} was sparse for a prompt of at least "
-                f"dense_below={self.run.config.dense_below} tokens: {'; '.join(reasons)}"
+                f"zipvl.sparse: no layer of {type(module).__name__} was sparse for a prompt that is long "
+                f"enough (dense_below={self.run.config.dense_below}): {'; '.join(reasons)}"
             )

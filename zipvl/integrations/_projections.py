@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from zipvl import ops
+from zipvl import ops, policy
 from zipvl.cache import ZipVLCacheLayer
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _attention, _handover, _runs
@@ -126,6 +126,8 @@ def reason(
         return "switched off"
     if config.all_queries:
         return "every query is computed"
+    if config.dense_above < 1.0:
+        return "zipvl_prefill widens selections"
     if static_reason(module) is not None:
         return static_reason(module)
     weight = module.q_proj.weight
@@ -139,7 +141,9 @@ def reason(
         return "left to the attention function to refuse"
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     kind = kind_reason(module, hidden_states, hidden_states, window, kwargs.get("is_causal"))
-    situation = kind or _attention.situation(index, tokens, attention_mask, config)
+    situation = kind or _attention.situation(
+        index, tokens, attention_mask, config, _dense_below(module, config, hidden_states)
+    )
     if situation is None and config.skip_projections is None:
         return _does_not_pay(weight, tokens)
     return situation
@@ -166,6 +170,11 @@ def _config(module: Any, run: _runs.Run, cache: Any) -> ZipVLConfig:
     """The configuration that decides: a ``ZipVLCache``'s own, or the run's."""
     layer = _cache_layer(module, cache)
     return run.config if layer is None else layer.config
+
+
+def _dense_below(module: Any, config: ZipVLConfig, x: Tensor) -> int:
+    """``policy.dense_below`` of ``module`` and its input."""
+    return policy.dense_below(config, module.q_proj.weight.shape[0] // module.head_dim, module.head_dim, x)
 
 
 def _cache_layer(module: Any, cache: Any) -> ZipVLCacheLayer | None:
@@ -195,6 +204,7 @@ def _sparse_forward(
     cache: Any,
 ) -> Tensor:
     """Attention of ``x [B, N, C]``, the projections of queries and outputs for the rows that matter; ``[B, N, C]``."""
+    dense_below = _dense_below(module, config, x)
     cos, sin = position_embeddings
     heads = (*x.shape[:-1], -1, module.head_dim)
     norms = hasattr(module, "q_norm")
@@ -218,7 +228,7 @@ def _sparse_forward(
         tau=config.tau,
         ratio=config.ratio,
         min_tokens=config.min_tokens,
-        keep_mask=_keep_mask(x, token_mask, config),
+        keep_mask=_keep_mask(x, token_mask, config, dense_below),
         token_mask=token_mask,
     )
     out = ops.sparse_attn(queries(index, count), keys, values, index, count, scale=module.scaling)
@@ -226,7 +236,7 @@ def _sparse_forward(
         layer.keep_packed(*ops.pack_kv(keys, values, index, count), count)
     elif layer is not None:
         layer.keep_real(token_mask)
-    _attention.record(run, layer, layer_index(module), keys, token_mask, None, index, count)
+    _attention.record(run, layer, layer_index(module), keys, token_mask, None, index, count, dense_below)
     return ops.project_outputs(out.transpose(1, 2).flatten(2), module.o_proj.weight, index, count)
 
 
@@ -236,7 +246,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-def _keep_mask(x: Tensor, token_mask: Tensor | None, config: ZipVLConfig) -> Tensor | None:
+def _keep_mask(x: Tensor, token_mask: Tensor | None, config: ZipVLConfig, dense_below: int) -> Tensor | None:
     """``[B, N]``, what ``zipvl_attn`` always keeps: the last real tokens, and rows that are dense for their length."""
     batch, tokens = x.shape[:2]
     if token_mask is None:
@@ -244,6 +254,6 @@ def _keep_mask(x: Tensor, token_mask: Tensor | None, config: ZipVLConfig) -> Ten
             return None
         return (torch.arange(tokens, device=x.device) >= tokens - config.keep_recent).expand(batch, tokens)
     behind = token_mask.flip(-1).cumsum(-1).flip(-1)
-    short = _attention.short_rows(token_mask, config.dense_below)
+    short = _attention.short_rows(token_mask, dense_below)
     assert short is not None
     return token_mask & (behind <= config.keep_recent) | short

@@ -38,9 +38,9 @@ class Run:
         """A forward of the decoder begins, on this thread."""
         self._forward.modes = []
 
-    def saw_prefill(self, prompt: int, reason: str | None) -> None:
-        """A layer ran a prefill of ``prompt`` tokens, dense for ``reason`` or sparse (None)."""
-        if prompt >= self.config.dense_below:
+    def saw_prefill(self, prompt: int, reason: str | None, dense_below: int) -> None:
+        """A layer that may be sparse from ``dense_below`` tokens on ran a prefill: dense for ``reason``, or None."""
+        if prompt >= dense_below:
             getattr(self._forward, "modes", []).append(reason)
 
     def idle_reasons(self) -> list[str]:

@@ -1,0 +1,39 @@
+// What a layer costs, dense and by ZipVL, from shapes alone: whether ZipVL can pay. Fitted to times measured on one GPU
+// (layer_cost.cpp); a decision needs their ratio, which other GPUs change less than the times.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace zipvl::plan {
+
+struct LayerCostProblem {
+  std::int64_t batch, query_heads, tokens, head_dim;
+  double share;  // of the tokens that are selected, in [0, 1]; 1 is the worst case
+  bool all_queries;
+};
+
+struct LayerCost {
+  double dense_us;  // causal dense attention
+  double zipvl_us;  // zipvl_attn
+
+  std::string describe() const;
+};
+
+LayerCost plan_layer_cost(const LayerCostProblem& problem);
+
+struct DenseBelowProblem {
+  std::int64_t query_heads, head_dim;
+  double share;  // the ratio, where it is given. 0: it is found by tau, and may be any
+  bool all_queries;
+};
+
+// The fewest tokens from which on ZipVL pays for one batch row. With a share known beforehand that is where it is
+// faster than dense attention. With none it is where even a selection of every token costs at most kMostFactor times
+// dense attention and kMostExtraUs.
+std::int64_t plan_dense_below(const DenseBelowProblem& problem);
+
+constexpr double kMostFactor = 1.03, kMostExtraUs = 10.0;
+constexpr std::int64_t kNeverPays = std::int64_t{1} << 21;  // more tokens than the kernels take
+
+}  // namespace zipvl::plan
