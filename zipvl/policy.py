@@ -37,6 +37,9 @@ def _by_cost(query_heads: int, head_dim: int, ratio: float | None, all_queries: 
 
 @lru_cache(maxsize=256)
 def _remembered(query_heads: int, head_dim: int, ratio: float | None, all_queries: bool) -> int:
-    plan = import_module("zipvl._plan")
+    try:
+        plan = import_module("zipvl._plan")
+    except ModuleNotFoundError:  # the op libraries beside a source tree, built for any Python: no plans for this one
+        return SHORTEST
     tokens = plan.dense_below(query_heads=query_heads, head_dim=head_dim, ratio=ratio, all_queries=all_queries)
     return max(SHORTEST, int(tokens))
