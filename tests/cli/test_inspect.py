@@ -31,14 +31,20 @@ def inspect(zipvl: Zipvl, page: Path, model: Path, output: Path, *options: str) 
     return result
 
 
-def steps_of(html: str) -> list[dict[str, Any]]:
-    found = re.search(r"const steps = (.*);\n", html)
+def data_of(html: str) -> dict[str, Any]:
+    """What the page's script draws from."""
+    found = re.search(r"const data = (.*);\n", html)
     assert found
     return json.loads(found[1])
 
 
-def pixels(data_uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data_uri.removeprefix("data:image/png;base64,")))))
+def kept_in(data: dict[str, Any], step: int) -> np.ndarray:
+    """``[N]`` bool of one layer."""
+    return np.unpackbits(decoded(data["kept"][step], np.uint8))[: data["tokens"]].astype(bool)
+
+
+def decoded(text: str, kind: Any) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +71,36 @@ def test_html(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> Non
     html = (tmp_path / "out.html").read_text()
     assert "K&lt;Q&gt;" in html and "K<Q>" not in html
     assert not re.search(r"(?:src|href)=\"(?!data:)", html) and "http" not in html  # nothing is fetched
-    steps = steps_of(html)
-    assert [step["title"] for step in steps] == ["all layers", "layer 0", "layer 1", "layer 2"]
-    assert all(len(step["maps"]) == 2 and len(step["text"]) == 4 for step in steps)
+    data = data_of(html)
+    assert [layer["layer"] for layer in data["layers"]] == [0, 1, 2] and len(data["kept"]) == 3
+    assert [(grid["rows"], grid["columns"]) for grid in data["grids"]] == [(8, 8), (16, 12)]
 
 
-def test_html_maps_are_the_kept_patches(inspection: report.Inspection) -> None:
+def test_html_holds_the_kept_tokens_and_the_patches_places(inspection: report.Inspection) -> None:
     from zipvl.report_html import render_html
 
-    steps = steps_of(render_html(inspection))
-    for step, view in zip(steps[1:], inspection.layers, strict=True):
-        for uri, grid in zip(step["maps"], inspection.patches.grids, strict=True):
-            assert ((pixels(uri)[..., 3] == 0) == view.on(grid).numpy()).all()  # clear where kept
-        assert step["ratio"] == pytest.approx(view.ratio)
-        assert step["text"] == [float(view.kept[position]) for position, _ in inspection.text]
+    data = data_of(render_html(inspection))
+    for step, view in enumerate(inspection.layers):
+        kept = kept_in(data, step)
+        assert (kept == view.kept.numpy()).all()
+        assert data["layers"][step]["kept"] == view.count and data["layers"][step]["ratio"] == view.ratio
+        for packed, grid in zip(data["grids"], inspection.patches.grids, strict=True):
+            positions = decoded(packed["positions"], "<i4").reshape(packed["rows"], packed["columns"])
+            assert (kept[positions] == view.on(grid).numpy()).all()
+    assert data["text"] == [position for position, _ in inspection.text]
+
+
+def test_a_large_page_makes_no_large_file(inspection: report.Inspection) -> None:
+    """The worst there is for any encoder: noise, as large as a scan."""
+    from zipvl.report_html import render_html
+
+    noise = Image.effect_noise((2400, 3000), 90).convert("RGB")
+    html = render_html(report.Inspection(**{**vars(inspection), "page": noise}))
+    assert len(html) < 2_000_000
+    found = re.search(r"data:image/jpeg;base64,([^\"]+)", html)
+    assert found
+    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as picture:
+        assert picture.height / picture.width == pytest.approx(3000 / 2400, rel=0.01) and picture.width > 500
 
 
 def test_png(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
@@ -109,15 +131,16 @@ def test_unknown_layout_gets_a_strip(
     result = inspect(zipvl, page, llava, tmp_path / f"strip{suffix}", "--dense-below", "16", "--ratio", "0.5")
     assert "how llava lays out 64 image tokens on a page is not known here" in result.stdout.replace("\n", " ")
     if suffix == ".html":
-        steps = steps_of((tmp_path / "strip.html").read_text())
-        assert all(step["maps"] == [] for step in steps)
-        assert pixels(steps[1]["strip"]).shape[:2] == (1, 68)
+        data = data_of((tmp_path / "strip.html").read_text())
+        assert data["grids"] == [] and data["tokens"] == 68 and kept_in(data, 0).sum() == 34
 
 
 def test_dense_run_says_so(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
     result = inspect(zipvl, page, llava_next, tmp_path / "dense.html", "--dense-below", "5000")
     assert "ZipVL was not active" in result.stdout and "prompt shorter than dense_below=5000" in result.stdout
-    assert all(step["dense"] and step["ratio"] == 1 for step in steps_of((tmp_path / "dense.html").read_text())[1:])
+    html = (tmp_path / "dense.html").read_text()
+    assert "ZipVL was not active" in html
+    assert all(layer["reason"] and layer["ratio"] == 1 for layer in data_of(html)["layers"])
 
 
 def test_a_failed_write_leaves_the_old_file(
