@@ -120,14 +120,14 @@ def steps(
 def eager_us(function: Callable[[], Any]) -> dict[str, float]:
     from triton import testing
 
-    median, low, high = testing.do_bench(function, warmup=20, rep=100, quantiles=[0.5, 0.2, 0.8])
+    median, low, high = testing.do_bench(function, warmup=15, rep=70, quantiles=[0.5, 0.2, 0.8])
     return {"us": 1e3 * median, "low_us": 1e3 * low, "high_us": 1e3 * high}
 
 
 def graph_us(function: Callable[[], Any]) -> dict[str, float]:
     from triton import testing
 
-    median, low, high = testing.do_bench_cudagraph(function, rep=40, quantiles=[0.5, 0.2, 0.8])
+    median, low, high = testing.do_bench_cudagraph(function, rep=12, quantiles=[0.5, 0.2, 0.8])
     return {"us": 1e3 * median, "low_us": 1e3 * low, "high_us": 1e3 * high}
 
 

@@ -133,12 +133,47 @@ def probe_select() -> list[str]:
     return [title, "", *head, *rows]
 
 
+def layer() -> list[str]:
+    """zipvl_attn against dense cuDNN attention, graph replays: the newest runs at a ratio and by tau."""
+    runs = results("layer")
+    newest = [next(run for run in reversed(runs) if run["part"] == part) for part in ("goals", "distributions")]
+    rows = [row for run in newest for row in run["rows"]]
+    lengths = sorted({row["case"]["N"] for row in rows})
+    labels: dict[str, dict[int, Result]] = {}
+    for row in rows:
+        case = row["case"]
+        by = f"ratio {case['ratio']}" if case["ratio"] is not None else f"tau {case['tau']}, {case['attention']}"
+        labels.setdefault(by, {})[case["N"]] = row
+
+    def cell(row: Result | None) -> str:
+        if row is None:
+            return "-"
+        ours, dense = row["graph"]["zipvl"]["us"], row["graph"]["dense"]["us"]
+        time = f"{ours:.0f} us" if ours < 10_000 else f"{ours / 1000:.1f} ms"
+        return f"{dense / ours:.2f}x ({time})"
+
+    table = [
+        f"| {label} | " + " | ".join(cell(by_length.get(n)) for n in lengths) + " |"
+        for label, by_length in labels.items()
+    ]
+    shape = newest[0]["shape"]
+    title = (
+        f"`zipvl_attn`, the whole layer, times as fast as dense cuDNN attention (and its own time): {shape['Hq']}/"
+        f"{shape['Hkv']} heads, D {shape['D']}, {shape['dtype']}, causal, CUDA graph replays ({source(newest[0])}). "
+        "Concentrated: a tenth of the tokens draws nearly all attention. Uniform: every token draws the same, and "
+        "nearly all are kept, which is the worst that can happen:"
+    )
+    head = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
+    return [title, "", *head, *table]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "cpu_prefill": cpu_prefill,
     "tiny_llava_next": tiny_llava_next,
     "gpu_tests": gpu_tests,
     "sparse_attn": sparse_attn,
     "probe_select": probe_select,
+    "layer": layer,
 }
 
 

@@ -34,9 +34,15 @@ def poison_free_memory(size: int) -> None:
 
 
 def inputs(
-    B: int, Hq: int, Hkv: int, N: int, D: int, dtype: torch.dtype = torch.bfloat16, **layout: Any
-) -> tuple[Tensor, ...]:
-    return tuple(t.cuda() for t in make_qkv(B, Hq, Hkv, N, D, dtype, **layout))
+    B: int, Hq: int, Hkv: int, N: int, D: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal q, k, v as a model passes them: transposed views of ``[B, N, H, D]``, made on the device."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    q, k, v = (
+        (1.5 * torch.randn(B, N, H, D, generator=generator, device="cuda")).to(dtype).transpose(1, 2)
+        for H in (Hq, Hkv, Hkv)
+    )
+    return q, k, v
 
 
 def keep_set(token_mask: Tensor | None, keep_mask: Tensor | None, keep_recent: int, B: int, N: int) -> Tensor:
@@ -75,7 +81,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
     poison_free_memory(max(q.numel(), 2 * k.numel()) // 2)
     with no_host_sync():
         prefill = ops.zipvl_prefill(q, k, v, **keywords, dense_above=dense_above)
-    layers = [prefill]
+    layers: list[tuple[Tensor, ...]] = [prefill]
     if dense_above == 1.0:
         poison_free_memory(max(q.numel(), 2 * k.numel()) // 2)
         with no_host_sync():
@@ -100,7 +106,7 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("limit", [{}, {"tau": 0.5}, {"tau": 1.0}, {"ratio": 0.25}, {"ratio": 1.0}], ids=str)
 @pytest.mark.parametrize("N", LENGTHS)
-def test_lengths(N: int, limit: dict[str, float]) -> None:
+def test_lengths(N: int, limit: dict[str, Any]) -> None:
     check(*inputs(1, 14, 2, N, 128), **limit)
 
 
@@ -125,7 +131,9 @@ def test_masks_and_modes(mask: str, all_queries: bool, causal: bool) -> None:
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_heads_dims_and_batches(dtype: torch.dtype, D: int, B: int, N: int) -> None:
-    check(*inputs(B, 6, 2, N, D, dtype), ratio=0.3, token_mask=make_mask("left", B, N).cuda())
+    mask = make_mask("left", B, N)
+    assert mask is not None
+    check(*inputs(B, 6, 2, N, D, dtype), ratio=0.3, token_mask=mask.cuda())
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -154,7 +162,8 @@ def test_keywords(keywords: dict[str, Any], mask: str) -> None:
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "fused"])
 def test_layouts_and_strided_masks(layout: str) -> None:
     wide = torch.rand(4, 3000, device="cuda") < 0.7
-    check(*inputs(2, 6, 2, 1000, 128, layout=layout), token_mask=wide[::2, ::3], keep_mask=wide[1::2, 1::3], ratio=0.2)
+    q, k, v = (t.cuda() for t in make_qkv(2, 6, 2, 1000, 128, torch.bfloat16, layout))
+    check(q, k, v, token_mask=wide[::2, ::3], keep_mask=wide[1::2, 1::3], ratio=0.2)
 
 
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 64), (torch.bfloat16, 80)])
@@ -206,8 +215,8 @@ def test_captured_and_replayed_with_other_inputs(op: Any, N: int) -> None:
         for seed in (1, 2, 3):
             other = make_mask(("inner", "right", "left")[seed - 1], 2, N)
             assert other is not None
-            fresh = [t.cuda() for t in make_qkv(2, 4, 2, N, 64, torch.bfloat16, seed=seed)]
-            fresh[1] *= seed  # sharper attention, fewer tokens
+            q, k, v = inputs(2, 4, 2, N, 64, seed=seed)
+            fresh = [q, k * seed, v]  # sharper attention, fewer tokens
             for target, source in zip(static, [*fresh, other.cuda()], strict=True):
                 target.copy_(source)
             expected = call(*static)

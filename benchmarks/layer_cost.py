@@ -1,0 +1,78 @@
+"""The constants of csrc/plan/layer_cost.cpp, fitted to the newest ``model`` part of benchmarks/results/layer.jsonl.
+
+``python -m benchmarks.layer --part model`` measures, ``python -m benchmarks.layer_cost`` prints the constants and how
+far the fit is off. Times are ``constant + per token + per pair``, the sum of squared relative errors is least, and no
+constant is negative: a term that would be is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+RESULTS = Path(__file__).resolve().parent / "results" / "layer.jsonl"
+FARTHEST = 65536  # longer runs throttle the clock by their own heat, and no decision is made there
+
+Row = dict[str, Any]
+
+
+def measured() -> tuple[dict[str, Any], list[Row]]:
+    """The shape and the rows of the newest ``model`` part."""
+    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    newest = [run for run in runs if run["part"] == "model"][-1]
+    return newest["shape"], [row for row in newest["rows"] if row["case"]["N"] <= FARTHEST]
+
+
+def work(shape: dict[str, Any], row: Row, share: float) -> list[float]:
+    """What the three constants are multiplied with."""
+    tokens = row["case"]["N"]
+    numbers = 1e-9 * shape["B"] * shape["Hq"] * shape["D"] * tokens
+    return [1.0, numbers, numbers * tokens * share]
+
+
+def fit(terms: list[list[float]], times: list[float]) -> list[float]:
+    """Least squares of relative errors, each constant at least 0."""
+    matrix = np.array(terms) / np.array(times)[:, None]
+    used = list(range(matrix.shape[1]))
+    while True:
+        solution = np.linalg.lstsq(matrix[:, used], np.ones(len(times)), rcond=None)[0]
+        if (solution >= 0).all():
+            constants = np.zeros(matrix.shape[1])
+            constants[used] = solution
+            return [float(c) for c in constants]
+        used.pop(int(solution.argmin()))
+
+
+def constants() -> dict[str, tuple[list[float], float]]:
+    """For ``Dense`` and ``Zipvl``: the constants and the largest relative error."""
+    shape, rows = measured()
+    kinds: dict[str, Callable[[Row], float]] = {
+        "Dense": lambda row: 1.0,
+        "Zipvl": lambda row: (row["kept"] / row["case"]["N"]) ** 2,
+    }
+    result = {}
+    for kind, share in kinds.items():
+        terms = [work(shape, row, share(row)) for row in rows]
+        times = [row["graph"][kind.lower()]["us"] for row in rows]
+        fitted = fit(terms, times)
+        error = max(abs(float(np.dot(t, fitted)) / us - 1) for t, us in zip(terms, times, strict=True))
+        result[kind] = (fitted, error)
+    return result
+
+
+def main() -> None:
+    """Prints the constants as layer_cost.cpp has them."""
+    for kind, (values, error) in constants().items():
+        names = ", ".join(
+            f"k{kind}{term} = {value:.4g}" for term, value in zip(("", "PerToken", "PerPair"), values, strict=True)
+        )
+        print(f"constexpr double {names};  // largest error {100 * error:.0f}%")
+
+
+if __name__ == "__main__":
+    typer.run(main)
