@@ -32,7 +32,10 @@ def test_every_field_of_the_configuration_is_an_argument() -> None:
     [
         ({"tua": 0.9}, "zipvl: unknown model argument 'tua' for method=zipvl; did you mean 'tau'? known: all_queries"),
         ({"pretrained": None, "xyz": 1}, "zipvl: unknown model argument 'xyz' for method=zipvl; known: "),
-        ({"method": "fastvlm"}, "zipvl: method must be one of zipvl, dense, fastv, pyramiddrop, visionzip, aim, got"),
+        (
+            {"method": "fastvlm"},
+            "zipvl: method must be one of zipvl, dense, fastv, pyramiddrop, visionzip, aim, variant, got",
+        ),
         ({"method": "dense", "tau": 0.9}, "zipvl: tau is an argument of method=zipvl, but method=dense was asked for"),
         ({"tau": 1.5}, "ZipVLConfig: tau must be in (0, 1], got 1.5"),
         ({"cache": "some"}, "ZipVLConfig: cache must be one of"),

@@ -278,9 +278,54 @@ def test_rivals_run_by_name(llava_next: Path, docs: Docs, name: str) -> None:
     assert 0 < facts["mean_cache_bytes"] < 0.95 * facts["mean_full_cache_bytes"]
 
 
-def test_a_rival_that_is_not_there(llava_next: Path, docs: Docs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "visionzip", "aim"])
+def test_a_rival_gets_its_budget_on_every_prompt(llava_next: Path, docs: Docs, name: str) -> None:
+    pytest.importorskip("benchmarks.rivals", reason="this checkout has no benchmarks/rivals")
+    budget = {"fastv": 0.8, "pyramiddrop": 0.6, "visionzip": 0.4, "aim": 0.3}[name]
+    model = make(llava_next, docs, f"method={name},budget={budget}")
+    for number in range(3):
+        model.meter.tasks.clear()
+        model.generate_until([ask(number)])
+        assert model.meter.facts()["all"]["mean_ratio"] == pytest.approx(budget, abs=0.02)  # whole tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("method=fastv,keep=2", "FastV: layer must be at least 1 and keep in"),
+        ("method=fastv,keep=0.5,budget=0.7", "budget decides keep of method=fastv: give one or the other"),
+        ("method=aim,budget=1.5", "zipvl: budget must be in"),
+        ("method=aim,keep=0.5", "unknown model argument 'keep' for method=aim; known: .*budget.*retain"),
+        ("method=fastv,tau=0.9", "tau is an argument of method=zipvl, but method=fastv was asked for"),
+    ],
+)
+def test_a_rivals_arguments_are_checked_first(llava_next: Path, docs: Docs, arguments: str, message: str) -> None:
+    pytest.importorskip("benchmarks.rivals", reason="this checkout has no benchmarks/rivals")
+    with pytest.raises(ValueError, match=message):
+        make(llava_next, docs, arguments)
+    with pytest.raises(ValueError, match="batch_size must be 1 with method=fastv, which does not take padded batches"):
+        make(llava_next, docs, "method=fastv", batch_size=2)
+
+
+def test_variants_of_zipvl_run(llava_next: Path, docs: Docs) -> None:
+    """Table D's metric pairs; the pair that is ZipVL's own gives ZipVL's answer from as many tokens."""
+    pytest.importorskip("benchmarks.paper.variant", reason="this checkout has no benchmarks/paper")
+    own = make(llava_next, docs, "tau=0.8,dense_below=0")
+    answers = {}
+    for budget in ("accumulated", "normalized"):
+        for rank in ("accumulated", "normalized"):
+            model = make(llava_next, docs, f"method=variant,tau=0.8,budget={budget},rank={rank}")
+            answers[budget, rank] = model.generate_until([ask(0)])[0].text, model.meter.facts()["all"]["mean_ratio"]
+    text = own.generate_until([ask(0)])[0].text
+    assert answers["accumulated", "normalized"] == (text, pytest.approx(own.meter.facts()["all"]["mean_ratio"]))
+    assert len({ratio for _, ratio in answers.values()}) > 1
+    with pytest.raises(ValueError, match="rank must be one of accumulated, normalized, got 'both'"):
+        make(llava_next, docs, "method=variant,rank=both")
+
+
+def test_a_method_that_is_not_there(llava_next: Path, docs: Docs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks.rivals", None)
-    with pytest.raises(ValueError, match=r"method=fastv is one of the rivals .* in benchmarks/rivals of a checkout"):
+    with pytest.raises(ValueError, match=r"method=fastv needs benchmarks.rivals of a zipvl checkout"):
         make(llava_next, docs, "method=fastv")
 
 

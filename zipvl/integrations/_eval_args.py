@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from zipvl.config import ZipVLConfig
-from zipvl.integrations._eval_methods import METHODS, RIVALS, options_of
+from zipvl.integrations._eval_methods import METHODS, PADDED, options_of
 
 __all__ = ["Arguments", "parse"]
 
@@ -22,7 +22,7 @@ class Arguments:
     Args:
         pretrained: folder or hub id of an image-text-to-text model of transformers.
         revision: branch, tag or commit of the hub repository.
-        method: ``zipvl``, ``dense`` (the model as it is) or a rival's name.
+        method: ``zipvl``, ``dense`` (the model as it is), a rival's name, or ``variant``.
         device: where the model goes, with one process; ``None``: the first GPU, or the CPU.
         device_map: accelerate's device map, such as ``auto``, to spread one model over several GPUs.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
@@ -36,7 +36,8 @@ class Arguments:
         system_prompt: text of a system turn before every question.
         stats: JSON file to write with what the method kept, task by task.
         zipvl: what ZipVL keeps; its fields are arguments of their own (``tau=0.975,cache=drop``).
-        options: arguments of a rival, those of its function in ``benchmarks.rivals`` (``keep=0.5``).
+        options: arguments of a rival, those of its function in ``benchmarks.rivals`` (``keep=0.5``) or ``budget``, or
+            of ``variant``, those of ``benchmarks.paper.variant.Variant``.
     """
 
     pretrained: str
@@ -68,7 +69,7 @@ class Arguments:
         _check(self.video in get_args(VideoMode), "video", f"one of {', '.join(get_args(VideoMode))}", self)
         for name in ("batch_size", "max_frames_num"):
             _check(_is_count(getattr(self, name)), name, "an integer of at least 1", self)
-        alone = self.batch_size == 1 or self.method not in RIVALS
+        alone = self.batch_size == 1 or self.method in PADDED
         _check(alone, "batch_size", f"1 with method={self.method}, which does not take padded batches", self)
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)

@@ -243,7 +243,7 @@ class ZipVL(lmms):
     def _run(self, task: str, prompts: list[Prompt], **arguments: Any) -> tuple[Any, Any]:
         """One ``generate`` under the method, counted: the inputs, and transformers' output."""
         inputs = _eval_prompts.collate(self.processor, prompts).to(self.device, dtype=self.model.dtype)
-        with torch.inference_mode(), self._method(self.model) as kept:
+        with torch.inference_mode(), self._method(self.model, inputs) as kept:
             start = time.perf_counter()
             output = self.model.generate(
                 **inputs,
