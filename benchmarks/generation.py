@@ -30,7 +30,7 @@ METHODS = ("dense", "full", "drop", "quantize")
 WARM_STEPS = 3
 NEW_TOKENS = 512
 DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-MARGIN = 1.1  # a batch so many times the largest that fits must not fit
+MARGIN = 1.1  # between the batch computed and those tried: a step needs memory beside the cache
 
 
 @contextmanager
@@ -108,7 +108,9 @@ def largest_batch(weights: int, row: int) -> int:
 
 
 def fits(model: Any, cache: Any, batch: int) -> bool:
-    """Whether one step of ``batch`` rows fits, their cache being copies of ``cache``, which has one row."""
+    """Whether one step of ``batch`` rows fits, their cache being copies of ``cache``'s first row."""
+    cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device="cuda"))
+    torch.cuda.empty_cache()
     try:
         cache.batch_repeat_interleave(batch)
         model(torch.full((batch, 1), 5, device="cuda"), past_key_values=cache, use_cache=True)
@@ -118,16 +120,15 @@ def fits(model: Any, cache: Any, batch: int) -> bool:
     return True
 
 
-def verify(model: Any, ids: torch.Tensor, batch: int) -> dict[str, Any]:
-    """Runs dense at the largest batch computed, less what the allocator's blocks waste, and at one too large."""
-    found: dict[str, Any] = {}
-    for name, rows in (("fits", int(batch / MARGIN)), ("does_not_fit", int(batch * MARGIN) + 1)):
-        cache, _ = prefill(model, ids)
-        found |= {f"{name}_batch": rows, name: fits(model, cache, rows)}
-        del cache
-        gc.collect()
-        torch.cuda.empty_cache()
-    return found
+def verify(model: Any, cache: Any, batch: int) -> dict[str, Any]:
+    """One step at a tenth less than the computed ``batch``, which must fit, and at a tenth more, which must not."""
+    few, many = int(batch / MARGIN), int(batch * MARGIN) + 1
+    return {
+        "fits": few,
+        "does": fits(model, cache, few),
+        "does_not_fit": many,
+        "does_not": not fits(model, cache, many),
+    }
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -161,10 +162,10 @@ def main(
                 cache.batch_repeat_interleave(batch // before)
                 row[f"batch_{batch}"] = decode(model, cache, method, batch, steps, device)
             row["largest_batch"] = largest_batch(weights, row["bytes_after_prefill"] + NEW_TOKENS * token_bytes)
+            if method == "dense" and check_batch and device == "cuda":
+                row["verified"] = verify(model, cache, row["largest_batch"])
             del cache
             gc.collect()
-            if method == "dense" and check_batch and device == "cuda":
-                row["verified"] = verify(model, ids, row["largest_batch"])
         rows.append(row)
         Console().print(row)
     show(rows, batches.split(","))

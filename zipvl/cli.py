@@ -92,7 +92,9 @@ TauOption = Annotated[float, typer.Option(help="Share of the attention mass that
 RatioOption = Annotated[
     float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
 ]
-CacheOption = Annotated[str, typer.Option(help="drop: store the kept tokens alone; full: store all.")]
+CacheOption = Annotated[
+    str, typer.Option(help="drop: store the kept tokens alone; quantize: those at 4 bits, the rest at 2; full: all.")
+]
 DenseBelowOption = Annotated[
     str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-CacheMode = Literal["drop", "full"]
+CacheMode = Literal["drop", "quantize", "full"]
+BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class ZipVLConfig:
         keep_recent: last tokens of the prompt that are always kept.
         min_tokens: fewest tokens a layer keeps.
         all_queries: compute every query against the kept keys instead of the kept queries alone.
-        cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``full`` all.
+        cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
+            ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
+        high_bits, low_bits: of ``cache="quantize"``; 2, 4 or 8 (the paper's first version and ZipCache: 4 and 2).
         dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
             than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
             (``zipvl.policy``); 256 elsewhere.
@@ -46,6 +49,8 @@ class ZipVLConfig:
     min_tokens: int = 1
     all_queries: bool = False
     cache: CacheMode = "drop"
+    high_bits: int = 4
+    low_bits: int = 2
     dense_below: int | Literal["auto"] = "auto"
     dense_above: float = 1.0
     layers: tuple[int, ...] | None = None
@@ -77,6 +82,9 @@ class ZipVLConfig:
             )
         if self.cache not in get_args(CacheMode):
             raise ValueError(f"ZipVLConfig: cache must be one of {get_args(CacheMode)}, got {self.cache!r}")
+        for name in ("high_bits", "low_bits"):
+            if getattr(self, name) not in BITS:
+                raise ValueError(f"ZipVLConfig: {name} must be one of {BITS}, got {getattr(self, name)!r}")
 
     def replace(self, **changes: Any) -> ZipVLConfig:
         """A copy with ``changes``, checked like a new one."""

@@ -283,6 +283,8 @@ def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> 
         ``[B, N, O]``; tokens not chosen are 0, which is what a layer without bias makes of their rows of zeros.
     """
     return torch.ops.zipvl.project_outputs(x, weight, index, count)
+
+
 def quantize_kv(
     k: Tensor,
     v: Tensor,

@@ -38,7 +38,7 @@ def refused(result: Result, *parts: str) -> None:
         (["--tau", "nan"], ["--tau: must be in (0, 1], got nan"]),
         (["--tau", "much"], ["'--tau'", "number"]),
         (["--ratio", "-0.1"], ["--ratio: must be in (0, 1], got -0.1"]),
-        (["--cache", "some"], ["--cache: must be one of ('drop', 'full'), got 'some'"]),
+        (["--cache", "some"], ["--cache: must be one of ('drop', 'quantize', 'full'), got 'some'"]),
         (["--seed", "-1"], ["--seed: must be an integer of at least 0, got -1"]),
         (["--dense-below", "-1"], ["--dense-below: must be an integer of at least 0, got -1"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens: must be at least 1, got 0"]),

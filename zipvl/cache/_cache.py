@@ -9,6 +9,9 @@ from zipvl.cache._layer import ZipVLCacheLayer
 from zipvl.cache._trim import Trimmer
 from zipvl.config import ZipVLConfig
 
+CHANNEL_MULTIPLE = 32
+"""A quantised block holds codes of so many channels in a word (``csrc/common/quantized_block.h``)."""
+
 
 def check_model(model_config: PretrainedConfig) -> None:
     """Raises if a layer's cache of this model does not hold that layer's own keys and values.
@@ -28,13 +31,29 @@ def check_model(model_config: PretrainedConfig) -> None:
         )
 
 
+def check_bits(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
+    """Raises if ``config`` asks for a quantised cache and the model's head dimension does not allow it.
+
+    Raises:
+        ValueError: naming the head dimension and the remedy.
+    """
+    text = model_config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if config.cache == "quantize" and head_dim % CHANNEL_MULTIPLE:
+        raise ValueError(
+            f'ZipVLCache: cache="quantize" needs a head dimension that is a multiple of {CHANNEL_MULTIPLE}, and '
+            f'{text.model_type} has {head_dim}; use cache="drop"'
+        )
+
+
 def make_sparse(cache: DynamicCache, config: ZipVLConfig, model_config: PretrainedConfig) -> None:
     """Gives an empty ``cache`` the layers of a ``ZipVLCache``: full-attention layers are replaced, others stay.
 
     Raises:
-        ValueError: the model is one that ``check_model`` refuses.
+        ValueError: the model is one that ``check_model`` or ``check_bits`` refuses.
     """
     check_model(model_config)
+    check_bits(config, model_config)
     layers = cache.layers or DynamicCache(config=model_config).layers
     trimmer = Trimmer()
     cache.layers = [ZipVLCacheLayer(config, trimmer) if type(layer) is DynamicLayer else layer for layer in layers]

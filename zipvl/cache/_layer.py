@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from zipvl import ops
+from zipvl.cache._quantized import QuantizedKV
 from zipvl.cache._ragged import RaggedKV
 from zipvl.cache._trim import Trimmer, can_wait
 from zipvl.config import ZipVLConfig
@@ -17,8 +19,9 @@ from zipvl.stats import LayerStats
 class ZipVLCacheLayer(DynamicLayer):
     """One full-attention layer of a ``ZipVLCache``.
 
-    After a sparse prefill it is *packed*: ``packed`` holds the kept tokens (``drop``) or all real ones (``full``),
-    each row at its own length, ``keys`` and ``values`` are None, and only zipvl's attention function can read it.
+    After a sparse prefill it is *packed*: ``packed`` holds the kept tokens (``drop``), all real ones at few bits
+    (``quantize``) or as they are (``full``), each row at its own length; ``keys`` and ``values`` are None, and only
+    zipvl's attention function can read it.
     After a dense prefill it is an ordinary ``DynamicLayer`` in every respect.
 
     Args:
@@ -30,7 +33,7 @@ class ZipVLCacheLayer(DynamicLayer):
         super().__init__()
         self.config = config
         self.trimmer = trimmer or Trimmer()
-        self.packed: RaggedKV | None = None
+        self.packed: RaggedKV | QuantizedKV | None = None
         self.record: LayerStats | None = None
         self.candidates = 0
         """How many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt."""
@@ -74,7 +77,7 @@ class ZipVLCacheLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
             return _handover.sign(key_states, self), value_states
-        length = self.packed.longest + new
+        length = self._seen
         return _handover.sign(_handover.placeholder(key_states, length), self), _handover.placeholder(
             value_states, length
         )
@@ -95,19 +98,33 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def keep_packed(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> None:
         """The prefill was sparse and this is what it attended to: ``keys``, ``values [B, Hkv, N, D]``, whose first
-        ``count [B]`` tokens become the cache (``cache="drop"``); the tensors are taken, not copied."""
+        ``count [B]`` tokens become a ``drop`` cache; the tensors are taken, not copied."""
         self._take_prompt()
-        self.packed = RaggedKV.packed(keys, values, count)
-        if keys.device.type != "cpu" and count.numel():
-            if can_wait(keys.device):
-                self.trimmer.add(self.packed.lengths, self._trim)
-            else:
-                self.packed.clear()
-        self._report()
+        self._keep(RaggedKV.packed(keys, values, count))
 
-    def keep_real(self, token_mask: torch.Tensor | None) -> None:
-        """The prefill was sparse; keeps the real tokens, ``token_mask [B, N]`` or None: all (``cache="full"``)."""
-        self.packed = RaggedKV.real(*self._take_prompt(), token_mask)
+    def keep_selected(
+        self, index: torch.Tensor, count: torch.Tensor, token_mask: torch.Tensor | None, query_heads: int
+    ) -> None:
+        """The prefill was sparse, with the tokens of ``index [B, N]``, ``count [B]`` selected among the real ones,
+        ``token_mask [B, N]`` or None: all. Keeps what the configuration says; ``query_heads`` is ``Hq``."""
+        keys, values = self._take_prompt()
+        if self.config.cache == "drop":
+            self._keep(RaggedKV.packed(*ops.pack_kv(keys, values, index, count), count))
+        elif self.config.cache == "quantize":
+            self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
+        else:
+            self.packed = RaggedKV.real(keys, values, token_mask)
+            self._report()
+
+    def _keep(self, packed: RaggedKV | QuantizedKV) -> None:
+        """Takes ``packed`` and sees to it that it is trimmed."""
+        self.packed = packed
+        device = packed.counts()[0].device
+        if device.type != "cpu" and packed.counts()[0].numel():
+            if can_wait(device):
+                self.trimmer.add(packed.counts(), self._trim)
+            else:
+                packed.clear()
         self._report()
 
     def _take_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,15 +135,24 @@ class ZipVLCacheLayer(DynamicLayer):
             keys, values = keys[:, :, : -self.candidates], values[:, :, : -self.candidates]
         return keys, values
 
-    def _trim(self, longest: int) -> None:
+    def _trim(self, *longest: int) -> None:
         assert self.packed is not None
-        self.packed.trim(longest)
+        self.packed.trim(*longest)
         self._report()
 
-    def append(self, token_mask: torch.Tensor | None) -> RaggedKV:
-        """Packs the tokens of the last update, ``token_mask [B, n]`` or None: all real; returns the packed states."""
+    def append(
+        self, token_mask: torch.Tensor | None, query: torch.Tensor, scale: float | None
+    ) -> RaggedKV | QuantizedKV:
+        """Stores the tokens of the last update, ``token_mask [B, n]`` or None: all real; returns what is stored.
+
+        ``query [B, Hq, n, D]`` are theirs, and ``scale`` the factor of their scores: what a quantised cache needs to
+        tell later which of them matter."""
         assert self.packed is not None
-        self.packed.append(*self._take(), token_mask)
+        keys, values = self._take()
+        if isinstance(self.packed, QuantizedKV):
+            self.packed.append(keys, values, token_mask, query, scale)
+        else:
+            self.packed.append(keys, values, token_mask)
         self._report()
         return self.packed
 
@@ -141,6 +167,12 @@ class ZipVLCacheLayer(DynamicLayer):
             raise ValueError("ZipVLCache: room can be reserved behind a sparse prefill alone; this layer's was dense")
         self.packed.reserve(tokens)
         self._report()
+
+    def make_room(self, tokens: int) -> None:
+        """What a captured step cannot do: compresses the new tokens of a quantised layer if ``tokens`` more do not fit
+        among those at full precision."""
+        if isinstance(self.packed, QuantizedKV):
+            self.packed.make_room(tokens)
 
     def advance(self, tokens: int) -> None:
         """Notes ``tokens`` that a replayed CUDA graph appended."""
@@ -178,7 +210,7 @@ class ZipVLCacheLayer(DynamicLayer):
         self.trimmer.finish()
         if self.packed is None:
             super().crop(tokens_to_remove)
-            self._seen = self._stored()[0].shape[-2]
+            self._seen = 0 if self.keys is None else self.keys.shape[-2]
             self._report()
             return
         tokens = max(self._seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
@@ -207,8 +239,7 @@ class ZipVLCacheLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times in place."""
         if self._seen > 0:
-            keys = self._stored()[0]
-            self._take_rows(torch.arange(keys.shape[0], device=keys.device).repeat_interleave(repeats))
+            self._take_rows(torch.arange(self.rows, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows ``indices``."""
@@ -232,19 +263,26 @@ class ZipVLCacheLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that everything stored takes, unused slots included."""
-        if self.packed is not None:
-            return self.packed.nbytes
-        return sum(states.untyped_storage().nbytes() for states in self._stored())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._stored())
 
     @property
     def full_nbytes(self) -> int:
         """Bytes that a cache of every token seen would take."""
-        return sum(s.shape[0] * s.shape[1] * self._seen * s.shape[3] * s.element_size() for s in self._stored())
+        if self.packed is not None:
+            states: tuple[torch.Tensor, ...] = self.packed.token_states()
+        else:
+            states = self._stored()
+        return sum(s.shape[0] * s.shape[1] * self._seen * s.shape[3] * s.element_size() for s in states)
+
+    @property
+    def rows(self) -> int:
+        """Batch rows stored."""
+        return self._stored()[0].shape[0] if self._stored() else 0
 
     def _stored(self) -> tuple[torch.Tensor, ...]:
-        """The keys and the values in memory; nothing if there are none."""
+        """Every tensor in memory."""
         if self.packed is not None:
-            return self.packed.keys, self.packed.values
+            return self.packed.tensors()
         return () if self.keys is None or self.values is None else (self.keys, self.values)
 
     def _report(self) -> None:

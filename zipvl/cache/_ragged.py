@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from zipvl import ops
+
 _SMALLEST_GROWTH = 64  # slots; small enough not to matter, large enough that a decode step seldom copies
 _ROOM_SHARE = 64  # of the prompt's slots, one in so many may be room for new tokens: 1.6%
 
@@ -13,12 +15,17 @@ def _growth(longest: int) -> int:
     return max(_SMALLEST_GROWTH, longest // 16)
 
 
-def _grown(storage: torch.Tensor, slots: int) -> torch.Tensor:
+def is_exact(tensor: torch.Tensor) -> bool:
+    """Whether lengths beside ``tensor`` may be read: on the CPU, outside a graph that is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def grown(storage: torch.Tensor, slots: int) -> torch.Tensor:
     """``storage [B, H, C, D]`` copied into ``slots`` slots, the new ones zero."""
     batch, heads, used, dim = storage.shape
-    grown = storage.new_zeros(batch, heads, slots, dim)
-    grown[:, :, :used] = storage
-    return grown
+    larger = storage.new_zeros(batch, heads, slots, dim)
+    larger[:, :, :used] = storage
+    return larger
 
 
 def _real_first(token_mask: torch.Tensor) -> torch.Tensor:
@@ -57,7 +64,7 @@ class RaggedKV:
         has to be called before anything else is.
         """
         made = cls(keys, values, count.to(torch.int32, copy=True), keys.shape[2])
-        if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        if is_exact(keys):
             made.trim(int(count.max()) if count.numel() else 0, room=0)
         return made
 
@@ -91,11 +98,14 @@ class RaggedKV:
             keys, values = (states.clone(memory_format=torch.contiguous_format) for states in (k, v))
             return cls(keys, values, lengths, tokens)
         lengths = token_mask.sum(-1, dtype=torch.int32)
-        longest = (
-            int(lengths.max()) if k.device.type == "cpu" and batch and not torch.compiler.is_compiling() else tokens
-        )
+        longest = int(lengths.max()) if batch and is_exact(k) else tokens
         order = _real_first(token_mask)[:, :longest]
         return cls(_gather(k, order), _gather(v, order), lengths, longest)
+
+    @staticmethod
+    def real_first(states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """``states [B, H, n, D]`` with the real tokens of each row in front, ``token_mask [B, n]``."""
+        return states if states.shape[2] == 1 else _gather(states, _real_first(token_mask))
 
     def append(self, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all."""
@@ -108,9 +118,7 @@ class RaggedKV:
         else:
             added = token_mask.sum(-1, dtype=torch.int32)
             self.tail = 0
-            if new > 1:
-                order = _real_first(token_mask)
-                k, v = _gather(k, order), _gather(v, order)
+            k, v = self.real_first(k, token_mask), self.real_first(v, token_mask)
         slot = self.lengths[:, None].to(torch.int64) + torch.arange(new, device=k.device)
         for storage, states in ((self.keys, k), (self.values, v)):
             storage.scatter_(2, slot[:, None, :, None].expand(states.shape), states)
@@ -121,7 +129,7 @@ class RaggedKV:
         """Makes room for ``tokens`` more."""
         slots = self.longest + tokens
         if slots > self.keys.shape[2]:
-            self.keys, self.values = _grown(self.keys, slots), _grown(self.values, slots)
+            self.keys, self.values = grown(self.keys, slots), grown(self.values, slots)
 
     def advance(self, tokens: int) -> None:
         """Notes ``tokens`` that a replayed CUDA graph appended to every row; fewer than none: takes them back."""
@@ -149,7 +157,24 @@ class RaggedKV:
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.lengths = self.lengths.index_select(0, rows)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that every tensor here takes, unused slots included."""
-        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.lengths))
+    def attend(self, query: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """One new token, already appended, against everything: ``query [B, Hq, 1, D]``; returns the same shape."""
+        out, _ = ops.decode_attn(query, self.keys, self.values, self.lengths, scale=scale)
+        return out
+
+    def empty(self) -> None:
+        """Forgets every token; the storage stays where it is."""
+        self.lengths.zero_()
+        self.longest = self.tail = 0
+
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        """What has to reach the host before ``trim``."""
+        return (self.lengths,)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything held."""
+        return self.keys, self.values, self.lengths
+
+    def token_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``keys`` and ``values`` at full precision, whatever their number: what a token would take."""
+        return self.keys, self.values

@@ -11,7 +11,7 @@ ever untrimmed, which is what keeps the peak of a prefill at or below that of a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,9 @@ unused ends do not add up."""
 
 @dataclass
 class _Waiting:
-    longest: torch.Tensor  # [1] int32 in pinned memory, valid once ``arrived``
+    longest: torch.Tensor  # one int32 a count, in pinned memory, valid once ``arrived``
     arrived: torch.cuda.Event
-    trim: Callable[[int], None]
+    trim: Callable[..., None]
 
 
 class Trimmer:
@@ -34,12 +34,13 @@ class Trimmer:
     def __init__(self) -> None:
         self._waiting: deque[_Waiting] = deque()
 
-    def add(self, count: torch.Tensor, trim: Callable[[int], None]) -> None:
-        """Has ``trim(longest)`` called once the largest of ``count [B]`` (int32, CUDA, not empty) has arrived."""
-        longest = torch.empty(1, dtype=torch.int32, pin_memory=True)
-        longest.copy_(count.amax(0, keepdim=True), non_blocking=True)
+    def add(self, counts: Sequence[torch.Tensor], trim: Callable[..., None]) -> None:
+        """Has ``trim`` called with the largest of each of ``counts``, each ``[B]`` int32 on a GPU, B not 0, once those
+        have arrived."""
+        longest = torch.empty(len(counts), dtype=torch.int32, pin_memory=True)
+        longest.copy_(torch.stack(list(counts)).amax(1), non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(count.device))
+        arrived.record(torch.cuda.current_stream(counts[0].device))
         self._waiting.append(_Waiting(longest, arrived, trim))
 
     def advance(self) -> None:
@@ -59,7 +60,7 @@ class Trimmer:
     def _trim_first(self) -> None:
         first = self._waiting.popleft()
         first.arrived.synchronize()
-        first.trim(int(first.longest[0]))
+        first.trim(*first.longest.tolist())
 
 
 def can_wait(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from zipvl import ops, policy
-from zipvl.cache import ZipVLCacheLayer
+from zipvl.cache import QuantizedKV, ZipVLCacheLayer
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _handover, _masks, _runs
 from zipvl.integrations._eligibility import kind_reason, layer_index, refuse_unsupported
@@ -113,7 +113,7 @@ def _prefill(
     else:
         out, chosen, count = ops.zipvl_attn(*states, **options)
         if layer is not None:
-            layer.keep_real(token_mask)
+            layer.keep_selected(chosen, count, token_mask, query.shape[1])
     record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count, dense_below)
     if layer is not None and candidates:
         guessed, _ = _attend_packed(module, layer, query[:, :, tokens:], attention_mask, scaling)
@@ -228,19 +228,24 @@ def _attend_packed(
     all_real = attention_mask is None or layer.candidates > 0 or _masks.new_are_real(attention_mask)
     token_mask = None if all_real or attention_mask is None else attention_mask[:, -new:]
     if new == 1:
-        packed = layer.append(token_mask)
-        out, _ = ops.decode_attn(query, packed.keys, packed.values, packed.lengths, scale=scaling)
+        out = layer.append(token_mask, query, scaling).attend(query, scaling)
         return out.transpose(1, 2), None
-    assert layer.packed is not None
-    (keys, values), (new_keys, new_values) = layer.packed.visible(), layer.pending()
-    past = layer.packed.valid()[:, None, None, :].expand(-1, 1, new, -1)
-    own_mask = token_mask
-    if own_mask is None:
-        own_mask = torch.ones(query.shape[0], new, dtype=torch.bool, device=query.device)
-    mask = torch.cat([past, _masks.expand(own_mask, new, query.device)], dim=-1)
-    keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
-    layer.append(token_mask)
-    return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
+    packed, (new_keys, new_values) = layer.packed, layer.pending()
+    if isinstance(packed, QuantizedKV):
+        packed.make_room(new)
+        out = packed.attend_several(query, new_keys, new_values, token_mask, scaling).transpose(1, 2)
+    else:
+        assert packed is not None
+        keys, values = packed.visible()
+        past = packed.valid()[:, None, None, :].expand(-1, 1, new, -1)
+        own_mask = token_mask
+        if own_mask is None:
+            own_mask = torch.ones(query.shape[0], new, dtype=torch.bool, device=query.device)
+        mask = torch.cat([past, _masks.expand(own_mask, new, query.device)], dim=-1)
+        keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
+        out, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
+    layer.append(token_mask, query, scaling)
+    return out, None
 
 
 def _dense(

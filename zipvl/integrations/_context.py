@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
 
-from zipvl.cache import ZipVLCache, expect_candidates, is_ready, make_sparse, settle
+from zipvl.cache import ZipVLCache, check_bits, expect_candidates, is_ready, make_sparse, settle
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _projections, _runs, _targets
 from zipvl.integrations._eligibility import IMPLEMENTATION
@@ -44,6 +44,7 @@ def sparse(
     config = (config or ZipVLConfig()).replace(**overrides)
     target = _targets.find(model)
     _targets.check_layers(target, config)
+    check_bits(config, target.decoder.config)
     run = _runs.Run(config, Stats(record_index=record_index))
     with ExitStack() as undo:
         undo.callback(_runs.restore, _runs.install(target.attention, run))

@@ -38,14 +38,15 @@ class DecodeGraph:
         self._layers = [_capturable(layer, index) for index, layer in enumerate(cache.layers)]
         for layer in self._layers:
             layer.reserve(steps + 1)
-        packed = self._layers[0].packed
-        assert packed is not None
-        batch, device = packed.keys.shape[0], packed.keys.device
+        batch, device = self._layers[0].rows, self._layers[0].device
         self._left = steps
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._ids, cache.get_seq_length())
         if positions is not None:
             self._positions.copy_(positions.reshape(batch, 1))
+
+        for layer in self._layers:
+            layer.make_room(2)  # for the step that is taken back and the one that is captured
 
         def step() -> torch.Tensor:
             inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": cache}
@@ -74,6 +75,8 @@ class DecodeGraph:
         if self._left == 0:
             raise RuntimeError("DecodeGraph: all reserved steps were taken; make another with more steps")
         self._left -= 1
+        for layer in self._layers:
+            layer.make_room(1)
         self._ids.copy_(tokens)
         self._graph.replay()
         self._positions.add_(1)
@@ -89,6 +92,6 @@ def _capturable(layer: Any, index: int) -> ZipVLCacheLayer:
         raise ValueError(
             f"DecodeGraph: the prefill of layer {index} was dense, or there was none; its cache is not packed"
         )
-    if layer.packed.keys.device.type != "cuda":
-        raise ValueError(f"DecodeGraph: the cache must be on a GPU, layer {index} is on {layer.packed.keys.device}")
+    if layer.device.type != "cuda":
+        raise ValueError(f"DecodeGraph: the cache must be on a GPU, layer {index} is on {layer.device}")
     return layer

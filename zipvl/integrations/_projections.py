@@ -232,10 +232,8 @@ def _sparse_forward(
         token_mask=token_mask,
     )
     out = ops.sparse_attn(queries(index, count), keys, values, index, count, scale=module.scaling)
-    if layer is not None and config.cache == "drop":
-        layer.keep_packed(*ops.pack_kv(keys, values, index, count), count)
-    elif layer is not None:
-        layer.keep_real(token_mask)
+    if layer is not None:
+        layer.keep_selected(index, count, token_mask, out.shape[1])
     _attention.record(run, layer, layer_index(module), keys, token_mask, None, index, count, dense_below)
     return ops.project_outputs(out.transpose(1, 2).flatten(2), module.o_proj.weight, index, count)
 
