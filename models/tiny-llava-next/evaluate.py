@@ -90,7 +90,7 @@ def run(
     pages: int = 1000,
     taus: Annotated[str, typer.Option(help="Comma separated; dense is always run first.")] = TAUS,
     batch: int = 50,
-    cache: Annotated[str, typer.Option(help="drop or full.")] = "drop",
+    cache: Annotated[str, typer.Option(help="drop, quantize, full, or several of them, comma separated.")] = "drop",
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32; by default by device.")] = "",
     first: Annotated[int, typer.Option(help="Skip so many held-out pages.")] = 0,
@@ -106,7 +106,12 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     held_out = held_out_pages(pages, tile_side_of(model), first, entries)
     settings: list[zipvl.ZipVLConfig | None] = [None]
-    settings += [zipvl.ZipVLConfig(tau=float(tau), cache=cache, seed=seed) for tau in taus.split(",") if tau]
+    settings += [
+        zipvl.ZipVLConfig(tau=float(tau), cache=kind, seed=seed)
+        for tau in taus.split(",")
+        for kind in cache.split(",")
+        if tau
+    ]
     for config in settings:
         started = time.perf_counter()
         said, stats = answers(model, tokenizer, held_out, config, batch)
@@ -135,7 +140,7 @@ def run(
         append(name, measured, target)
         low, high = measured["interval95"]
         print(
-            f"{measured['method']:6s} tau {measured['tau'] or '-':>5} exact {measured['exact_match']:.4f} "
+            f"{measured['cache'] or 'dense':8s} tau {measured['tau'] or '-':>5} exact {measured['exact_match']:.4f} "
             f"[{low:.4f}, {high:.4f}] kept {measured['mean_ratio']:.3f} {measured['seconds']:.1f} s",
             flush=True,
         )
