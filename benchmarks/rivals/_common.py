@@ -31,8 +31,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from zipvl.integrations import _targets
 
 __all__ = [
-    "PrunedLayer",
     "Prompt",
+    "PrunedLayer",
     "Record",
     "Rival",
     "applied",
@@ -234,7 +234,7 @@ class _Run:
 
     @contextmanager
     def noting_pictures(self, model: Any) -> Iterator[None]:
-        """Notes the sizes of the pictures whenever the model computes image features, in ``generate`` or ``forward``."""
+        """Notes the sizes of the pictures whenever image features are computed, by ``generate`` or ``forward``."""
         before = getattr(model, "get_image_features", None)
         if before is None:
             yield
@@ -266,7 +266,7 @@ class _Run:
 
     def _prompt(self, embeddings: Tensor | None) -> Prompt:
         ids = self.input_ids
-        if ids is None or embeddings is not None and ids.shape != embeddings.shape[:2]:
+        if ids is None or (embeddings is not None and ids.shape != embeddings.shape[:2]):
             raise ValueError(f"{self.rival.name}: the model must be given input_ids, which say where the image is")
         image = ids == self.image_token
         counts = image.sum(1)

@@ -7,9 +7,9 @@ A round removes at most half of the tokens; rounds follow until a share `retain`
 
 Pruning, after the schedule of the authors' code for 28 layers (`max(0, 1 - 0.125 * (layer - 14 + 1))` from layer 14
 on): the first half of the layers sees all merged tokens; then a share of them that falls linearly, after each layer,
-and reaches 0 two sevenths of the depth later. The last layers see no image at all. Importance is PageRank on the attention
-matrix of the layer: each head's logits, divided by a temperature of 0.1, through a softmax; five steps of the random
-walk from equal shares, no damping; the root of the mean of squares over the heads.
+and reaches 0 two sevenths of the depth later. The last layers see no image at all. Importance is PageRank on the
+attention matrix of the layer: each head's logits, divided by a temperature of 0.1, through a softmax; five steps of the
+random walk from equal shares, no damping; the root of the mean of squares over the heads.
 """
 
 from __future__ import annotations

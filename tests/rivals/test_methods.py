@@ -47,7 +47,7 @@ def test_pyramiddrop_schedule() -> None:
     assert [i for i in range(32) if rival.observes(i, 32)] == [7, 15, 23]
     assert rival.stages(6) == [2, 3, 4]
     assert PyramidDrop.for_budget(0.46875, 32).keep == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="PyramidDrop: budget: 0.064 of the image tokens is out of reach; 0.333"):
+    with pytest.raises(ValueError, match=r"PyramidDrop: budget: 0\.064 of the image tokens is out of reach; 0\.333"):
         PyramidDrop.for_budget(0.064, 6)
 
 

@@ -1,0 +1,82 @@
+"""Measures a table of the paper: ``python -m benchmarks.paper A`` (``B``, ``C``, ``D``, ``E``, ``figure-a``, ``ours``,
+``profiles``, ``all``), or renders the report from the results: ``python -m benchmarks.paper report``.
+
+Every line goes to benchmarks/results/paper.jsonl with the pages, seeds, intervals and the answers page by page.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks._record import append
+from benchmarks.paper import report, show
+from benchmarks.paper.settings import Runner
+from benchmarks.paper.subject import CALIBRATION, FOLDER, Subject
+from benchmarks.paper.tables import TABLES
+
+PAGES, FULL_PAGES = 40, 1000
+CALIBRATION_PAGES, FULL_CALIBRATION_PAGES = 8, 100
+
+
+def main(
+    table: Annotated[str, typer.Argument(help=f"{', '.join(TABLES)}, all (several: A,C), or report.")],
+    pages: Annotated[
+        int | None, typer.Option(min=1, help=f"Held-out pages for each setting; {PAGES} by default.")
+    ] = None,
+    full: Annotated[bool, typer.Option(help=f"At least {FULL_PAGES:,} pages, for a GPU.")] = False,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, help="Other pages, on which a matched tau is found.")
+    ] = None,
+    device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; by default by device.")] = "",
+    batch: Annotated[int | None, typer.Option(min=1, help="Prompts at once.")] = None,
+    tau: Annotated[float, typer.Option(help="Of ZipVL where nothing is matched.")] = 0.975,
+    seed: Annotated[int, typer.Option(help="Of the probe tokens.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Model folder; the report is of the shipped one.")] = FOLDER,
+) -> None:
+    """Measures tables, prints them and appends them to the results."""
+    if table == "report":
+        for path in report.render():
+            print(path)
+        return
+    names = list(TABLES) if table == "all" else table.split(",")
+    if unknown := [name for name in names if name not in TABLES]:
+        sys.exit(f"TABLE: expected {', '.join(TABLES)}, all or report, got {', '.join(unknown)}")
+    subject = Subject(folder, device, getattr(torch, dtype) if dtype else None, batch)
+    pages = max(pages or 0, FULL_PAGES) if full else pages or PAGES
+    run = Runner(
+        subject, pages, calibration or (FULL_CALIBRATION_PAGES if full else CALIBRATION_PAGES), tau=tau, seed=seed
+    )
+    for name in names:
+        started = time.perf_counter()
+        run.notes.clear()
+        rows = TABLES[name].rows(run)
+        line = {
+            "benchmark": "paper",
+            "table": name,
+            "pages": run.pages,
+            "first_page": 0,
+            "calibration": {"pages": run.calibration, "first_page": CALIBRATION},
+            "tau": tau,
+            "probe_seed": seed,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "batch": subject.batch,
+            "tile_side": subject.tile_side,
+            "weights_sha256": subject.weights,
+            "seconds": round(time.perf_counter() - started, 1),
+            "notes": list(run.notes),
+            "rows": rows,
+        }
+        append("paper", line, subject.device)
+        Console(width=None if sys.stdout.isatty() else 160).print(show.rendered(TABLES[name], line))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,231 @@
+"""The tables: which settings, on which task, matched to what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from benchmarks.paper.costs import costs
+from benchmarks.paper.settings import NOT_AT_HAND, Row, Runner, Setting, dense, ours, rival, rivals_at, selecting
+from zipvl.config import CacheMode
+
+__all__ = ["TABLES", "Table"]
+
+PAPER_BUDGETS = {"VisionZip": 0.333, "AIM": 0.064, "PyramidDrop": 0.468}
+"""Table A's token budgets of the rivals, from the paper's supplementary material."""
+ALL_TOKENS = 4096
+"""As many recent probes as no page has tokens: every token is a probe."""
+TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.99, 0.995, 0.999, 1.0)
+OTHER_SEEDS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure.
+
+    Args:
+        title: what it shows.
+        paper: what of the paper stands beside it.
+        rows: measures it.
+        claims: pairs of labels within a group, the better one first, that the paper's ordering says.
+    """
+
+    title: str
+    paper: str
+    rows: Callable[[Runner], list[Row]]
+    claims: tuple[tuple[str, str], ...] = ()
+
+
+def table_a(run: Runner) -> list[Row]:
+    """ZipVL against the rivals, at their budgets and at its own."""
+    rows = [run.measure(dense(), timed=True), run.measure(_reference(run), timed=True)]
+    for name, budget in PAPER_BUDGETS.items():
+        group = f"{budget:.1%}"
+        setting = run.matched(lambda tau, group=group: ours(group=group, tau=tau, seed=run.seed), budget)
+        rows.append(run.measure(setting, timed=True))
+        for other in ("VisionZip", "AIM", "PyramidDrop", "FastV"):
+            paper = f"{budget:.1%} of the tokens" if other == name else NOT_AT_HAND
+            rows += _rival(run, other, budget, "mixed", group, paper)
+    return rows
+
+
+def table_b(run: Runner) -> list[Row]:
+    """ZipVL against FastV on prompts of several frames."""
+    task = "frames"
+    rows = [run.measure(dense(), task, timed=True)]
+    whole = run.measure(dense(), "two pages", min(run.pages, 50))
+    rows.append(whole | {"label": "dense, two whole pages (a check, not the task)"})
+    own = run.measure(_reference(run), task, timed=True)
+    fast = run.measure(rival("FastV", lambda _tower: _fastv(), "K = 2, R = 50%", "K = 2, R = 50%"), task, timed=True)
+    setting = run.matched(lambda tau: ours(group="K = 2, R = 50%", tau=tau, seed=run.seed), fast["ratio"], task)
+    rows += [own, fast, run.measure(setting, task, timed=True)]
+    for budget in (own["ratio"], 0.5):
+        group = f"{budget:.1%}"
+        if budget == own["ratio"]:
+            rows.append(own | {"group": group})
+        else:
+            setting = run.matched(lambda tau, group=group: ours(group=group, tau=tau, seed=run.seed), budget, task)
+            rows.append(run.measure(setting, task))
+        for name in ("FastV", "FastV, K = 1"):
+            rows += _rival(run, name, budget, task, group)
+    return rows
+
+
+def table_c(run: Runner) -> list[Row]:
+    """Which tokens are probes, at one ratio."""
+    probes = {
+        "64 recent": {"num_recent": 64, "num_random": 0},
+        "128 recent": {"num_recent": 128, "num_random": 0},
+        "128 random": {"num_recent": 0, "num_random": 128},
+        "64 recent + 64 random": {"num_recent": 64, "num_random": 64},
+        "all tokens": {"num_recent": ALL_TOKENS, "num_random": 0},
+    }
+    target = run.ratio(_reference(run))
+    rows = []
+    for label, counts in probes.items():
+        make = _maker(run, ours, label, f"{target:.1%}", counts)
+        default = label == "64 recent + 64 random"
+        rows.append(run.measure(make(run.tau) if default else run.matched(make, target)))
+    return rows
+
+
+def table_d(run: Runner) -> list[Row]:
+    """Which metric sets the budget and which ranks, at one ratio."""
+    target = run.ratio(_reference(run))
+    rows = []
+    for budget in ("accumulated", "normalized"):
+        for rank in ("accumulated", "normalized"):
+            label = f"budget {budget}, rank {rank}"
+            make = _maker(run, selecting, label, f"{target:.1%}", {"budget": budget, "rank": rank})
+            rows.append(run.measure(run.matched(make, target)))
+    return rows
+
+
+def figure_a(run: Runner) -> list[Row]:
+    """tau against ratio and exact match, on an easy and a hard task."""
+    rows = []
+    for task in ("easy", "hard"):
+        rows.append(run.measure(dense(), task))
+        for tau in TAUS:
+            rows.append(run.measure(ours(f"tau {tau:g}", task, tau=tau, seed=run.seed), task))
+    return rows
+
+
+def own_choices(run: Runner) -> list[Row]:
+    """What is ours beyond the paper, and the choices it leaves open."""
+    same = {"tau": run.tau, "seed": run.seed}
+    rows = [run.measure(dense()), run.measure(ours("drop", "cache", **same))]
+    for cache in get_args(CacheMode):
+        if cache != "drop":
+            rows.append(run.measure(ours(cache, "cache", cache=cache, **same)))
+    target = run.ratio(_reference(run))
+    rows += [
+        run.measure(ours("all queries", "queries", all_queries=True, **same)),
+        run.measure(run.matched(_maker(run, ours, "all queries, matched", "queries", {"all_queries": True}), target)),
+        run.measure(selecting("text always kept", "text", keep_text=True, **same)),
+    ]
+    for probes in ("stratified", "uniform"):
+        for seed in (run.seed, *OTHER_SEEDS):
+            make = selecting(f"{probes} random probes, seed {seed}", "probes", tau=run.tau, seed=seed, probes=probes)
+            rows.append(run.measure(make))
+    return rows
+
+
+def profiles(run: Runner) -> list[Row]:
+    """The ratio of each layer, task by task."""
+    return [run.measure(_reference(run), task) for task in ("easy", "mixed", "hard", "frames")]
+
+
+def _reference(run: Runner) -> Setting:
+    return ours(f"ZipVL, tau {run.tau:g}", tau=run.tau, seed=run.seed)
+
+
+def _maker(
+    run: Runner, kind: Callable[..., Setting], label: str, group: str, choice: dict[str, Any]
+) -> Callable[[float], Setting]:
+    return lambda tau: kind(label, group, tau=tau, seed=run.seed, **choice)
+
+
+def _fastv() -> Any:
+    from benchmarks.rivals import FastV
+
+    return FastV()
+
+
+def _rival(run: Runner, name: str, budget: float, task: str, group: str, paper: str = NOT_AT_HAND) -> list[Row]:
+    """A rival at a budget; nothing, and a note, where it cannot have it."""
+    try:
+        setting = rival(name, rivals_at(budget, run.subject, task)[name], group, paper)
+    except ValueError as error:
+        run.notes.append(f"{name} at {budget:.1%}: {error}")
+        return []
+    return [run.measure(setting, task, timed=True)]
+
+
+TABLES: dict[str, Table] = {
+    "A": Table(
+        "Table A: against VisionZip, AIM and PyramidDrop at equal budgets",
+        "the rivals' token budgets: VisionZip 33.3%, AIM 6.4%, PyramidDrop 46.8%; the scores on the paper's benchmarks "
+        "need its models",
+        table_a,
+        tuple(("ZipVL", other) for other in ("VisionZip", "AIM", "PyramidDrop", "FastV")),
+    ),
+    "B": Table(
+        "Table B: against FastV on prompts of several frames",
+        "FastV with K = 2, R = 50%; the scores on the paper's video benchmarks need its models",
+        table_b,
+        (
+            ("ZipVL", "FastV"),
+            ("ZipVL, tau 0.975", "FastV"),
+            ("ZipVL, tau 0.975", "FastV, K = 1"),
+            ("ZipVL", "FastV, K = 1"),
+        ),
+    ),
+    "C": Table(
+        "Table C: which tokens are probes",
+        "the order: 64 recent + 64 random at least as good as recent ones alone, random ones alone collapse",
+        table_c,
+        (
+            ("64 recent + 64 random", "64 recent"),
+            ("64 recent + 64 random", "128 recent"),
+            ("64 recent", "128 random"),
+            ("128 recent", "128 random"),
+            ("64 recent + 64 random", "all tokens"),
+        ),
+    ),
+    "D": Table(
+        "Table D: which metric sets the budget, which ranks",
+        "the order: accumulated scores for the budget and normalised ones for the ranking are best",
+        table_d,
+        tuple(
+            ("budget accumulated, rank normalized", f"budget {budget}, rank {rank}")
+            for budget, rank in (
+                ("accumulated", "accumulated"),
+                ("normalized", "normalized"),
+                ("normalized", "accumulated"),
+            )
+        ),
+    ),
+    "figure-a": Table(
+        "Figure A: tau, ratio and exact match on two tasks",
+        "its figure's numbers are not at hand; the default of tau, 0.975, is from it",
+        figure_a,
+    ),
+    "E": Table(
+        "Table E: where the operations, the bytes and the time of a prompt go",
+        "the estimate (approximate attention to top-k) costs 0.45 s of 3.28 s to the first token at 32K tokens, 14%",
+        costs,
+    ),
+    "ours": Table(
+        "Ours beyond the paper: queries, caches, text, probes",
+        "nothing: these choices are not in it",
+        own_choices,
+        (("full", "drop"), ("all queries, matched", "drop")),
+    ),
+    "profiles": Table(
+        "Layer profiles by task",
+        "its Figures 3 and 4 show ratios that differ between layers and between tasks",
+        profiles,
+    ),
+}

@@ -1,0 +1,271 @@
+"""``python -m benchmarks.paper``: its prompts are the processor's, its variants ZipVL's, its statistics right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("rich")
+from PIL import Image
+from transformers import AutoProcessor
+
+import zipvl
+from benchmarks.paper import report, show
+from benchmarks.paper.costs import attention_flops, peak_bytes
+from benchmarks.paper.settings import Runner, dense, match_ratio, ours, ratio_of, rivals_at, selecting
+from benchmarks.paper.statistics import bootstrap, bootstrap_difference, verdict
+from benchmarks.paper.subject import FOLDER, FRAMES, Subject, framed_item, pages
+from benchmarks.paper.tables import TABLES
+from benchmarks.paper.variant import Variant, uniform_probes, variant
+from benchmarks.rivals import AIM, FastV, VisionZip, applied
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject(FOLDER, "cpu", batch=1)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("task", ["easy", "frames"])
+def test_prompts_are_the_processors(subject: Subject, processor: Any, task: str) -> None:
+    item = subject.items(task, 2)[1]
+    content = [{"type": "image", "image": Image.fromarray(picture.numpy())} for picture in item.pictures]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": item.label}]}]
+    expected = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    made = subject.inputs([item])
+    assert torch.equal(made["input_ids"], expected["input_ids"])
+    assert torch.equal(made["image_sizes"], expected["image_sizes"])
+    grey = 1 / 255 / 0.25
+    torch.testing.assert_close(made["pixel_values"], expected["pixel_values"], rtol=0, atol=1.01 * grey)
+
+
+def test_shared_features_change_nothing(subject: Subject) -> None:
+    items = subject.items("easy", 1)
+    alone = subject.model(**subject.inputs(items)).logits[:, -1]
+    shared: list[torch.Tensor] = []
+    batches = [subject._encode(items)]
+    with subject._shared():
+        subject._use(batches[0])
+        shared.append(subject.model(**batches[0].inputs).logits[:, -1])
+    torch.testing.assert_close(shared[0], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_framed_items(subject: Subject) -> None:
+    for number in range(4):
+        item, again = (framed_item(number, subject.tile_side) for _ in range(2))
+        assert torch.equal(item.pictures[0], again.pictures[0]) and item.answer == again.answer
+        shape = (subject.tile_side, pages.PAGE_SIDE)
+        assert [tuple(picture.shape) for picture in item.pictures] == [shape] * FRAMES
+        assert re.fullmatch("[A-Z]{2}", item.label) and re.fullmatch("[0-9]{3}", item.answer)
+    with pytest.raises(ValueError, match=r"task must be one of .*got 'films'"):
+        subject.items("films", 1)
+
+
+# Settings
+
+
+def small_prompt(subject: Subject) -> dict[str, torch.Tensor]:
+    """A strip of a page: a short prompt with an image."""
+    item = framed_item(0, subject.tile_side)
+    return subject.inputs([type(item)(item.pictures[:1], item.label, item.answer)])
+
+
+def test_variant_is_zipvl(subject: Subject) -> None:
+    inputs, model = small_prompt(subject), subject.model
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    with zipvl.sparse(model, tau=0.97, seed=3, record_index=True) as stats:
+        expected = model.generate(**inputs, **options, return_dict_in_generate=True)
+    with variant(model, Variant(tau=0.97, seed=3)) as record:
+        found = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert stats.active and record.mean_ratio == pytest.approx(stats.mean_ratio)
+    for layer, kept in record.kept.items():
+        assert torch.equal(kept[0].nonzero()[:, 0], stats.layers[layer].index[0])
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours_, theirs in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-3, atol=1e-3)
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_variants_differ_as_they_say(subject: Subject) -> None:
+    inputs, model = small_prompt(subject), subject.model
+    text = inputs["input_ids"][0] != model.config.image_token_id
+    kept = {}
+    for name, choice in {
+        "own": {},
+        "rank": {"rank": "accumulated"},
+        "budget": {"budget": "normalized"},
+        "text": {"keep_text": True},
+        "uniform": {"probes": "uniform"},
+    }.items():
+        with variant(model, Variant(tau=0.9, **choice)) as record:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        kept[name] = record.kept
+    counts = {name: [int(layer.sum()) for layer in layers.values()] for name, layers in kept.items()}
+    assert all(layer[0, text].all() for layer in kept["text"].values())
+    assert not all(layer[0, text].all() for layer in kept["own"].values())
+    assert counts["rank"][0] == counts["own"][0] and not torch.equal(kept["rank"][0], kept["own"][0])
+    assert counts["budget"][0] != counts["own"][0]
+    assert not torch.equal(kept["uniform"][0], kept["own"][0])
+
+
+def test_uniform_probes() -> None:
+    probes = uniform_probes(1000, 64, 64, 5)
+    assert probes.tolist() == sorted(set(probes.tolist())) and len(probes) == 128
+    assert probes[64:].tolist() == list(range(936, 1000)) and int(probes[63]) < 936
+    assert not torch.equal(probes, uniform_probes(1000, 64, 64, 6))
+    assert uniform_probes(70, 64, 64, 0).tolist() == list(range(70))
+
+
+def test_rivals_reach_their_budget(subject: Subject) -> None:
+    batches = subject.batches("frames", 1, 100_000)
+    for name, make in rivals_at(0.5, subject, "frames").items():
+        record = subject.prefills(batches, lambda make=make: applied(subject.model, make(subject.tower)))
+        assert ratio_of(record) == pytest.approx(0.5, abs=0.01), name
+    made = rivals_at(0.5, subject, "mixed")
+    assert isinstance(made["AIM"](None), AIM) and isinstance(made["VisionZip"](None), VisionZip)
+    with pytest.raises(ValueError, match=r"FastV: budget .* is out of reach"):
+        rivals_at(0.064, subject, "mixed")["FastV"](None)
+    assert ratio_of(None) == 1.0 and FastV().keep == 0.5
+
+
+@pytest.mark.parametrize("target", [0.064, 0.3, 0.667, 0.95])
+@pytest.mark.parametrize("steep", [0.5, 1.0, 3.0])
+def test_match_ratio(target: float, steep: float) -> None:
+    asked: list[float] = []
+
+    def measure(tau: float) -> float:
+        asked.append(tau)
+        return tau ** (20 * steep)
+
+    tau, found = match_ratio(measure, target)
+    assert found == pytest.approx(target, abs=0.02) and measure(tau) == found
+    assert len(asked) <= 10
+
+
+# Statistics
+
+
+def test_bootstrap() -> None:
+    assert bootstrap([True] * 10) == (1.0, 1.0)
+    low, high = bootstrap([True] * 300 + [False] * 100)
+    assert (low, high) == pytest.approx((0.75 - 1.96 * 0.02165, 0.75 + 1.96 * 0.02165), abs=0.006)
+    first, second = [True] * 80 + [False] * 20, [True] * 70 + [False] * 30
+    low, high = bootstrap_difference(first, second)
+    assert low > 0 and high == pytest.approx(0.1 + 1.96 * 0.03, abs=0.011)
+    with pytest.raises(ValueError, match="expected the same pages, got 2 and 1"):
+        bootstrap_difference([True, True], [True])
+
+
+def test_verdict() -> None:
+    good, bad = [True] * 90 + [False] * 10, [True] * 40 + [False] * 60
+    assert verdict(good, bad).startswith("holds: the intervals do not overlap")
+    assert verdict(bad, good).startswith("does NOT hold")
+    assert verdict(good, good).startswith("not decided")
+    slightly = [True] * 84 + [False] * 16
+    assert verdict(good, slightly).startswith("holds page by page")
+    assert verdict(slightly, good).startswith("does NOT hold: the other way round page by page")
+
+
+def test_costs() -> None:
+    assert attention_flops(3, 2, 5) == 4 * 6 * 2 * 5 and attention_flops(3, 2, 5, probes=True) == 2 * 6 * 2 * 5
+    found = peak_bytes(lambda: torch.empty(1 << 20, dtype=torch.uint8).fill_(1), torch.device("cpu"))
+    assert 1 << 20 <= found < (1 << 20) + 4096
+
+
+# Tables and report
+
+
+def test_a_row(subject: Subject) -> None:
+    run = Runner(subject, pages=1, calibration=1, timed=1)
+    row = run.measure(dense(), "frames", timed=True)
+    assert (row["ratio"], row["pages"], len(row["right"])) == (1.0, 1, 1) and row["first_token_ms"] > 0
+    row = run.measure(ours(tau=0.9), "frames")
+    assert len(row["layers"]) == subject.layers
+    assert row["ratio"] == pytest.approx(sum(row["layers"]) / len(row["layers"]), abs=1e-3)
+    assert run.ratio(selecting("same", tau=0.9), "frames") == pytest.approx(run.ratio(ours(tau=0.9), "frames"))
+
+
+def made_line(table: str, pages_: int = 40) -> dict[str, Any]:
+    """A line of results with invented rows."""
+    labels = {label for pair in TABLES[table].claims for label in pair} or {"tau 0.9", "tau 1"}
+    rows: list[dict[str, Any]] = []
+    for number, label in enumerate(["dense", *sorted(labels)]):
+        right = [i % (number + 2) != 0 for i in range(pages_)]
+        row = {"label": label, "group": "30.0%", "task": "easy", "paper": "not at hand", "ratio": 0.3, "pages": pages_}
+        row |= {"parameters": {"method": "dense"} if label == "dense" else {"method": "zipvl", "tau": 0.9}}
+        row |= {"exact_match": sum(right) / pages_, "interval95": bootstrap(right), "layers": [0.1, 0.2]}
+        rows.append(row | {"right": "".join("01"[ok] for ok in right)})
+    if table == "E":
+        rows = [{"label": "dense", "tokens": 9, "ms": 2.0, "peak_bytes": 1024, "gflop": {"products": 1.0}}]
+    line = {"table": table, "pages": pages_, "weights_sha256": "", "device": {"name": "a machine"}, "notes": ["a note"]}
+    return (
+        line
+        | {"date": "2026-01-01", "probe_seed": 0, "dtype": "float32", "tau": 0.975, "rows": rows}
+        | {"calibration": {"pages": 8}}
+    )
+
+
+def test_report(tmp_path: Path) -> None:
+    digest = report.hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:16]
+    results = tmp_path / "paper.jsonl"
+    lines = [made_line(table) for table in TABLES] + [made_line("A", 20), made_line("A", 60)]
+    stale = made_line("C", 5000) | {"weights_sha256": "other"}
+    results.write_text(
+        "".join(json.dumps(x | {"weights_sha256": x["weights_sha256"] or digest}) + "\n" for x in [*lines, stale])
+    )
+    assert {name: line["pages"] for name, line in report.lines_of(digest, results).items()} == {
+        name: 60 if name == "A" else 40 for name in TABLES
+    }
+    written = report.render(tmp_path / "out", results)
+    page, text = written[0].read_text(), written[1].read_text()
+    assert page.count("<img") == text.count("![") == len(written) - 2 >= 5
+    assert page.count("src=") == page.count('src="data:image/png') and "<link" not in page
+    for table in TABLES.values():
+        assert table.title in text and f"## {table.title}" in text
+    assert "## Does the paper's order hold?" in text and "60 pages a setting" in text and "5,000" not in text
+    for path in written[2:]:
+        assert Image.open(path).size[0] > 300
+    results.write_text("")
+    assert "Not measured yet for these weights: A, B, C" in report.render(tmp_path / "none", results)[1].read_text()
+
+
+def test_terminal_table() -> None:
+    line = made_line("C")
+    for row in line["rows"]:
+        assert len(show.cells(line, row)) == len(show.header(line))
+    assert {claim for _, claim, _, _ in show.claims(TABLES["C"], line)} == {f"{a} > {b}" for a, b in TABLES["C"].claims}
+    assert show.rendered(TABLES["C"], line).renderables
+    words = show.setting_words({"method": "zipvl", "tau": 0.97512, "num_recent": 64, "seed": 0})
+    assert words == "tau 0.9751, num recent 64"
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.paper import __main__ as command
+
+    with pytest.raises(SystemExit, match=r"TABLE: expected A, B, C, D, .* got Z"):
+        command.main("A,Z")
+    added: list[dict[str, Any]] = []
+    table = SimpleNamespace(title="T", paper="P", claims=(), rows=lambda run: [run.measure(dense(), "frames")])
+    monkeypatch.setattr(command, "TABLES", {"A": table})
+    monkeypatch.setattr(command, "append", lambda name, line, device: added.append(line))
+    command.main(
+        "A", pages=1, device="cpu", batch=1, full=False, calibration=1, dtype="", tau=0.975, seed=0, folder=FOLDER
+    )
+    assert added[0]["rows"][0]["label"] == "dense" and added[0]["pages"] == 1
