@@ -8,7 +8,6 @@ constant is negative: a term that would be is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,21 @@ def measured() -> tuple[dict[str, Any], list[Row]]:
     return newest["shape"], [row for row in newest["rows"] if row["case"]["N"] <= FARTHEST]
 
 
-def work(shape: dict[str, Any], row: Row, share: float) -> list[float]:
-    """What the three constants are multiplied with."""
+def dense_work(shape: dict[str, Any], row: Row) -> list[float]:
+    """What the constants of dense attention are multiplied with: a call, its numbers, their pairs."""
     tokens = row["case"]["N"]
     numbers = 1e-9 * shape["B"] * shape["Hq"] * shape["D"] * tokens
-    return [1.0, numbers, numbers * tokens * share]
+    return [1.0, numbers, numbers * tokens]
+
+
+def zipvl_work(shape: dict[str, Any], row: Row) -> list[float]:
+    """The same of ZipVL's, whose pairs are of selected tokens, and whether their number was found by tau."""
+    call, numbers, pairs = dense_work(shape, row)
+    share = row["kept"] / row["case"]["N"]
+    return [call, numbers, pairs * share**2, float(row["case"]["ratio"] is None)]
+
+
+TERMS = {"Dense": ("", "PerToken", "PerPair"), "Zipvl": ("", "PerToken", "PerPair", "ByTau")}
 
 
 def fit(terms: list[list[float]], times: list[float]) -> list[float]:
@@ -51,13 +60,9 @@ def fit(terms: list[list[float]], times: list[float]) -> list[float]:
 def constants() -> dict[str, tuple[list[float], float]]:
     """For ``Dense`` and ``Zipvl``: the constants and the largest relative error."""
     shape, rows = measured()
-    kinds: dict[str, Callable[[Row], float]] = {
-        "Dense": lambda row: 1.0,
-        "Zipvl": lambda row: (row["kept"] / row["case"]["N"]) ** 2,
-    }
     result = {}
-    for kind, share in kinds.items():
-        terms = [work(shape, row, share(row)) for row in rows]
+    for kind, work in (("Dense", dense_work), ("Zipvl", zipvl_work)):
+        terms = [work(shape, row) for row in rows]
         times = [row["graph"][kind.lower()]["us"] for row in rows]
         fitted = fit(terms, times)
         error = max(abs(float(np.dot(t, fitted)) / us - 1) for t, us in zip(terms, times, strict=True))
@@ -68,9 +73,7 @@ def constants() -> dict[str, tuple[list[float], float]]:
 def main() -> None:
     """Prints the constants as layer_cost.cpp has them."""
     for kind, (values, error) in constants().items():
-        names = ", ".join(
-            f"k{kind}{term} = {value:.4g}" for term, value in zip(("", "PerToken", "PerPair"), values, strict=True)
-        )
+        names = ", ".join(f"k{kind}{term} = {value:.4g}" for term, value in zip(TERMS[kind], values, strict=True))
         print(f"constexpr double {names};  // largest error {100 * error:.0f}%")
 
 

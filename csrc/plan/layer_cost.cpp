@@ -8,6 +8,7 @@ namespace {
 // us on an NVIDIA H200, bfloat16: of a call, of each 1e9 numbers of q, and of each 1e9 of those times the tokens.
 // `python -m benchmarks.layer_cost` fits them to benchmarks/results/layer.jsonl.
 constexpr double kDense = 5.344, kDensePerToken = 2768, kDensePerPair = 3.338;
+constexpr double kZipvlByTau = 0;
 constexpr double kZipvl = 37.47, kZipvlPerToken = 1789, kZipvlPerPair = 3.196;
 
 constexpr std::int64_t kGranule = 64, kMostTokens = std::int64_t{1} << 17;  // lengths that are asked about
@@ -21,7 +22,8 @@ LayerCost plan_layer_cost(const LayerCostProblem& problem) {
   const double seen = problem.share * (problem.all_queries ? 1.0 : problem.share);
   LayerCost cost{};
   cost.dense_us = kDense + kDensePerToken * per_token + kDensePerPair * pairs;
-  cost.zipvl_us = kZipvl + kZipvlPerToken * per_token + kZipvlPerPair * pairs * seen;
+  cost.zipvl_us =
+      (problem.by_tau ? kZipvlByTau : 0.0) + kZipvl + kZipvlPerToken * per_token + kZipvlPerPair * pairs * seen;
   return cost;
 }
 
@@ -29,7 +31,7 @@ std::int64_t plan_dense_below(const DenseBelowProblem& problem) {
   const bool known = problem.share > 0.0;
   const auto pays = [&](std::int64_t tokens) {
     const LayerCost cost = plan_layer_cost(
-        {1, problem.query_heads, tokens, problem.head_dim, known ? problem.share : 1.0, problem.all_queries});
+        {1, problem.query_heads, tokens, problem.head_dim, known ? problem.share : 1.0, !known, problem.all_queries});
     return cost.zipvl_us <= (known ? cost.dense_us : kMostFactor * cost.dense_us + kMostExtraUs);
   };
   if (!pays(kMostTokens)) {

@@ -10,6 +10,7 @@ namespace zipvl::plan {
 struct LayerCostProblem {
   std::int64_t batch, query_heads, tokens, head_dim;
   double share;  // of the tokens that are selected, in [0, 1]; 1 is the worst case
+  bool by_tau;   // how many are selected is found by tau, which takes longer than a ratio
   bool all_queries;
 };
 

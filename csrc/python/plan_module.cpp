@@ -220,13 +220,13 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "layer_cost",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t tokens, std::int64_t head_dim, double share,
-         bool all_queries) {
+         bool by_tau, bool all_queries) {
         check_sizes(batch, query_heads, query_heads, tokens, head_dim, 1);
         check_share(share, /*least=*/0.0);
-        return plan_layer_cost({batch, query_heads, tokens, head_dim, share, all_queries});
+        return plan_layer_cost({batch, query_heads, tokens, head_dim, share, by_tau, all_queries});
       },
       py::kw_only(), py::arg("batch") = 1, py::arg("query_heads"), py::arg("tokens"), py::arg("head_dim"),
-      py::arg("share") = 1.0, py::arg("all_queries") = false);
+      py::arg("share") = 1.0, py::arg("by_tau") = false, py::arg("all_queries") = false);
   m.def(
       "dense_below",
       [](std::int64_t query_heads, std::int64_t head_dim, std::optional<double> ratio, bool all_queries) {
