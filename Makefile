@@ -51,7 +51,7 @@ $(VENV)/build.stamp: $(VENV)/packages.stamp $(BUILD_INPUTS)
 	touch $@
 
 demo: $(VENV)/build.stamp
-	$(BIN)/zipvl run --image models/tiny-llava-next/pages/demo.png --question JT --tau 0.99
+	$(BIN)/zipvl run --image models/tiny-llava-next/pages/demo.png --question EC
 
 test: $(VENV)/build.stamp
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)

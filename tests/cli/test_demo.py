@@ -15,10 +15,10 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
 def test_the_demo_answers_right_from_less_than_the_full_cache() -> None:
     page = json.loads((MODEL / "pages" / "demo.json").read_text())
     arguments = ["run", "--image", str(MODEL / "pages" / "demo.png"), "--question", page["question"]]
-    done = CliRunner().invoke(app, [*arguments, "--model", str(MODEL), "--tau", "0.99", "--json"])
+    done = CliRunner().invoke(app, [*arguments, "--model", str(MODEL), "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert said["prompt_tokens"] > 2900
+    assert said["prompt_tokens"] > 2600
     assert said["dense"]["answer"] == said["zipvl"]["answer"] == page["answer"]
     assert said["zipvl"]["active"] and 0.2 < said["zipvl"]["mean_ratio"] < 0.6
     assert said["zipvl"]["final_cache_bytes"] < 0.6 * said["dense"]["final_cache_bytes"]
