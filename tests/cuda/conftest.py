@@ -43,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return  # a worker of pytest-xdist: the process that started it counts the tests of all workers
     outcomes = session.config.pluginmanager.get_plugin("zipvl-gpu-outcomes")
     if torch.cuda.is_available() and outcomes is not None and sum(outcomes.counts.values()):
         _record.append("gpu_tests", {"tests": outcomes.counts}, device="cuda")
