@@ -87,7 +87,7 @@ def select_tokens(
     Returns:
         ``index`` int32 ``[B, N]``, the selected positions ascending in the first ``count[b]`` places and ``N`` in the
         rest, and ``count`` int32 ``[B]``. A row with a score that is not finite, or whose scores sum to 0, selects
-        every real token.
+        every real token; under ``tau`` also one whose budget scores sum to less.
     """
     return torch.ops.zipvl.select_tokens(
         budget_score,

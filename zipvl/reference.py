@@ -179,7 +179,8 @@ def select_tokens(
     (every real token for ``tau = 1``), or ``ceil(ratio * real tokens)``. ``T`` is the real tokens of ``keep_mask``, and
     then real tokens by descending rank score, ties to the lower position, until it has
     ``max(p, |keep|, min_tokens)`` tokens, or all real ones. ``T`` is every real token where a score of a real token is
-    not finite, or where the budget or the rank scores of the row's real tokens sum to 0.
+    not finite, where the budget or the rank scores of the row's real tokens sum to 0, and, unless ``ratio`` is given,
+    where the budget scores sum to less: a share of that is no bound.
 
     Args:
         budget_score: ``[B, N]`` floating (``accumulated`` in the paper); decides ``p``. Summed in float64.
@@ -224,7 +225,7 @@ def _num_important(budget: Tensor, tau: float, ratio: float | None) -> int:
     """``p`` of one row; ``budget`` ``[real tokens]`` float64 with a sum that is not 0."""
     if ratio is not None:
         return math.ceil(ratio * len(budget))
-    if tau == 1.0:
+    if tau == 1.0 or float(budget.sum()) < 0.0:
         return len(budget)
     mass = budget.sort(descending=True).values.cumsum(dim=0)
     return int((mass < tau * mass[-1]).sum()) + 1

@@ -12,7 +12,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Counts of tokens are float64 here: exact, and what `plus` takes.
 constexpr ScalarType kCount = ScalarType::Double;
 
-// p [B, 1]: the fewest real tokens whose largest scores reach tau of the row's sum.
+// p [B, 1]: the fewest real tokens whose largest scores reach tau of the row's sum; all where that is negative, since a
+// share of it is no bound.
 Tensor budget_by_mass(const Tensor& score, const Tensor& real_count, double tau) {
   if (tau >= 1.0) {
     return real_count;
@@ -20,7 +21,8 @@ Tensor budget_by_mass(const Tensor& score, const Tensor& real_count, double tau)
   const Tensor mass = cumsum(std::get<0>(sort(score, 1, /*descending=*/true)), 1, ScalarType::Double);
   const Tensor total = slice(mass, 1, mass.size(1) - 1, 1);
   const Tensor short_of = less(mass, multiply(total, scalar(tau, ScalarType::Double)));
-  return minimum(plus(sum(short_of, 1, true, kCount), scalar(1.0, kCount)), real_count);
+  const Tensor p = minimum(plus(sum(short_of, 1, true, kCount), scalar(1.0, kCount)), real_count);
+  return where(less(total, scalar(0.0, ScalarType::Double)), real_count, p);
 }
 
 Tensor budget_by_ratio(const Tensor& real_count, double ratio) {

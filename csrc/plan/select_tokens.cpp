@@ -7,22 +7,38 @@
 namespace zipvl::plan {
 namespace {
 
-// A block holds both scores of its tokens in shared memory, 8 bytes a token, beside its histogram and records.
-constexpr std::int64_t kTokenBytes = 8;
-constexpr std::int64_t kBlockBytes = 18 * 1024;
-// Measured on an H200, tau 0.975, us (one block / cluster of 4 / of 8 / grid of 32):
-//   4,096 tokens 18.1 / 20.9 / 24.6 / 36.5;   8,192: 25.8 / 21.3 / 24.7 / 36.9;   16,384: 41.0 / 25.7 / 25.6 / 37.9;
-//   32,768: - / 34.6 / 30.1 / 37.3;   65,536: - / 51.5 / 38.7 / 37.5;   131,072: - / - / 55.4 / 41.8
-constexpr std::int64_t kMostBlockTokens = 4096;
+// A block's tokens, of which each of its threads holds 8, 16 or 32 in registers.
+constexpr std::int64_t kShares[] = {4096, 8192, 16384};
+constexpr std::int64_t kLargestShare = 16384;
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;  // whose keys' low bits the 40 bits of a merged bin hold
+// Beside the copies of the budget's histogram.
+constexpr std::int64_t kBlockBytes = 16 * 1024;
+// Measured on an H200, tau 0.975, us (one block / cluster of 4 / of 8 / grid of 8 / of 32):
+//   4,096 tokens 6.9 / 10.8 / 10.9 / 15.3 / -;   8,192: 9.9 / 10.9 / 10.9 / 16.3 / -;
+//   16,384: 15.8 / 10.7 / 10.8 / 15.9 / -;       32,768: - / 14.2 / 11.5 / 16.6 / 18.0;
+//   65,536: - / 21.2 / 14.8 / 19.9 / 18.8;       131,072: - / - / 22.6 / 28.5 / 20.3
+constexpr std::int64_t kMostBlockTokens = 8192;
 constexpr std::int64_t kSmallCluster = 4, kMostSmallClusterTokens = 16384;
-constexpr std::int64_t kLargeCluster = 8, kMostClusterTokens = 49152;
-// 1,048,576 tokens: 64 blocks 86.5 us, 132 blocks 136.7. Every meeting costs more with every block.
-constexpr std::int64_t kGridBlocks = 32, kGridBlockTokens = 16384;
+constexpr std::int64_t kMostClusterTokens = 65536;
+// 131,072 tokens: 64 blocks 23.9 us, 132 39.7. Every meeting costs more with every block.
+constexpr std::int64_t kGridBlocks = 32;
+// Where there are no clusters.
+constexpr std::int64_t kMostLoneTokens = 16384;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// What each of `blocks` blocks takes; 0 where it is too much.
 std::int64_t share(std::int64_t tokens, std::int64_t blocks) {
-  return ceil_div(ceil_div(tokens, blocks), kSelectGranule) * kSelectGranule;
+  for (const std::int64_t size : kShares) {
+    if (size * blocks >= tokens) {
+      return size;
+    }
+  }
+  return 0;
+}
+
+std::int64_t block_bytes(std::int64_t tokens_per_block) {
+  return kBlockBytes + tokens_per_block / kSelectTokensPerCopy * kSelectMassBinsBytes;
 }
 
 }  // namespace
@@ -30,23 +46,29 @@ std::int64_t share(std::int64_t tokens, std::int64_t blocks) {
 SelectTokensPlan plan_select_tokens(const SelectTokensProblem& problem) {
   SelectTokensPlan plan{};
   plan.row_groups = problem.batch;
-  if (problem.tokens <= kMostBlockTokens) {
+  std::int64_t largest = 0;  // share that fits
+  for (const std::int64_t size : kShares) {
+    largest = block_bytes(size) <= problem.shared_bytes ? size : largest;
+  }
+  if (largest == 0 || problem.tokens > kMostTokens) {
+    return {SelectTeam::kNone, 0, 0, 0, 0, 0};
+  }
+  const bool clusters = problem.clusters && problem.tokens <= kMostClusterTokens;
+  if (problem.tokens <= (clusters ? kMostBlockTokens : std::min(kMostLoneTokens, largest))) {
     plan.team = SelectTeam::kBlock;
     plan.blocks_per_row = 1;
-  } else if (problem.clusters && problem.tokens <= kMostClusterTokens) {
+  } else if (clusters) {
     plan.team = SelectTeam::kCluster;
-    plan.blocks_per_row = problem.tokens <= kMostSmallClusterTokens ? kSmallCluster : kLargeCluster;
+    plan.blocks_per_row = problem.tokens <= kMostSmallClusterTokens ? kSmallCluster : kSelectMostClusterBlocks;
   } else {
-    const std::int64_t fit = (problem.shared_bytes - kBlockBytes) / kTokenBytes / kSelectGranule * kSelectGranule;
-    const std::int64_t most = std::min(kGridBlockTokens, std::max(fit, kSelectGranule));
     plan.team = SelectTeam::kGrid;
-    const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(problem.tokens, kSelectGranule), 2, kGridBlocks);
-    plan.blocks_per_row = std::min(std::max(wanted, ceil_div(problem.tokens, most)), problem.multiprocessors);
-    if (plan.blocks_per_row < 2 || share(problem.tokens, plan.blocks_per_row) > fit) {
+    const std::int64_t wanted = std::min({ceil_div(problem.tokens, kShares[0]), kGridBlocks, problem.multiprocessors});
+    plan.blocks_per_row = std::max({std::int64_t{2}, wanted, ceil_div(problem.tokens, largest)});
+    if (plan.blocks_per_row > problem.multiprocessors) {
       return {SelectTeam::kNone, 0, 0, 0, 0, 0};
     }
     plan.row_groups = std::max<std::int64_t>(1, std::min(problem.batch, problem.multiprocessors / plan.blocks_per_row));
-    plan.row_workspace_bytes = kSelectMeetingBytes + kSelectLevels * kSelectBins * 8 +
+    plan.row_workspace_bytes = kSelectMeetingBytes + kSelectMerged * kSelectMergedBytes + 2 * kSelectListBytes +
                                kSelectGathers * plan.blocks_per_row * kSelectRecordBytes;
     plan.workspace_bytes = problem.batch * plan.row_workspace_bytes;
   }

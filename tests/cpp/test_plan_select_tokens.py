@@ -11,8 +11,8 @@ from zipvl import _plan
 H100 = {"multiprocessors": 132, "shared_bytes": 227 * 1024, "clusters": True}
 A100 = {"multiprocessors": 108, "shared_bytes": 163 * 1024, "clusters": False}
 L40 = {"multiprocessors": 142, "shared_bytes": 99 * 1024, "clusters": False}
-BLOCK_BYTES = 16_384 + 256 + 64 + 16  # histogram, records, sums, result
-INBOX_BYTES = 2 * 256 * 16  # of a block of a cluster, for each of its blocks
+BLOCK_BYTES = 16 * 1024  # histogram of ranks, lists, sums, result
+CLUSTER_BYTES = 3 * 2048 * 12 + 2 * 8 * 1024 * 4 + 1024  # histograms, lists, records
 
 
 @given(
@@ -24,17 +24,17 @@ INBOX_BYTES = 2 * 256 * 16  # of a block of a cluster, for each of its blocks
 def test_blocks_cover_the_row_and_fit(batch: int, tokens: int, multiprocessors: int, device: dict[str, int]) -> None:
     plan = _plan.plan_select_tokens(**{**device, "batch": batch, "tokens": tokens, "multiprocessors": multiprocessors})
     if plan.team == _plan.SelectTeam.NONE:
-        assert tokens > 8192 * multiprocessors or multiprocessors < 2
+        assert tokens > min(2**20, 16384 * multiprocessors) or multiprocessors < 2
         return
-    assert plan.tokens_per_block % 2048 == 0
+    assert plan.tokens_per_block in (4096, 8192, 16384)
     assert plan.blocks_per_row * plan.tokens_per_block >= tokens
-    inboxes = plan.blocks_per_row * INBOX_BYTES if plan.team == _plan.SelectTeam.CLUSTER else 0
-    assert 8 * plan.tokens_per_block + BLOCK_BYTES + inboxes <= device["shared_bytes"]
+    exchange = CLUSTER_BYTES if plan.team == _plan.SelectTeam.CLUSTER else 0
+    assert plan.tokens_per_block // 4096 * 16384 + BLOCK_BYTES + exchange <= device["shared_bytes"]
     if plan.team == _plan.SelectTeam.CLUSTER:
         assert device["clusters"] and plan.blocks_per_row <= 8, "the most that every sm_90 device takes"
     if plan.team == _plan.SelectTeam.GRID:
         assert plan.row_groups >= 1 and plan.row_groups * plan.blocks_per_row <= multiprocessors, "all blocks resident"
-        assert plan.workspace_bytes == batch * (128 + 8 * 512 * 8 + 4 * 16 * plan.blocks_per_row)
+        assert plan.workspace_bytes == batch * (128 + 3 * 2048 * 12 + 2 * 1024 * 4 + 2 * 16 * plan.blocks_per_row)
     else:
         assert plan.workspace_bytes == 0
 

@@ -124,6 +124,20 @@ def test_scores_that_sum_to_zero_select_every_real_token(limit: dict[str, float]
     assert count[0] == mask[0].sum() and count[1] < mask[1].sum()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.9])
+def test_negative_budget_scores(share: float) -> None:
+    """A sum above 0 is a total like any other; a share of a negative one is no bound: every real token is selected."""
+    budget, rank = integers(3, 200, 1000)
+    budget[torch.rand(3, 200) < share] *= -1
+    mask = make_mask("inner", 3, 200)
+    assert mask is not None
+    sums = torch.where(mask, budget, torch.zeros(())).sum(dim=1)
+    _, count = check(budget, rank, tau=0.5, token_mask=mask)
+    assert torch.equal(count == mask.sum(dim=1), sums < 0)
+    _, count = check(budget, rank, ratio=0.25, token_mask=mask)
+    assert bool((count < mask.sum(dim=1)).all()), "a ratio needs no total"
+
+
 def test_one_row_of_tiny_scores() -> None:
     """Scores of long prompts are small; the smallest normal float is still a score."""
     tiny = torch.finfo(torch.float32).tiny

@@ -18,7 +18,7 @@ from tests.cuda.test_ops import cuda, no_host_sync, poison_free_memory
 from zipvl import ops
 
 # Where the plan changes from one block to a cluster to a grid, where blocks fill up, and the longest prompt.
-EDGES = (2047, 2048, 2049, 4095, 4096, 4097, 8193, 16384, 16385, 32768, 49152, 49153, 65537, 131073, 524289, 2**20)
+EDGES = (2049, 4095, 4096, 4097, 8192, 8193, 16384, 16385, 32768, 65536, 65537, 131072, 131073, 524289, 2**20)
 
 
 @pytest.fixture(params=["device's own", "sm80"])
@@ -152,6 +152,17 @@ def test_scores_that_sum_to_zero_select_every_real_token(N: int, family: str) ->
             check(*scores, **limit, token_mask=mask)
 
 
+@pytest.mark.parametrize("N", [64, 6000, 70_000])
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.9])
+def test_negative_budget_scores(N: int, share: float, family: str) -> None:
+    budget, rank = integers(3, N, 1000)
+    budget[torch.rand(3, N) < share] *= -1
+    mask = make_mask("inner", 3, N)
+    check(budget, rank, tau=0.5, token_mask=mask)
+    check(budget, rank, tau=0.999)
+    check(budget, rank, ratio=0.25, token_mask=mask)
+
+
 def test_magnitudes() -> None:
     """Sums are exact over the whole range of float32 as long as the scores are multiples of one power of two."""
     budget, rank = integers(2, 3000, 1000)
@@ -159,12 +170,22 @@ def test_magnitudes() -> None:
         check(budget * scale, rank * scale, tau=0.8125)
 
 
+@pytest.mark.parametrize("N", [3000, 12_000, 60_000, 300_000])
+def test_candidates_of_every_number(N: int, family: str) -> None:
+    """Scores that lie so close that a descent goes one, two or all levels down, over lists and over all tokens."""
+    for bits in (23, 20, 14, 9, 3):
+        steps = [torch.randint(0, 2**bits, (1, N)).float() * 2.0**-23 for _ in range(2)]
+        scores = 1 + steps[0], 1 + steps[1]
+        check(*scores, tau=0.625)
+        check(scores[0], scores[1] - 1.5, ratio=0.3)  # ranks of either sign
+
+
 @pytest.mark.parametrize("N", [100, 4096, 40_000, 300_000])
 def test_real_scores_flip_only_within_rounding(N: int, family: str) -> None:
     scores = torch.softmax(4 * torch.randn(2, N), dim=1), torch.softmax(4 * torch.randn(2, N), dim=1)
     exact = scores[0].double(), scores[1].double()
-    # The kernel's sums are closer than float32's: half of 2**-61 * N of the largest score, each.
-    rounding = 2.0**-62 * N * float(exact[0].max())
+    # The kernel rounds the sum of each of its bins, to less than 2**-61 * N of the largest score.
+    rounding = 2040 * 2.0**-61 * N * float(exact[0].max())
     for tau in (0.3, 0.9, 0.975, 0.999):
         index, count = (t.cpu() for t in ops.select_tokens(*cuda(*scores), tau=tau))
         assert_selection_within_rounding(index, count, exact, (rounding + 2.0**-50 / N, 0.0), tau=tau)

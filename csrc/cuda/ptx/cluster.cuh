@@ -31,12 +31,28 @@ __device__ __forceinline__ std::uint32_t shared_address_in(const void* pointer, 
   return address;
 }
 
-// 16 bytes into the shared memory of a block of the cluster; they complete on that block's `barrier`. Addresses from
-// shared_address_in.
+// 4 bytes, or 16, into the shared memory of a block of the cluster; they complete on that block's `barrier`. Addresses
+// from shared_address_in.
+__device__ __forceinline__ void store_async(std::uint32_t target, std::uint32_t value, std::uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(target), "r"(value),
+               "r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_async(std::uint32_t target, const uint4& value, std::uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+      : "memory");
+}
+
+// `bytes` (a multiple of 16) of this block's shared memory into that of a block of the cluster, both aligned to 16
+// bytes; they complete on that block's `barrier`. Ordinary stores into `source` come before by fence_async_shared.
+__device__ __forceinline__ void bulk_copy_to_block(std::uint32_t target, const void* source, std::uint32_t bytes,
+                                                   std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "r"(shared_address(source)), "r"(bytes), "r"(barrier)
       : "memory");
 }
 

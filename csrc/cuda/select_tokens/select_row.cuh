@@ -1,243 +1,148 @@
-// Token selection of one row by a team of blocks, each with its share of the row in shared memory.
+// Token selection of one row by a team of blocks, each with its share of the row in registers.
 //
-// No sort. Both questions are the same descent over the bits of the scores, most significant first, in four levels: a
-// histogram of the candidates' next bits, a scan from the highest bin down, and the bin where the running sum reaches
-// what is needed holds the next candidates. For the budget a bin sums mass, for the rank it counts tokens. What is left
-// is one value. Mass is an integer, in units of 2**-62 of a bound of the row's sum, so that the order in which threads
-// add cannot matter: sums are exact where every score is a multiple of the unit, which is the largest score times at
-// most tokens * 2**-61, and otherwise off by half a unit a score.
+// No sort. Both questions are the same descent over the bits of the scores, most significant first: a histogram of the
+// candidates' next 11 bits, a scan from the highest bin down, and the bin where the running sum reaches what is needed
+// holds the next candidates. For the budget a bin sums mass, for the rank it counts tokens; the first histograms of
+// both are made at once. As soon as candidates are few they are listed, and compared each with each.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/select_tokens/descent.cuh"
+#include "cuda/select_tokens/budget.cuh"
+#include "cuda/select_tokens/emit.cuh"
 
 namespace zipvl::cuda::select {
 
-// Rank keys: the scores in their order, with two values that no finite score has.
-constexpr std::uint32_t kNotReal = 0, kNotFinite = 1, kKept = 0xFFFFFFFFU;
-constexpr std::uint32_t kInfinityBits = 0x7F800000U;  // finite absolute values are below
-
-struct Totals {                                // of a row, or part of it
-  std::uint32_t largest_budget, largest_rank;  // bits of the largest absolute value
-  std::uint32_t real;                          // tokens, and kNegative where a score is negative
-  int kept;
-};
-constexpr std::uint32_t kNegative = 0x80000000U;
-
-struct Sums {
-  double budget, rank;
+// What a row is like, and where a thread's four rank bins stand in it.
+struct Survey {
+  int top;  // the highest bin of the budget that has a token; -1: none
+  int real, kept;
+  bool usable;         // every score is finite, and neither the budget's nor the ranks' are all 0
+  bool some_negative;  // usable, but a sum may be 0 or less
+  int ranks_before;    // tokens in the bins above this thread's
+  int positive;        // tokens in all bins but bin 0, which none is counted into
 };
 
-struct Tally {  // tokens above and at a cut
-  int above, equal;
-  int unused[2];
-};
-
-__device__ inline Totals load(const SelectTokensParams& params, std::int64_t b, const Part& part) {
-  const float* budget_score = params.budget_score + b * params.budget_stride[0];
-  const float* rank_score = params.rank_score + b * params.rank_stride[0];
-  const bool* token_mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
-  const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];
-  const int keep_from = params.keep_from == nullptr ? params.tokens : params.keep_from[b];
-  Totals totals{};
-  std::uint32_t signs = 0;
-  part.each_batch([&](int i) {
-    float budget[kBatch], rank[kBatch];
-    bool real[kBatch], kept[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int n = min(part.first + i + 32 * j, params.tokens - 1);  // memory that is there: no load waits for another
-      budget[j] = budget_score[n * params.budget_stride[1]];
-      rank[j] = rank_score[n * params.rank_stride[1]];
-      real[j] = token_mask == nullptr || token_mask[n * params.mask_stride[1]];
-      kept[j] = n >= keep_from || (keep_mask != nullptr && keep_mask[n * params.keep_stride[1]]);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int place = i + 32 * j;
-      real[j] = real[j] && part.first + place < params.tokens;
-      kept[j] = kept[j] && real[j];
-      const std::uint32_t budget_bits = real[j] ? __float_as_uint(budget[j] + 0.0F) : 0;  // -0 is 0
-      const std::uint32_t rank_bits = real[j] ? __float_as_uint(rank[j] + 0.0F) : 0;
-      const std::uint32_t budget_size = budget_bits & ~kNegative, rank_size = rank_bits & ~kNegative;
-      totals.largest_budget = max(totals.largest_budget, budget_size);
-      totals.largest_rank = max(totals.largest_rank, rank_size);
-      totals.real += real[j] ? 1 : 0;
-      totals.kept += kept[j] ? 1 : 0;
-      signs |= budget_bits | rank_bits;
-      part.budget[place] = __uint_as_float(budget_bits);
-      const std::uint32_t key = kept[j] ? kKept : rank_size < kInfinityBits ? ordered(rank_bits) : kNotFinite;
-      part.rank[place] = real[j] ? key : kNotReal;
-    }
-  });
-  totals.real |= signs & kNegative;
-  return totals;
-}
-
-template <typename Team>
-__device__ Totals team_totals(Team& team, const Totals& mine, Shared& shared) {
-  const Totals of_warp{
-      __reduce_max_sync(kAllLanes, mine.largest_budget), __reduce_max_sync(kAllLanes, mine.largest_rank),
-      __reduce_add_sync(kAllLanes, mine.real & ~kNegative) | __reduce_or_sync(kAllLanes, mine.real & kNegative),
-      __reduce_add_sync(kAllLanes, mine.kept)};
-  Totals sum{};
-  const auto add = [&sum](const Totals& other) {
-    const std::uint32_t real = (sum.real & ~kNegative) + (other.real & ~kNegative);
-    sum = {max(sum.largest_budget, other.largest_budget), max(sum.largest_rank, other.largest_rank),
-           real | ((sum.real | other.real) & kNegative), sum.kept + other.kept};
-  };
-  gather_warps(of_warp, kWarps, shared, add);
-  const Totals of_block = sum;
-  sum = {};
-  team.gather(0, of_block, team.size(), add);
-  return sum;
-}
-
-// Whether the budget and rank scores of the row sum to 0 although some are negative: rare, so it has a pass of its own.
-template <typename Team>
-__device__ Sums signed_sums(Team& team, const SelectTokensParams& params, std::int64_t b, const Part& part,
-                            Shared& shared) {
-  Sums mine{};
-  part.each([&](int i) {
-    if (part.rank[i] != kNotReal) {
-      mine.budget += part.budget[i];
-      mine.rank += params.rank_score[b * params.rank_stride[0] + (part.first + i) * params.rank_stride[1]];
-    }
-  });
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    mine.budget += __shfl_xor_sync(kAllLanes, mine.budget, mask);
-    mine.rank += __shfl_xor_sync(kAllLanes, mine.rank, mask);
-  }
-  Sums sum{};
-  const auto add = [&sum](const Sums& other) { sum = {sum.budget + other.budget, sum.rank + other.rank}; };
-  gather_warps(mine, kWarps, shared, add);
-  const Sums of_block = sum;
-  sum = {};
-  team.gather(1, of_block, team.size(), add);
-  return sum;
-}
-
-// Fixed point for the row's budget scores: |score| * scale < 2**62 / tokens.
-__device__ inline double fixed_point_scale(std::uint32_t largest, int tokens) {
-  const int bound = static_cast<int>(largest >> 23) - 126;  // largest < 2**bound
-  const int shift = 62 - bound - (32 - __clz(tokens - 1));
-  return __hiloint2double((shift + 1023) << 20, 0);
-}
-
-// p: the fewest real tokens whose largest budget scores sum to tau of the total, which is positive.
-template <typename Team>
-__device__ int budget_by_mass(Team& team, const Part& part, const Totals& totals, const SelectTokensParams& params,
-                              Shared& shared) {
-  const double scale = fixed_point_scale(totals.largest_budget, params.tokens);
-  const auto mass = [&](int i) { return __double2ll_rn(part.budget[i] * scale); };
-  const auto need_of = [&](std::int64_t total) {
-    const std::int64_t share = __double2ll_ru(__ll2double_rn(total) * params.tau);
-    return max(std::int64_t{1}, min(total, share));
-  };
-  const Cut cut =
-      descend(team, 0, part, shared, [&](int i) { return ordered(__float_as_uint(part.budget[i])); }, mass, need_of);
-  int above = 0;
-  part.each([&](int i) { above += ordered(__float_as_uint(part.budget[i])) > cut.key ? 1 : 0; });
-  above = __reduce_add_sync(kAllLanes, above);
-  int sum = 0;
-  const auto add = [&sum](const Tally& other) { sum += other.above; };
-  gather_warps(Tally{above, 0, {}}, kWarps, shared, add);
-  const Tally of_block{sum, 0, {}};
-  sum = 0;
-  team.gather(2, of_block, team.size(), add);
-  const std::uint32_t bits = cut.key ^ ((cut.key >> 31) != 0 ? 0x80000000U : 0xFFFFFFFFU);
-  const std::int64_t value = __double2ll_rn(__uint_as_float(bits) * scale);
-  return sum + static_cast<int>((cut.need - cut.above + value - 1) / value);
-}
-
-// Writes the row of index: tokens above the cut, and the first `ties` at it.
-template <typename Team>
-__device__ void emit(Team& team, std::int64_t b, const Part& part, std::uint32_t cut, int ties, int count,
-                     const SelectTokensParams& params, Shared& shared) {
+// Takes the counters out of the rank bins.
+__device__ inline Survey survey(Four& four, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const unsigned lower_lanes = (1U << lane) - 1U;
-  Tally mine{};
-  part.each([&](int i) {
-    const std::uint32_t key = part.rank[i];
-    mine.above += key > cut ? 1 : 0;
-    mine.equal += key == cut ? 1 : 0;
-  });
-  const Tally of_warp{__reduce_add_sync(kAllLanes, mine.above), __reduce_add_sync(kAllLanes, mine.equal), {}};
-  Tally sum{}, before{};
-  int w = 0;
-  const auto add = [&sum](const Tally& other) {
-    sum.above += other.above;
-    sum.equal += other.equal;
-  };
-  gather_warps(of_warp, kWarps, shared, [&](const Tally& other) {
-    if (w++ == warp) {
-      before = sum;
+  if (threadIdx.x < 2) {  // bins 2,044 to 2,047, and 2,040 to 2,043
+#pragma unroll
+    for (int i = 0; i < kBinsEach; ++i) {
+      shared.counters[4 - 4 * threadIdx.x + i] = four.rank[i];
+      four.rank[i] = threadIdx.x == 0 && i == kBinsEach - 1 ? four.rank[i] : 0;
     }
-    add(other);
-  });
-  const Tally of_block = sum;
-  sum = {};
-  team.gather(3, of_block, team.rank(), add);
-  int above_before = before.above + sum.above, equal_before = before.equal + sum.equal;
-  std::int32_t* index = params.index + b * params.tokens;
-  part.each([&](int i) {
-    const std::uint32_t key = part.rank[i];
-    const unsigned above = __ballot_sync(kAllLanes, key > cut), equal = __ballot_sync(kAllLanes, key == cut);
-    const int equal_here = equal_before + __popc(equal & lower_lanes);
-    if (key > cut || (key == cut && equal_here < ties)) {
-      index[above_before + __popc(above & lower_lanes) + min(equal_here, ties)] = part.first + i;
-    }
-    if (part.first + i >= count && part.first + i < params.tokens) {
-      index[part.first + i] = params.tokens;
-    }
-    above_before += __popc(above);
-    equal_before += __popc(equal);
-  });
-  if (team.rank() == 0 && threadIdx.x == 0) {
-    params.count[b] = count;
   }
+  Survey row{};
+  row.top = -1;
+  std::uint32_t ranks = 0;
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) {
+    row.top = four.count[i] != 0 ? group_of_thread() * kBinsEach + i : row.top;
+    ranks += four.rank[i];
+  }
+  std::uint32_t through = ranks;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const std::uint32_t lower = __shfl_up_sync(kAllLanes, through, delta);
+    through += lane >= delta ? lower : 0;
+  }
+  row.top = __reduce_max_sync(kAllLanes, row.top);
+  if (lane == 31) {
+    shared.rank_sums[warp] = through;
+    shared.top[warp] = row.top;
+  }
+  __syncthreads();
+  row.top = __reduce_max_sync(kAllLanes, shared.top[lane % kWarps]);
+  const std::uint32_t of_warp = lane < kWarps ? shared.rank_sums[lane] : 0;
+  row.positive = static_cast<int>(__reduce_add_sync(kAllLanes, of_warp));
+  row.ranks_before = static_cast<int>(through - ranks + __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0));
+  const auto counted = [&shared](int bin) { return static_cast<int>(shared.counters[bin - kNotFiniteBin]); };
+  row.real = counted(kRealBin);
+  row.kept = counted(kKeptBin);
+  row.usable = counted(kNotFiniteBin) == 0 && counted(kBudgetBin) != 0 && counted(kRankBin) != 0;
+  row.some_negative = row.usable && counted(kNegativeBin) != 0;
+  return row;
+}
+
+// The bin in which the ranks from the highest down reach `target` tokens, fewer than are real.
+__device__ inline Cut rank_cut(Four& four, const Survey& row, int target, Shared& shared) {
+  if (threadIdx.x == kThreads - 1) {
+    four.rank[0] = row.real - row.positive;
+  }
+  int before = row.ranks_before;
+  if (before < target &&
+      target <= before + static_cast<int>(four.rank[0] + four.rank[1] + four.rank[2] + four.rank[3])) {
+#pragma unroll
+    for (int i = kBinsEach - 1; i >= 0; --i) {
+      const int through = before + static_cast<int>(four.rank[i]);
+      if (before < target && target <= through) {
+        const auto bin = static_cast<std::uint32_t>(group_of_thread() * kBinsEach + i);
+        // Kept tokens have one key; those that are not real have the key below 1.
+        const std::uint32_t lo = bin == kKeptBin ? kKept : bin == 0 ? 1U : kRankZero + (bin << kFirstShift);
+        const std::uint32_t span = bin == kKeptBin ? 0U : bin == 0 ? kRankZero + kFirstSpan - lo : kFirstSpan;
+        shared.cut = {static_cast<std::uint64_t>(target - before), lo, span, static_cast<std::uint32_t>(before),
+                      four.rank[i]};
+      }
+      before = through;
+    }
+  }
+  __syncthreads();
+  return shared.cut;
 }
 
 // A Team is the blocks that share a row; every thread of every block makes the same calls.
 //   rank(), size()
-//   merge(level, bins)           adds the blocks' bins up: the sums of the two bins of this thread's `pair_of_thread`
-//   gather(slot, mine, n, use)   use(value) of each block of rank below n, in that order; each slot once a row
-template <typename Team>
-__device__ void select_row(Team& team, std::int64_t b, const SelectTokensParams& params, Shared& shared,
-                           void* tokens /* shared [2 * tokens_per_block], 4 bytes each */) {
-  const Part part{static_cast<float*>(tokens), static_cast<std::uint32_t*>(tokens) + params.tokens_per_block,
-                  team.rank() * params.tokens_per_block, params.tokens_per_block / kWarps};
-  shared.bins.clear();
-  const Totals totals = team_totals(team, load(params, b, part), shared);
-  const int real = static_cast<int>(totals.real & ~kNegative);
-  bool usable = totals.largest_budget < kInfinityBits && totals.largest_rank < kInfinityBits &&
-                totals.largest_budget > 0 && totals.largest_rank > 0;
-  bool positive = true;  // the sum of the budget scores
-  if (usable && (totals.real & kNegative) != 0) {
-    const Sums sums = signed_sums(team, params, b, part, shared);
-    usable = sums.budget != 0 && sums.rank != 0;
-    positive = sums.budget > 0;
+//   merge<kMass, kRank>(mass, shared)  the sums of the blocks' bins, four a thread; the bins are 0 afterwards
+//   gather_list(shared, all)           shared.list of every block becomes the lists of all, `all` keys in any order
+//   gather(slot, mine, n, use)         use(value) of each block of rank below n, in that order; each slot once a row
+template <int kItems, typename Team>
+__device__ void select_row(Team& team, std::int64_t b, const SelectTokensParams& params, MassBins* bins,
+                           Shared& shared) {
+  constexpr int kCopies = kItems / 8;
+  const int first = team.rank() * (kThreads * kItems);
+  const bool by_mass = params.ratio <= 0 && params.tau < 1;
+  Keys<kItems> keys;
+  const Seen seen = load(keys, params, b, first, [&] {
+    constexpr int kEach = kCopies * static_cast<int>(sizeof(MassBins) / sizeof(uint4)) / kThreads;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      reinterpret_cast<uint4*>(bins)[i * kThreads + threadIdx.x] = uint4{0, 0, 0, 0};
+    }
+    reinterpret_cast<uint4*>(shared.rank)[threadIdx.x] = uint4{0, 0, 0, 0};
+    if (threadIdx.x == 0) {
+      shared.listed = shared.paired = 0;
+    }
+    __syncthreads();
+  });
+  add_first(keys, seen, by_mass, bins, shared);
+  Four four = team.template merge<true, true>(bins, shared);
+
+  const Survey row = survey(four, shared);
+  bool usable = row.usable;
+  Sums sums{};
+  if (row.some_negative) {
+    sums = signed_sums(team, params, b, keys, first, shared);
+    usable = sums.budget != 0 && sums.rank != 0 && (!by_mass || sums.budget > 0);  // no share of a negative sum
   }
-  int target = real;
+  int target = row.real;
   if (usable) {
     if (params.ratio > 0) {
-      target = static_cast<int>(ceil(params.ratio * real));
-    } else if (params.tau < 1 && positive) {  // a share of a negative sum is no bound: every token
-      target = budget_by_mass(team, part, totals, params, shared);
+      target = static_cast<int>(ceil(params.ratio * row.real));
+    } else if (by_mass) {
+      target = budget_by_mass(team, keys, four, row.top, row.some_negative ? &sums : nullptr, params, bins, shared);
     }
-    target = min(max(max(target, totals.kept), params.min_tokens), real);
-    target = target > params.dense_above * real ? real : target;
+    target = min(max(max(target, row.kept), params.min_tokens), row.real);
+    target = target > params.dense_above * row.real ? row.real : target;
   }
-  Cut cut{kNotReal, target, target};  // every real token
-  if (target < real) {
-    cut = descend(
-        team, kLevels, part, shared, [&](int i) { return part.rank[i]; },
-        [&](int i) { return std::int64_t{part.rank[i] != kNotReal}; },
-        [&](std::int64_t) { return std::int64_t{target}; });
+  Cut cut{0, kNotReal, 0, 0, 0};  // every real token
+  if (target < row.real) {
+    cut = rank_cut(four, row, target, shared);
+    if (cut.span > 0) {
+      cut = resolve<false>(team, keys.rank, cut, bins, shared);
+    }
   }
-  emit(team, b, part, cut.key, target - static_cast<int>(cut.above), target, params, shared);
+  emit(team, b, keys, first, cut.lo, static_cast<int>(cut.need), target, params, shared);
 }
 
 }  // namespace zipvl::cuda::select

@@ -26,7 +26,7 @@ struct SelectTokensParams {
   double dense_above;  // in (0, 1]: a row with more than this share of its real tokens selected has all of them
 
   int blocks_per_row;    // that share a row's tokens
-  int tokens_per_block;  // a multiple of 2,048
+  int tokens_per_block;  // 4,096, 8,192 or 16,384
   int row_groups;        // grid only: rows worked on at once
   void* workspace;       // grid only: [batch, row_workspace_bytes], any content; else null
   std::int64_t row_workspace_bytes;

@@ -1,35 +1,53 @@
-// Token selection by a cluster of blocks a row. They meet in each other's shared memory: every block stores its part
-// into the inbox of every block, and its stores count towards that block's mbarrier, so that nothing is fenced and
-// nobody waits for more than the data.
+// Token selection by a cluster of blocks a row. They meet in each other's shared memory: copies and stores into another
+// block complete on that block's mbarriers, so that nothing is fenced and nobody waits for more than the data.
 #include "cuda/common/launch.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/tma.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
 namespace select {
 namespace {
 
-struct ClusterShared {
-  Shared block;
-  std::uint64_t arrived[2];  // mbarriers, of the inboxes
+constexpr int kMostBlocks = plan::kSelectMostClusterBlocks;
+
+// A budget bin's 64 bits: its count, 21 bits, above the sum of its keys' low bits.
+struct alignas(16) Histogram {
+  std::uint64_t mass[kBins];
+  std::uint32_t rank[kBins];
 };
 
-// Meetings use two inboxes in turn. Two are enough: a block that stores for meeting m + 2 has had every part of m + 1,
-// and a block sends its part of m + 1 after it has read its inbox of m.
-struct ClusterTeam {
-  ClusterShared& shared;
-  uint4* inboxes;  // shared [2, size, kPairs]
-  int rank_, size_, meeting = 0;
+struct ClusterShared {
+  Shared block;
+  Histogram mine;    // of this block's keys
+  Histogram parts;   // of every block, the bins that this one adds up: [size, kBins / size]
+  Histogram merged;  // of the row
+  std::uint32_t lists[2][kMostBlocks][kMostListed];
+  uint4 listed[2][kMostBlocks];
+  uint4 records[plan::kSelectGathers][kMostBlocks];
+  std::uint64_t parts_here, merged_here, lists_here[2], records_here[plan::kSelectGathers];  // mbarriers
+};
 
-  __device__ ClusterTeam(ClusterShared& of_block, uint4* of_inboxes)
-      : shared(of_block),
-        inboxes(of_inboxes),
-        rank_(static_cast<int>(ptx::cluster_rank())),
-        size_(static_cast<int>(ptx::cluster_size())) {
+template <int kCopies>
+struct ClusterTeam {
+  static constexpr int kLowBits = 40;
+
+  ClusterShared& shared;
+  int rank_, size_, merges = 0, listings = 0;
+  bool begun = false;
+
+  __device__ explicit ClusterTeam(ClusterShared& of_block)
+      : shared(of_block), rank_(static_cast<int>(ptx::cluster_rank())), size_(static_cast<int>(ptx::cluster_size())) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(&shared.arrived[0], 1);
-      ptx::mbarrier_init(&shared.arrived[1], 1);
+      ptx::mbarrier_init(&shared.parts_here, 1);
+      ptx::mbarrier_init(&shared.merged_here, 1);
+      for (int i = 0; i < 2; ++i) {
+        ptx::mbarrier_init(&shared.lists_here[i], 1);
+      }
+      for (int i = 0; i < plan::kSelectGathers; ++i) {
+        ptx::mbarrier_init(&shared.records_here[i], 1);
+      }
       ptx::mbarrier_init_fence();
     }
     ptx::cluster_arrive();  // waited for before the first store into another block
@@ -38,99 +56,199 @@ struct ClusterTeam {
   __device__ int rank() const { return rank_; }
   __device__ int size() const { return size_; }
 
-  __device__ uint4* inbox(int from) const { return inboxes + ((meeting % 2) * size_ + from) * kPairs; }
-
-  // The mbarrier of this meeting in block `to`, and the place of this block's part there.
-  __device__ void send(int to, int place, const uint4& part) const {
-    ptx::store_async(ptx::shared_address_in(inbox(rank_) + place, to), part,
-                     ptx::shared_address_in(&shared.arrived[meeting % 2], to));
+  // Copies `bytes` to the same place in every other block; lanes of the first warp, a block each.
+  __device__ void copy_part(const void* source, const void* target, int bytes, int to, std::uint64_t* barrier) const {
+    ptx::bulk_copy_to_block(ptx::shared_address_in(target, to), source, bytes, ptx::shared_address_in(barrier, to));
   }
 
-  __device__ void expect(int parts) const {
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(&shared.arrived[meeting % 2], parts * size_ * static_cast<int>(sizeof(uint4)));
-    }
-    if (meeting == 0) {
-      ptx::cluster_wait();
-    }
-  }
-
-  __device__ void wait() const { ptx::mbarrier_wait(&shared.arrived[meeting % 2], meeting / 2 % 2); }
-
-  __device__ BinPair merge(int /*level*/, Bins& bins) {
+  // Every block adds up its share of the bins, and copies the sums to all.
+  template <bool kMass, bool kRank>
+  __device__ Four merge(MassBins* mass, Shared& block) {
+    constexpr int kBinBytes = (kMass ? 8 : 0) + (kRank ? 4 : 0);
+    const int share = kBins / size_, lane = static_cast<int>(threadIdx.x);
+    const std::uint32_t parity = merges++ % 2;
     __syncthreads();
-    expect(kPairs);
-    BinPair sum{0, 0};
-    if (has_pair()) {
-      const int pair = pair_of_thread();
-      const BinPair mine{bins.take(2 * pair), bins.take(2 * pair + 1)};
-      uint4 part;
-      memcpy(&part, &mine, sizeof(part));
-      for (int to = 0; to < size_; ++to) {
-        send(to, static_cast<int>(threadIdx.x), part);
-      }
-      wait();
-#pragma unroll 8
-      for (int from = 0; from < size_; ++from) {
-        part = inbox(from)[threadIdx.x];
-        BinPair other;
-        memcpy(&other, &part, sizeof(part));
-        sum = {sum.lower + other.lower, sum.upper + other.upper};
+    Four four = take_bins<kMass, kRank, kCopies>(mass, block);
+    const int first = group_of_thread() * kBinsEach;
+    if constexpr (kMass) {
+#pragma unroll
+      for (int i = 0; i < kBinsEach; i += 2) {
+        *reinterpret_cast<ulonglong2*>(shared.mine.mass + first + i) = {
+            (std::uint64_t{four.count[i]} << kLowBits) + four.low[i],
+            (std::uint64_t{four.count[i + 1]} << kLowBits) + four.low[i + 1]};
       }
     }
-    ++meeting;
-    return sum;
+    if constexpr (kRank) {
+      *reinterpret_cast<uint4*>(shared.mine.rank + first) = {four.rank[0], four.rank[1], four.rank[2], four.rank[3]};
+    }
+    ptx::fence_async_shared();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect(&shared.parts_here, kBinBytes * kBins);
+      ptx::mbarrier_arrive_expect(&shared.merged_here, kBinBytes * (kBins - share));
+    }
+    begin();
+    if (lane < size_) {
+      if constexpr (kMass) {
+        copy_part(shared.mine.mass + lane * share, shared.parts.mass + rank_ * share, share * 8, lane,
+                  &shared.parts_here);
+      }
+      if constexpr (kRank) {
+        copy_part(shared.mine.rank + lane * share, shared.parts.rank + rank_ * share, share * 4, lane,
+                  &shared.parts_here);
+      }
+    }
+    ptx::mbarrier_wait(&shared.parts_here, parity);
+    const int sums = (kMass ? share : 0) + (kRank ? share : 0);
+    for (int i = threadIdx.x; i < sums; i += kThreads) {
+      if (kMass && i < share) {
+        std::uint64_t sum = 0;
+#pragma unroll 8
+        for (int from = 0; from < size_; ++from) {
+          sum += shared.parts.mass[from * share + i];
+        }
+        shared.merged.mass[rank_ * share + i] = sum;
+      } else {
+        const int bin = kMass ? i - share : i;
+        std::uint32_t sum = 0;
+#pragma unroll 8
+        for (int from = 0; from < size_; ++from) {
+          sum += shared.parts.rank[from * share + bin];
+        }
+        shared.merged.rank[rank_ * share + bin] = sum;
+      }
+    }
+    ptx::fence_async_shared();
+    __syncthreads();
+    if (lane < size_ && lane != rank_) {
+      if constexpr (kMass) {
+        copy_part(shared.merged.mass + rank_ * share, shared.merged.mass + rank_ * share, share * 8, lane,
+                  &shared.merged_here);
+      }
+      if constexpr (kRank) {
+        copy_part(shared.merged.rank + rank_ * share, shared.merged.rank + rank_ * share, share * 4, lane,
+                  &shared.merged_here);
+      }
+    }
+    ptx::mbarrier_wait(&shared.merged_here, parity);
+    if constexpr (kMass) {
+#pragma unroll
+      for (int i = 0; i < kBinsEach; ++i) {
+        const std::uint64_t sum = shared.merged.mass[first + i];
+        four.count[i] = static_cast<std::uint32_t>(sum >> kLowBits);
+        four.low[i] = sum & ((std::uint64_t{1} << kLowBits) - 1);
+      }
+    }
+    if constexpr (kRank) {
+      const uint4 r = *reinterpret_cast<const uint4*>(shared.merged.rank + first);
+      four.rank[0] = r.x, four.rank[1] = r.y, four.rank[2] = r.z, four.rank[3] = r.w;
+    }
+    return four;
+  }
+
+  // Each block's list has its place in every block; then they are put together.
+  __device__ void gather_list(Shared& block, int all) {
+    const int which = listings++;
+    auto& lists = shared.lists[which];
+    __syncthreads();
+    const int mine = block.listed, warp = static_cast<int>(threadIdx.x) / 32;
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect(&shared.lists_here[which], 16 * size_ + 4 * all);
+    }
+    for (int i = threadIdx.x; i < size_ * mine; i += kThreads) {
+      const int to = i % size_;
+      ptx::store_async(ptx::shared_address_in(&lists[rank_][i / size_], to), block.list[i / size_],
+                       ptx::shared_address_in(&shared.lists_here[which], to));
+    }
+    if (static_cast<int>(threadIdx.x) < size_) {
+      const int to = static_cast<int>(threadIdx.x);
+      ptx::store_async(ptx::shared_address_in(&shared.listed[which][rank_], to),
+                       uint4{static_cast<std::uint32_t>(mine), 0, 0, 0},
+                       ptx::shared_address_in(&shared.lists_here[which], to));
+    }
+    ptx::mbarrier_wait(&shared.lists_here[which], 0);
+    __syncthreads();  // every thread has sent its part of the block's own list
+    if (warp < size_) {
+      int start = 0;
+      for (int from = 0; from < warp; ++from) {
+        start += static_cast<int>(shared.listed[which][from].x);
+      }
+      const int theirs = static_cast<int>(shared.listed[which][warp].x);
+      for (int i = threadIdx.x % 32; i < theirs; i += 32) {
+        block.list[start + i] = lists[warp][i];
+      }
+    }
+    __syncthreads();
   }
 
   template <typename T, typename Use>
-  __device__ void gather(int /*slot*/, const T& mine, int n, const Use& use) {
+  __device__ void gather(int slot, const T& mine, int n, const Use& use) {
     static_assert(sizeof(T) == sizeof(uint4));
-    expect(1);
-    if (static_cast<int>(threadIdx.x) < size_) {
-      uint4 part;
-      memcpy(&part, &mine, sizeof(part));
-      send(static_cast<int>(threadIdx.x), 0, part);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect(&shared.records_here[slot], size_ * static_cast<int>(sizeof(T)));
     }
-    wait();
+    if (static_cast<int>(threadIdx.x) < size_) {
+      uint4 record;
+      memcpy(&record, &mine, sizeof(T));
+      const int to = static_cast<int>(threadIdx.x);
+      ptx::store_async(ptx::shared_address_in(&shared.records[slot][rank_], to), record,
+                       ptx::shared_address_in(&shared.records_here[slot], to));
+    }
+    ptx::mbarrier_wait(&shared.records_here[slot], 0);
     for (int from = 0; from < n; ++from) {
       T record;
-      memcpy(&record, inbox(from), sizeof(record));
+      memcpy(&record, &shared.records[slot][from], sizeof(T));
       use(record);
     }
-    ++meeting;
-    __syncthreads();  // every thread has read its inbox before one sends again
+  }
+
+ private:
+  __device__ void begin() {
+    if (!begun) {
+      ptx::cluster_wait();
+      begun = true;
+    }
   }
 };
 
 extern __shared__ uint4 dynamic_shared[];
 
+template <int kItems>
 __global__ void __launch_bounds__(kThreads, 1) by_cluster(const __grid_constant__ SelectTokensParams params) {
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic_shared);
-  uint4* inboxes = reinterpret_cast<uint4*>(&shared + 1);
-  ClusterTeam team(shared, inboxes);
+  ClusterTeam<kItems / 8> team(shared);
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
-  select_row(team, blockIdx.x / team.size(), params, shared.block, inboxes + 2 * team.size() * kPairs);
+  select_row<kItems>(team, blockIdx.x / team.size(), params, reinterpret_cast<MassBins*>(&shared + 1), shared.block);
+}
+
+template <int kItems>
+cudaError_t launch_cluster(const SelectTokensParams& params, cudaStream_t stream) {
+  constexpr std::size_t kSharedBytes = sizeof(ClusterShared) + kItems / 8 * sizeof(MassBins);
+  const cudaError_t error = cudaFuncSetAttribute(by_cluster<kItems>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(kSharedBytes));
+  if (error != cudaSuccess) {
+    return error;
+  }
+  return launch_dependent_clusters(&by_cluster<kItems>, static_cast<unsigned>(params.blocks_per_row),
+                                   static_cast<unsigned>(params.batch * params.blocks_per_row), kThreads, kSharedBytes,
+                                   stream, params);
 }
 
 }  // namespace
 }  // namespace select
 
 cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaStream_t stream) {
-  const std::size_t shared = sizeof(select::ClusterShared) +
-                             sizeof(uint4) * 2 * select::kPairs * params.blocks_per_row +
-                             std::size_t{8} * params.tokens_per_block;
-  cudaError_t error =
-      cudaFuncSetAttribute(select::by_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess && params.blocks_per_row > 8) {
-    error = cudaFuncSetAttribute(select::by_cluster, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  switch (params.tokens_per_block / select::kThreads) {
+    case 8:
+      return select::launch_cluster<8>(params, stream);
+    case 16:
+      return select::launch_cluster<16>(params, stream);
+    case 32:
+      return select::launch_cluster<32>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return launch_dependent_clusters(&select::by_cluster, static_cast<unsigned>(params.blocks_per_row),
-                                   static_cast<unsigned>(params.batch * params.blocks_per_row), select::kThreads,
-                                   static_cast<unsigned>(shared), stream, params);
 }
 
 }  // namespace zipvl::cuda
