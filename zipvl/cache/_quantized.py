@@ -84,12 +84,16 @@ class RecentQueries:
     def put(self, queries: torch.Tensor, slots: torch.Tensor, added: torch.Tensor | int) -> None:
         """Takes the latest of ``queries [B, Hq, n, D]``, which go to ``slots [B, n]``; the first ``added`` are real."""
         count = min(PROBES, queries.shape[2])
-        first = torch.as_tensor(added - count, device=queries.device).clamp(min=0).reshape(-1, 1)
-        column = (first + torch.arange(count, device=queries.device)).expand(queries.shape[0], -1)
-        slots = slots.gather(1, column)
-        column = column[:, None, :, None].expand(*queries.shape[:2], count, queries.shape[3])
+        if queries.shape[2] > 1:
+            column = torch.arange(count, device=queries.device).expand(queries.shape[0], -1)
+            if isinstance(added, int):
+                column = column + max(added - count, 0)
+            else:
+                column = column + (added - count).clamp(min=0)[:, None]
+            slots = slots.gather(1, column)
+            queries = queries.gather(2, column[:, None, :, None].expand(*queries.shape[:2], count, queries.shape[3]))
         place = slots % PROBES
-        self.queries.scatter_(2, place[:, None, :, None].expand(column.shape), queries.gather(2, column))
+        self.queries.scatter_(2, place[:, None, :, None].expand(queries.shape), queries)
         self.positions.scatter_(1, place, slots.to(torch.int32))
 
     def probes(self, lengths: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
