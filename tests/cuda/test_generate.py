@@ -16,8 +16,11 @@ import zipvl  # noqa: E402
 from tests.model.oracle import oracle  # noqa: E402
 from tests.model.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
 from zipvl.integrations.transformers import DecodeGraph  # noqa: E402
+from zipvl.support import support  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128
+QUANTIZES = support("quantize_kv", "cuda").state == "native"
+quantized = pytest.mark.skipif(not QUANTIZES, reason="quantize_kv has no CUDA kernel in this build")
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 256,
@@ -94,7 +97,7 @@ def test_a_padded_batch_is_single() -> None:
             assert difference.abs().max() < 0.1
 
 
-@pytest.mark.parametrize("cache", ["drop", "full", "quantize"])
+@pytest.mark.parametrize("cache", ["drop", "full", pytest.param("quantize", marks=quantized)])
 def test_a_prefill_reads_nothing_back(cache: str) -> None:
     model = make(layers=6)
     with sparse(model, ratio=0.25, cache=cache) as stats:
@@ -157,7 +160,7 @@ def test_many_layers_are_never_untrimmed_at_once() -> None:
     assert all(layer.packed.keys.shape[2] < 700 for layer in cache.layers)
 
 
-@pytest.mark.parametrize("cache", ["drop", "full", "quantize"])
+@pytest.mark.parametrize("cache", ["drop", "full", pytest.param("quantize", marks=quantized)])
 def test_a_replayed_step_is_the_step(cache: str) -> None:
     model, tokens = make(layers=4), ids(1500, 1).cuda().repeat(2, 1)
     tokens[1] = tokens[1].roll(700)
@@ -184,6 +187,7 @@ def test_a_dense_prefill_cannot_be_captured() -> None:
             DecodeGraph(model, cache, steps=3)
 
 
+@quantized
 def test_eight_bits_are_nearly_all() -> None:
     model, inputs = make(), on_cuda(text_inputs(1500, 3))
     outputs = []
@@ -196,6 +200,7 @@ def test_eight_bits_are_nearly_all() -> None:
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].abs().max()
 
 
+@quantized
 def test_a_quantised_cache_takes_what_its_bits_say() -> None:
     model, tokens, layers = make(layers=12), 32768, 12
     full = layers * 2 * 2 * tokens * HEAD_DIM * 2
