@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch._subclasses import FakeTensor
 
 Mode = Literal["sparse", "dense"]
 
@@ -82,8 +83,14 @@ class _Traced:
         setattr(self, f"layer_{layer}", prefill)
 
     def take(self) -> list[tuple[int, Any]]:
-        """The layers and what was kept of each, which is then forgotten."""
-        found = [(int(name.removeprefix("layer_")), prefill) for name, prefill in vars(self).items()]
+        """The layers and what was kept of each, which is then forgotten. ``torch.export`` leaves tensors without data:
+        nothing ran."""
+        kept = vars(self).items()
+        found = [
+            (int(name.removeprefix("layer_")), prefill)
+            for name, prefill in kept
+            if not any(isinstance(value, FakeTensor) for value in prefill)
+        ]
         self.__dict__.clear()
         return found
 

@@ -110,7 +110,5 @@ def test_attention_modules_give_what_whole_projections_do(family: str, tokens: i
             assert index is not None and len(index[0]) == -(-3 * tokens // 10)
             found[skip] = (last, set(index[0].tolist()))
     (whole, whole_index), (skipped, skipped_index) = found[False], found[True]
-    if family == "Llama":  # no bias and no norm: see test_bits_of_whole_products
-        assert torch.equal(whole, skipped) and whole_index == skipped_index
     assert len(whole_index & skipped_index) >= 0.98 * len(whole_index), "only roundings at the cut change sides"
     assert (whole - skipped).abs().max() <= 2**-5 * whole.abs().max(), "a few roundings of bfloat16"

@@ -1,0 +1,278 @@
+"""Time to first token of a Qwen2-7B-shaped model on a GPU: Table E of the paper, extended.
+
+``python -m benchmarks.ttft`` builds LongVA-7B's language model with random weights through transformers and adds
+ZipVL's parts to dense attention one after the other: the estimate first, its result thrown away, then sparse attention
+under imposed ratios, which uses it. Every row is the same model on the same tokens in one process, runs interleaved;
+the last token's logits are computed, and a cache is kept, as ``generate()`` does. ``--smoke``: a tiny shape on the CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import zipvl
+from benchmarks import _record
+from zipvl import ops
+
+LENGTHS = (4096, 8192, 32768, 65536, 131072)
+RATIOS = (0.25, 0.48, 0.5)
+REPEATS = {4096: 5, 8192: 4, 32768: 2}  # beyond: once. A dense forward of 131,072 tokens takes ten seconds
+PROBES = 128
+PAPER_TOKENS = 32768  # what the paper's times here are of
+TAU = 0.975  # of the estimate whose result is thrown away: with a ratio there is no budget to find
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Qwen2's kind."""
+
+    layers: int = 28
+    hidden: int = 3584
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+    mlp: int = 18944
+    vocab: int = 152064
+
+    def config(self, longest: int) -> Qwen2Config:
+        """transformers' configuration for prompts of up to ``longest`` tokens."""
+        return Qwen2Config(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=longest,
+            tie_word_embeddings=False,
+        )
+
+
+QWEN2_7B = Shape()
+SMOKE = Shape(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=192, vocab=128)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: what runs in the attention layers.
+
+    Args:
+        name: as the paper calls it.
+        estimate: probe scores are computed.
+        select: tokens are selected.
+        ratio: attention runs among that share of the tokens; None: among all, and nothing uses the estimate.
+        skip: projections of other tokens are not computed either.
+        paper_seconds: the paper's figure at 32,768 tokens on its own hardware, as far as it is known here.
+    """
+
+    name: str
+    estimate: bool = False
+    select: bool = False
+    ratio: float | None = None
+    skip: bool = False
+    paper_seconds: float | None = None
+
+    def flops(self, shape: Shape, tokens: int) -> float:
+        """Of the products of one forward; selection has none."""
+        rows = tokens if self.ratio is None else -int(-self.ratio * tokens // 1)
+        projected = rows + PROBES if self.skip else tokens
+        width = shape.heads * shape.head_dim
+        keys_values = 2 * shape.kv_heads * shape.head_dim
+        linear = tokens * shape.hidden * (keys_values + 3 * shape.mlp) + 2 * projected * shape.hidden * width
+        attention = 2 * width * rows * rows / 2  # causal
+        estimate = 2 * width * PROBES * tokens if self.estimate else 0  # two passes of scores alone
+        return 2 * (shape.layers * (linear + attention + estimate) + shape.hidden * shape.vocab)
+
+
+# The paper's estimate takes 0.45 s beside 3.28 s; its rows in between are not known here.
+ORIGINAL = Method("original", paper_seconds=3.28)
+ESTIMATES = (
+    Method("+ approximate attention", estimate=True),
+    # One kernel does the paper's two rows "+ sort and cumsum" and "+ normalise and top-k".
+    Method("+ sort and cumsum, normalise and top-k", estimate=True, select=True, paper_seconds=3.28 + 0.45),
+)
+
+
+def methods(ratios: tuple[float, ...]) -> list[Method]:
+    """All rows: the estimates once, what uses them for each ratio."""
+    sparse = [
+        Method(name, estimate=True, select=True, ratio=ratio, skip=skip)
+        for ratio in ratios
+        for name, skip in (("+ sparse attention", False), ("+ skipped projections", True))
+    ]
+    return [ORIGINAL, *ESTIMATES, *sparse]
+
+
+def build(shape: Shape, longest: int, device: str) -> Qwen2ForCausalLM:
+    """A model with random weights, bfloat16 on a GPU, made on ``device``."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2ForCausalLM._from_config(
+            shape.config(longest),
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            attn_implementation="sdpa",
+        )
+    return model.eval()
+
+
+def _dense_after(method: Method) -> Callable[..., Any]:
+    """Dense attention after ``method``'s estimate, whose result is not used."""
+
+    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        accumulated, normalized = ops.probe_scores(q, k, ops.probe_index(q))
+        if method.select:
+            ops.select_tokens(accumulated, normalized, tau=TAU)
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+
+    return attention
+
+
+@contextmanager
+def applied(model: Qwen2ForCausalLM, method: Method) -> Iterator[None]:
+    """``method`` in force on ``model``; everything dense inside runs on cuDNN where there is a GPU."""
+    with ExitStack() as stack:
+        if model.device.type == "cuda":
+            stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
+        if method.ratio is not None:
+            stack.enter_context(zipvl.sparse(model, ratio=method.ratio, skip_projections=method.skip))
+        elif method.estimate:
+            name = f"zipvl_benchmark_{'select' if method.select else 'estimate'}"
+            AttentionInterface.register(name, _dense_after(method))
+            model.set_attn_implementation(name)
+            stack.callback(model.set_attn_implementation, "sdpa")
+        yield
+
+
+@dataclass
+class Run:
+    """What one forward took."""
+
+    seconds: float
+    peak_bytes: int | None  # beyond the weights; None on the CPU
+
+
+def run_once(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tensor, method: Method) -> Run:
+    """One forward of ``tokens [1, N]`` to the last token's logits and a cache."""
+    on_gpu = tokens.is_cuda
+    before = 0
+    with applied(model, method), torch.inference_mode():
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        output = forward(tokens, use_cache=True, logits_to_keep=1)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        assert bool(output.logits.isfinite().all()), f"{method.name}: logits are not finite"
+    return Run(seconds, torch.cuda.max_memory_allocated() - before if on_gpu else None)
+
+
+def measure(model: Qwen2ForCausalLM, tokens: Tensor, rows: list[Method], compiled: bool) -> dict[Method, list[Run]]:
+    """Runs of each row, interleaved, after one of each that is not counted where there are several.
+
+    The original comes last: what a first forward of a length costs beside its kernels falls on the others.
+    """
+    forward = model
+    if compiled:
+        forward = torch.compile(model, fullgraph=True, dynamic=True)
+    repeats = REPEATS.get(tokens.shape[1], 1)
+    found: dict[Method, list[Run]] = {method: [] for method in rows}
+    for number in range(repeats + (repeats > 1 or compiled)):
+        for method in reversed(rows):
+            run = run_once(model, forward, tokens, method)
+            if number or not (repeats > 1 or compiled):
+                found[method].append(run)
+    return found
+
+
+def table_of(title: str, lengths: dict[int, dict[Method, list[Run]]], shape: Shape) -> Table:
+    """For each length its rows: time, how many times as fast as the original, FLOPs, memory, the paper's time."""
+    table = Table(title=title)
+    for head in ("tokens", "", "ratio", "ms", "original / this", "PFLOP", "peak GiB", "paper, 32,768 tokens"):
+        table.add_column(head, justify="left" if head == "" else "right")
+    for tokens, found in lengths.items():
+        original = statistics.median(run.seconds for run in found[ORIGINAL])
+        for method, runs in found.items():
+            seconds, peak = statistics.median(run.seconds for run in runs), runs[-1].peak_bytes
+            paper = method.paper_seconds if tokens == PAPER_TOKENS else None
+            table.add_row(
+                f"{tokens:,}",
+                method.name,
+                f"{method.ratio or ''}",
+                f"{1e3 * seconds:,.1f}",
+                f"{original / seconds:.3f}x",
+                f"{method.flops(shape, tokens) / 1e15:.3f}",
+                "-" if peak is None else f"{peak / 2**30:.2f}",
+                "" if paper is None else f"{1e3 * paper:,.0f} ms",
+            )
+        table.add_section()
+    return table
+
+
+def record(shape: Shape, tokens: int, compiled: bool, found: dict[Method, list[Run]], device: str) -> None:
+    """Appends one length's rows to benchmarks/results/ttft.jsonl."""
+    rows = [
+        asdict(method)
+        | {
+            "seconds": statistics.median(run.seconds for run in runs),
+            "runs": [run.seconds for run in runs],
+            "flops": method.flops(shape, tokens),
+            "peak_bytes": runs[-1].peak_bytes,
+        }
+        for method, runs in found.items()
+    ]
+    payload = {"shape": asdict(shape), "tokens": tokens, "compiled": compiled, "dtype": "bfloat16", "rows": rows}
+    _record.append("ttft", payload, device=device)
+
+
+def main(
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated. [4096 to 131072]")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Imposed ratio; may be repeated. [0.25, 0.48, 0.5]")] = None,
+    eager: Annotated[bool, typer.Option(help="Measure the model as it stands.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Measure torch.compile(fullgraph=True), the first ratio.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A tiny shape, on the CPU, not recorded.")] = False,
+    save: Annotated[bool, typer.Option("--record/--no-record", help="Append to benchmarks/results/ttft.jsonl.")] = True,
+) -> None:
+    """Times the prefill of a Qwen2-7B-shaped model with random weights, bfloat16, against the same on cuDNN."""
+    device = "cpu" if smoke else "cuda"
+    if not smoke and not torch.cuda.is_available():
+        raise typer.BadParameter("this benchmark needs a CUDA device (or --smoke)")
+    shape = SMOKE if smoke else QWEN2_7B
+    lengths = sorted(length or ((512, 1024) if smoke else LENGTHS))
+    ratios = tuple(ratio or RATIOS)
+    model = build(shape, lengths[-1], device)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, shape.vocab, (1, lengths[-1]), generator=generator).to(device)
+    console = Console(width=130)
+    for compile_it in (False,) * eager + (True,) * compiled:
+        rows = [ORIGINAL, *methods(ratios[:1])[3:]] if compile_it else methods(ratios)
+        found = {}
+        for tokens in lengths:
+            found[tokens] = measure(model, prompt[:, :tokens], rows, compile_it)
+            if save and not smoke:
+                record(shape, tokens, compile_it, found[tokens], device)
+            gc.collect()
+        where = "CPU" if smoke else torch.cuda.get_device_name()
+        how = "compiled" if compile_it else "eager"
+        console.print(table_of(f"Time to first token, {how}, against cuDNN attention ({where})", found, shape))
+
+
+if __name__ == "__main__":
+    typer.run(main)

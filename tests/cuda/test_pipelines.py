@@ -1,0 +1,206 @@
+"""CUDA graphs, torch.compile, AOTInductor and TorchScript on a GPU: new inputs of a captured shape, whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zipvl
+from tests.cpu.helpers import OPS, sample_tensors
+from zipvl import ops
+
+from .test_ops import cuda, no_host_sync
+
+BF16 = torch.bfloat16
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(as_tuple(a), as_tuple(b), strict=True))
+
+
+def captured(run: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of ``run()``, and the tensors that a replay fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return graph, outputs
+
+
+def renewed(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Other numbers of the same shapes; selections and lengths of another size."""
+    generator = torch.Generator().manual_seed(seed)
+    new = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_floating_point:
+            new[name] = torch.rand(tensor.shape, generator=generator).to(tensor.dtype) + 0.1
+        elif name in ("count", "lengths"):
+            new[name] = tensor // (seed + 1)
+        else:
+            new[name] = tensor
+    return new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("op", OPS)
+def test_replays_with_new_inputs(op: str, dtype: torch.dtype) -> None:
+    def typed(tensors: dict[str, Tensor]) -> list[Tensor]:
+        half = op != "select_tokens"
+        return [t.to(dtype) if half and t.dtype == torch.float32 else t for t in tensors.values()]
+
+    first = sample_tensors(op, N=700)
+    inputs = cuda(*typed(first))
+    run = getattr(ops, op)
+    graph, outputs = captured(lambda: run(*inputs))
+    for seed in (1, 2):
+        for place, value in zip(inputs, typed(renewed(first, seed)), strict=True):
+            place.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = run(*inputs)
+        if op in ("pack_kv", "zipvl_prefill", "project_queries"):  # rows beyond the counts are undefined
+            defined = [[o for o in as_tuple(r) if o.dtype == torch.int32] for r in (outputs, expected)]
+            assert same(tuple(defined[0]), tuple(defined[1]))
+            rows = int(inputs[-1][0]) if op != "zipvl_prefill" else int(as_tuple(expected)[2][0])
+            for a, b in zip(as_tuple(outputs), as_tuple(expected), strict=True):
+                if a.dim() == 4:
+                    assert torch.equal(a[0, :, :rows], b[0, :, :rows])
+        else:
+            assert same(outputs, expected)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("tokens", [300, 5000])
+def test_zipvl_attn_replays_with_new_inputs(tokens: int, mask: bool) -> None:
+    def fresh() -> list[Tensor]:
+        q, k, v = (torch.randn(2, tokens, H, 128, device="cuda").to(BF16).transpose(1, 2) for H in (8, 2, 2))
+        return [q, k, v, torch.rand(2, tokens, device="cuda") < 0.8]
+
+    inputs = fresh()
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        return ops.zipvl_attn(*inputs[:3], tau=0.7, token_mask=inputs[3] if mask else None)
+
+    graph, outputs = captured(run)
+    for _ in range(3):
+        for place, value in zip(inputs, fresh(), strict=True):
+            place.copy_(value)
+        with no_host_sync():
+            graph.replay()
+        torch.cuda.synchronize()
+        assert same(outputs, run())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make_model(family: str = "Qwen2", layers: int = 2) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=200, hidden_size=256, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).to("cuda", BF16).eval()
+
+
+def prompt(tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 200, (1, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def agree(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to what fused kernels keep in float32 and a few tokens at the cut."""
+    assert actual.isfinite().all()
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert difference < 0.05, f"relative difference {float(difference):.3f}"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prefill_in_a_cuda_graph(use_cache: bool, skip: bool) -> None:
+    model, tokens = make_model(), prompt(3000)
+    with torch.no_grad(), zipvl.sparse(model, ratio=0.4, skip_projections=skip):
+        graph, logits = captured(lambda: model(tokens, use_cache=use_cache, logits_to_keep=1).logits)
+        for seed in (1, 2):
+            tokens.copy_(prompt(3000, seed))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(logits, model(tokens, use_cache=use_cache, logits_to_keep=1).logits)
+
+
+@pytest.mark.parametrize(("dynamic", "skip"), [(True, True), (False, False)])
+def test_compiled_whole(dynamic: bool, skip: bool) -> None:
+    model = make_model(layers=1)  # the compiler's time grows with them
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad(), zipvl.sparse(model, ratio=0.4, skip_projections=skip) as stats:
+        for tokens in (3000, 4100) if dynamic else (3000,):
+            actual = compiled(prompt(tokens), logits_to_keep=1).logits
+            assert stats.layers[0].kept == [-(-4 * tokens // 10)]
+            agree(actual, model(prompt(tokens), logits_to_keep=1).logits)
+
+
+def test_reduce_overhead() -> None:
+    """Graphs that the compiler captures: replayed from the third call on, with new tokens."""
+    model = make_model("Llama", layers=1)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad(), zipvl.sparse(model, ratio=0.4, skip_projections=True) as stats:
+        for seed in range(4):
+            tokens = prompt(3000, seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            actual = compiled(tokens, use_cache=False, logits_to_keep=1).logits.clone()
+            assert stats.layers[0].kept == [1200]
+            agree(actual, model(tokens, use_cache=False, logits_to_keep=1).logits)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0, "not replayed as a graph"
+
+
+class Layer(nn.Module):
+    """Raw ops, as TorchScript sees them."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, _index, count = torch.ops.zipvl.zipvl_attn(q, k, v, tau=0.8)
+        return out.transpose(1, 2).flatten(2), count
+
+
+def layer_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(1, H, tokens, 64, device="cuda").to(BF16) for H in (4, 2, 2))  # type: ignore[return-value]
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    torch.jit.script(Layer()).save(tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    for tokens in (300, 1001):
+        inputs = layer_inputs(tokens)
+        assert same(loaded(*inputs), Layer()(*inputs))
+
+
+def test_aot_inductor(tmp_path: Path) -> None:
+    tokens = torch.export.Dim("tokens", min=128, max=8192)
+    program = torch.export.export(Layer(), layer_inputs(300), dynamic_shapes=({2: tokens}, {2: tokens}, {2: tokens}))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for length in (300, 1001):
+        inputs = layer_inputs(length)
+        assert same(package(*inputs), Layer()(*inputs))
