@@ -164,7 +164,7 @@ def test_counts(counts: list[int], mode: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("D", [64, 96, 256])
 def test_counts_at_tile_edges_of_other_head_dims(D: int) -> None:
-    counts = [0, 1, 63, 64, 65, 127, 128, 129, 300]
+    counts = [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300]
     check(*make_qkv(len(counts), 2, 1, 300, D), *make_selection(300, counts))
 
 

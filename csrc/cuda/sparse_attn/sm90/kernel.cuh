@@ -61,24 +61,24 @@ __device__ __forceinline__ void consume(const AttnParams& params, SharedStorage<
     const KeyRange keys = keys_seen<Traits::kBlockM>(params, tile, warpgroup * 64);
     const int blocks = (keys.last + Traits::kBlockN - 1) / Traits::kBlockN;
     RowState rows;
-    Element* target[2];
+    RowPlaces& places = consumer.places();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_of_thread + 8 * i;
       const int place = tile.block * Traits::kBlockM + row;
       rows.max[i] = -INFINITY;
       rows.sum[i] = 0.0F;
-      rows.limit[i] = keys_seen<Traits::kBlockM>(params, tile, row).first;
-      target[i] = nullptr;
+      places.limit[i] = keys_seen<Traits::kBlockM>(params, tile, row).first;
+      places.output[i] = -1;
       if (place < query_rows(params, tile.batch)) {
         const std::int64_t token =
             params.all_queries
                 ? place
                 : min(max(params.index[tile.batch * params.index_stride[0] + place * params.index_stride[1]], 0),
                       params.tokens - 1);
-        target[i] = static_cast<Element*>(params.out) +
-                    ((tile.batch * static_cast<std::int64_t>(params.tokens) + token) * params.query_heads + tile.head) *
-                        Traits::kHeadDim;
+        places.output[i] =
+            ((tile.batch * static_cast<std::int64_t>(params.tokens) + token) * params.query_heads + tile.head) *
+            Traits::kHeadDim;
       }
     }
     float o[Traits::kHeadDim / 2];
@@ -90,6 +90,11 @@ __device__ __forceinline__ void consume(const AttnParams& params, SharedStorage<
       for (float& x : o) {
         x = 0.0F;
       }
+    }
+    Element* target[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      target[i] = places.output[i] < 0 ? nullptr : static_cast<Element*>(params.out) + places.output[i];
     }
     store_rows<Element>(o, rows, target);
   }

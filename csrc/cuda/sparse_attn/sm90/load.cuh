@@ -51,6 +51,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
   constexpr int kPieces = Traits::kSlabs * 8;           // of 16 bytes in a row of the slabs
   constexpr int kRowsAtOnce = kWarpThreads / (kPieces < 32 ? kPieces : 32);
   constexpr int kPieceElements = 16 / sizeof(typename Traits::Element);
+  constexpr int kRowsAhead = Traits::kProducerRegisters < 40 ? 1 : 4;  // addresses of more would spill
   static_assert(kPieces <= kWarpThreads && kRows % kWarpThreads == 0);
   const int piece = lane % kPieces, row_of_lane = lane / kPieces;
   const bool inside = piece * kPieceElements < Traits::kHeadDim;
@@ -74,7 +75,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
     const std::uint32_t target = ptx::shared_address(shared.q[place.stage]) + (piece / 8) * Traits::kBlockM * 128;
 #pragma unroll
     for (int i = 0; i < kRows / kWarpThreads; ++i) {
-#pragma unroll 4
+#pragma unroll kRowsAhead
       for (int step = 0; step < kWarpThreads; step += kRowsAtOnce) {
         const int row = warp * kRows + i * kWarpThreads + step + row_of_lane;
         const int from = __shfl_sync(0xFFFFFFFFU, position[i], step + row_of_lane);

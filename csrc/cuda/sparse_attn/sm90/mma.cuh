@@ -59,25 +59,26 @@ class Consumer {
     ptx::wgmma_fence_registers(s);
     release(shared_.k_empty, 0, k_parity_);
     const bool arrived = next_arrived<0>(block);
-    weigh<true>(s, rows, rescale, scale_log2_, block * kBlockN);
+    weigh<true>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
     to_fragments<Element>(s, p);
     await_next<0>(block, arrived);
     --block;
-    for (; block >= 1 && (block + 1) * kBlockN > clear; block -= 2) {
-      step<true, 1>(s, p, o, rows, query, block);
-      step<true, 0>(s, p, o, rows, query, block - 1);
+    bool odd = false;
+    while (block >= 0 && (block + 1) * kBlockN > clear) {
+      odd = two_steps<true>(s, p, o, rows, query, block);
     }
-    for (; block >= 1; block -= 2) {
-      step<false, 1>(s, p, o, rows, query, block);
-      step<false, 0>(s, p, o, rows, query, block - 1);
+    while (block >= 0) {
+      odd = two_steps<false>(s, p, o, rows, query, block);
     }
-    if (block == 0) {
-      step<true, 1>(s, p, o, rows, query, block);
+    if (odd) {
       finish<1>(o, p);
     } else {
       finish<0>(o, p);
     }
   }
+
+  // This thread's, which it writes before attend.
+  __device__ __forceinline__ RowPlaces& places() const { return shared_.rows[threadIdx.x - kWarpgroupThreads]; }
 
   // The queries of a tile without keys were loaded all the same.
   __device__ __forceinline__ void skip() {
@@ -93,6 +94,19 @@ class Consumer {
   }
 
  private:
+  // Steps of `block` and the block before it, or of `block` alone where it is the first; says whether it was.
+  template <bool kMasked>
+  __device__ __forceinline__ bool two_steps(float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4],
+                                            float (&o)[kOutputs], RowState& rows, const Queries& query, int& block) {
+    step<kMasked, 1>(s, p, o, rows, query, block);
+    if (--block < 0) {
+      return true;
+    }
+    step<kMasked, 0>(s, p, o, rows, query, block);
+    --block;
+    return false;
+  }
+
   // Scores of `block`, whose keys stand in stage kStage, and meanwhile the output of the block before it, whose values
   // stand in the other one.
   template <bool kMasked, int kStage>
@@ -113,7 +127,7 @@ class Consumer {
     ptx::wgmma_fence_registers(s);
     release(shared_.k_empty, kStage, k_parity_);
     const bool arrived = next_arrived<kStage>(block);
-    weigh<kMasked>(s, rows, rescale, scale_log2_, block * kBlockN);
+    weigh<kMasked>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
     // The exponentials belong here, under the product of the weights before. Left in one basic block with the wait
     // below, the compiler sinks them behind it; waiting for what comes next ends the block.
     ptx::wgmma_fence_registers(s);
@@ -184,8 +198,8 @@ class Consumer {
     }
   }
 
-  // Where registers are short (D 256), what is derived from a descriptor is made at its use: hoisted out of the loop,
-  // the compiler would spill it.
+  // Where registers are short (D 64 and 256), what is derived from a descriptor is made at its use: hoisted out of the
+  // loop, the compiler would spill it.
   __device__ __forceinline__ static std::uint64_t operand(std::uint64_t descriptor) {
     return Traits::kQueriesInRegisters ? descriptor : ptx::wgmma_unhoisted(descriptor);
   }

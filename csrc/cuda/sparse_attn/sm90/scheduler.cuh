@@ -70,16 +70,16 @@ __device__ __forceinline__ void make_tile_table(const AttnParams& params, TileTa
 class TileWalk {
  public:
   __device__ __forceinline__ TileWalk(const AttnParams& params, const TileTable& table)
-      : params_(params), table_(table), pairs_(table.before[table.batches]) {}
+      : params_(params), table_(table) {}
 
-  __device__ __forceinline__ bool valid() const { return place() < pairs_ * params_.query_heads; }
+  __device__ __forceinline__ bool valid() const { return place() < pairs() * params_.query_heads; }
 
   __device__ __forceinline__ void next() { ++round_; }
 
   __device__ __forceinline__ Tile tile() const {
     const int section_heads = table_.section_heads * params_.group;
-    const int section = place() / (pairs_ * section_heads);
-    const int within = place() - section * pairs_ * section_heads;
+    const int section = place() / (pairs() * section_heads);
+    const int within = place() - section * pairs() * section_heads;
     const int first_head = section * section_heads;
     const int heads = min(section_heads, params_.query_heads - first_head);
     const int pair = within / heads;
@@ -93,6 +93,8 @@ class TileWalk {
   }
 
  private:
+  __device__ __forceinline__ int pairs() const { return table_.before[table_.batches]; }
+
   __device__ __forceinline__ int place() const {
     const int in_round = round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     return round_ * static_cast<int>(gridDim.x) + in_round;
@@ -100,7 +102,7 @@ class TileWalk {
 
   const AttnParams& params_;
   const TileTable& table_;
-  int pairs_, round_ = 0;
+  int round_ = 0;
 };
 
 // How many packed keys the queries of a tile see: `last` the most (of its last row), `first` the fewest (of row `row`).

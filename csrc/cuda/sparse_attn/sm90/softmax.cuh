@@ -11,18 +11,18 @@ namespace zipvl::cuda::attn::sm90 {
 
 struct RowState {
   float max[2], sum[2];  // of the scores so far (unscaled), and of this thread's weights relative to that maximum
-  int limit[2];          // packed keys the row sees
 };
 
 // Scores [64, kBlockN] of packed keys from `first_column` on -> weights exp2(scale_log2 * (score - max)), in place.
-// rescale: what sums and outputs so far must be multiplied by, as the maximum moved.
+// rescale: what sums and outputs so far must be multiplied by, as the maximum moved. limit: how many packed keys the
+// rows see.
 template <bool kMasked, int kScores>
 __device__ __forceinline__ void weigh(float (&s)[kScores], RowState& rows, float (&rescale)[2], float scale_log2,
-                                      int first_column) {
+                                      const int (&limit)[2], int first_column) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if constexpr (kMasked) {
-      const int left = rows.limit[i] - first_column - 2 * static_cast<int>(threadIdx.x % 4);
+      const int left = limit[i] - first_column - 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
       for (int j = 0; j < kScores / 4; ++j) {
 #pragma unroll

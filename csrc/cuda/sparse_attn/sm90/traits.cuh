@@ -20,9 +20,10 @@ template <typename ElementType, int HeadDim>
 struct Traits {
   using Element = ElementType;
   static constexpr int kHeadDim = HeadDim;
-  // Each consumer warpgroup owns 64 query rows. Two of them at 224 registers hold the scores, the weights and the
-  // output of a 64 x 128 tile at D 128 (160 registers) without spilling; a third would leave 160 in all.
-  static constexpr int kConsumers = 2;
+  // Each consumer warpgroup owns 64 query rows. Two of them at 232 registers hold the scores, the weights and the
+  // output of a 64 x 128 tile at D 128 (160 registers) and the queries; with three there are 160 registers each, which
+  // is enough at D 64 (128) only.
+  static constexpr int kConsumers = HeadDim == 64 ? 3 : 2;
   static constexpr int kBlockM = 64 * kConsumers;
   // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
   static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
@@ -32,13 +33,13 @@ struct Traits {
   static constexpr int kStages = 2;
   static constexpr int kQueryStages = HeadDim == 256 ? 1 : 2;  // the next tile's queries load during this one
   static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
-  // Up to D 128 a warpgroup keeps its queries as A operands (32 registers at D 128): a fifth less is read from shared
-  // memory in a step (64 KiB of 80).
-  static constexpr bool kQueriesInRegisters = HeadDim <= 128;
-  // setmaxnreg: 40 + 2 * 232 = 56 + 2 * 224 = 504, what 384 threads at 168 registers were launched with. At D 128 the
-  // consumers need all they can get; elsewhere the producers would spill with 40.
-  static constexpr int kProducerRegisters = HeadDim == 128 ? 40 : 56;
-  static constexpr int kConsumerRegisters = HeadDim == 128 ? 232 : 224;
+  // Where there are registers for it a warpgroup keeps its queries as A operands (32 at D 128): a fifth less is read
+  // from shared memory in a step (64 KiB of 80).
+  static constexpr bool kQueriesInRegisters = HeadDim == 96 || HeadDim == 128;
+  // setmaxnreg: 40 + 2 * 232 = 504, what 384 threads at 168 registers were launched with; 32 + 3 * 160 = 512, 512
+  // threads at 128.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   static constexpr int kQueryElements = kSlabs * kBlockM * kSlabColumns;
   static constexpr int kKeyElements = kSlabs * kBlockN * kSlabColumns;
@@ -61,6 +62,12 @@ struct TileTable {
   int before[kMostBatches + 1];  // (block, batch) pairs before the levels that k + 1 batch rows share; last: all
 };
 
+// What a consumer thread needs of its two rows before and after the loop over the keys, but seldom in it.
+struct RowPlaces {
+  std::int64_t output[2];  // element of the output where the row begins; -1: it is none of the output's
+  int limit[2];            // packed keys the row sees
+};
+
 template <typename Traits>
 struct SharedStorage {
   alignas(1024) typename Traits::Element q[Traits::kQueryStages][Traits::kQueryElements];
@@ -70,6 +77,7 @@ struct SharedStorage {
   std::uint64_t q_full[Traits::kQueryStages], q_empty[Traits::kQueryStages];
   std::uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
   std::uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
+  RowPlaces rows[Traits::kConsumers * kWarpgroupThreads];  // of each consumer thread, for itself
   TileTable table;
 };
 
