@@ -8,7 +8,7 @@
 namespace zipvl::cuda::attn::sm90 {
 
 // Rows of a key block, whatever the head dimension: packed K and V must have zeros from a batch row's count up to the
-// next multiple, and a capacity that is one.
+// next multiple or the capacity, past which the copy engine reads 0.
 constexpr int kPackedRows = 128;
 
 // params.k_packed and v_packed hold the selected rows already; scale is above 0, batch at most 64, count * blocks fits
