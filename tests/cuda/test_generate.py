@@ -164,19 +164,20 @@ def test_many_layers_are_never_untrimmed_at_once() -> None:
 def test_a_replayed_step_is_the_step(cache: str) -> None:
     model, tokens = make(layers=4), ids(1500, 1).cuda().repeat(2, 1)
     tokens[1] = tokens[1].roll(700)
-    with sparse(model, tau=0.7, cache=cache):
+    bits = {"high_bits": 8, "low_bits": 8}  # a code that moves by one must not matter
+    with sparse(model, tau=0.7, cache=cache, **bits):
         plain, replayed = (model(tokens, logits_to_keep=1) for _ in range(2))
         token = plain.logits.argmax(-1)
         step = DecodeGraph(model, replayed.past_key_values, steps=130)
         for _ in range(130):
             expected = model(token, past_key_values=plain.past_key_values).logits
-            torch.testing.assert_close(step(token), expected, atol=3e-2, rtol=0)
+            assert (step(token) - expected).abs().max() <= 0.05 * expected.abs().max()
             token = expected.argmax(-1)
         with pytest.raises(RuntimeError, match="all reserved steps were taken"):
             step(token)
         assert replayed.past_key_values.get_seq_length() == 1630
         after = [model(token, past_key_values=r.past_key_values).logits for r in (plain, replayed)]
-        torch.testing.assert_close(after[0], after[1], atol=3e-2, rtol=0)
+        assert (after[0] - after[1]).abs().max() <= 0.05 * after[0].abs().max()
 
 
 def test_a_dense_prefill_cannot_be_captured() -> None:
