@@ -68,7 +68,8 @@ class LayerStats:
 
 def _ratios(real: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """``kept / real`` of each row, float64 ``[B]``; a row without real tokens counts 1."""
-    return torch.where(real > 0, kept.double() / real.clamp(min=1), 1.0)
+    # Not torch.where, which copies a constant to the device and waits for it.
+    return (kept.double() / real.clamp(min=1)).masked_fill(real <= 0, 1.0)
 
 
 class _Traced:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
+from transformers.utils.import_utils import is_tracing
 
 from zipvl.cache import ZipVLCache, check_bits, expect_candidates, is_ready, make_sparse, settle
 from zipvl.config import ZipVLConfig
@@ -144,7 +145,7 @@ class _CacheGiver:
         use_cache = kwargs.get("use_cache")
         if not caches and (getattr(self.model_config, "use_cache", False) if use_cache is None else use_cache):
             kwargs = kwargs | {"past_key_values": ZipVLCache(self.model_config, self.run.config)}
-        elif not caches and torch.compiler.is_compiling():
+        elif not caches and is_tracing():
             kwargs = kwargs | _all_real(args, kwargs)
         return args, kwargs
 
@@ -152,8 +153,9 @@ class _CacheGiver:
 def _all_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The mask ``[B, N]`` of real tokens alone, for a forward without mask, positions and cache; nothing for others.
 
-    Such a forward could hold packed sequences, for all that transformers knows while a graph is traced (eagerly it
-    looks at the positions), and it would get a 4-D mask. But the positions are not the caller's, so it holds none.
+    Such a forward could hold packed sequences, for all that transformers knows while a graph is traced or captured
+    (eagerly it looks at the positions), and it would get a 4-D mask. But the positions are not the caller's, so it
+    holds none.
     """
     if len(args) > 1 or kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
         return {}
