@@ -25,6 +25,7 @@ import zipvl
 from benchmarks import _record
 from benchmarks._models import QWEN2_7B, SMOKE, build
 from zipvl.integrations.transformers import DecodeGraph
+from zipvl.support import support
 
 METHODS = ("dense", "full", "drop", "quantize")
 WARM_STEPS = 2
@@ -150,6 +151,9 @@ def main(
     token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * next(model.parameters()).element_size()
     rows: list[dict[str, Any]] = []
     for method in methods.split(","):
+        if method == "quantize" and support("quantize_kv", device).state == "unavailable":
+            Console().print(f"quantize: not measured: {support('quantize_kv', device).reason}")
+            continue
         with applied(model, method, ratio):
             cache, row = prefill(model, ids)
             row = {"method": method, **row, "share_of_full": row["bytes_after_prefill"] / (prompt * token_bytes)}
