@@ -151,7 +151,7 @@ def test_a_prefill_never_waits(skip: bool) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prefill_in_a_cuda_graph(use_cache: bool, skip: bool) -> None:
     model, tokens = make_model(), prompt(3000)
-    with torch.no_grad(), zipvl.sparse(model, ratio=0.4, skip_projections=skip):
+    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=skip):
         graph, logits = captured(lambda: model(tokens, use_cache=use_cache, logits_to_keep=1).logits)
         for seed in (1, 2):
             tokens.copy_(prompt(3000, seed))
@@ -164,7 +164,7 @@ def test_a_prefill_in_a_cuda_graph(use_cache: bool, skip: bool) -> None:
 def test_compiled_whole(dynamic: bool, skip: bool) -> None:
     model = make_model(layers=1)  # the compiler's time grows with them
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
-    with torch.no_grad(), zipvl.sparse(model, ratio=0.4, skip_projections=skip) as stats:
+    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=skip) as stats:
         for tokens in (3000, 4100) if dynamic else (3000,):
             actual = compiled(prompt(tokens), logits_to_keep=1).logits
             assert stats.layers[0].kept == [-(-4 * tokens // 10)]
@@ -176,7 +176,7 @@ def test_reduce_overhead() -> None:
     model = make_model("Llama", layers=1)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     torch._dynamo.utils.counters.clear()
-    with torch.no_grad(), zipvl.sparse(model, ratio=0.4, skip_projections=True) as stats:
+    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=True) as stats:
         for seed in range(4):
             tokens = prompt(3000, seed)
             torch.compiler.cudagraph_mark_step_begin()
