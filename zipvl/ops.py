@@ -306,9 +306,9 @@ def quantize_kv(
             the channel's largest absolute value, and 1 where that is 0; give an earlier call's to append to its blocks.
 
     Returns:
-        ``high`` uint8 ``[B, Hkv, ceil(N / 64) + 1, bytes]`` and ``high_blocks`` int32 ``[B]``, the blocks of 64 tokens that
-        each row uses (the others are undefined); ``low`` and ``low_blocks`` likewise; ``v_factor``. docs/cache.md has
-        the bytes.
+        ``high`` uint8 ``[B, Hkv, ceil(N / 64) + 1, bytes]`` and ``high_blocks`` int32 ``[B]``, the blocks of 64 tokens
+        that each row uses (the others are 0); ``low`` and ``low_blocks`` likewise; ``v_factor``. docs/cache.md
+        has the bytes.
     """
     return torch.ops.zipvl.quantize_kv(
         k, v, index, count, high_bits=high_bits, low_bits=low_bits, v_factor=v_factor, token_mask=token_mask

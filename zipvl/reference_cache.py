@@ -44,8 +44,9 @@ def quantize_kv(
         token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
 
     Returns:
-        ``high``: ``[B, Hkv, ceil(N / 64) + 1, block_bytes]`` uint8, ``high_blocks``: ``[B]`` int32, how many blocks of each
-        row are used (the others are 0 here, and undefined in the ops); ``low``, ``low_blocks`` likewise; ``v_factor``.
+        ``high``: ``[B, Hkv, ceil(N / 64) + 1, block_bytes]`` uint8, ``high_blocks``: ``[B]`` int32, how many blocks of
+        each row are used (the others are 0); ``low``, ``low_blocks`` likewise;
+        ``v_factor``.
     """
     B, Hkv, N, D = k.shape
     assert k.shape == v.shape and D % 32 == 0

@@ -18,10 +18,14 @@ _PROJECTION_KERNELS = frozenset({"project_queries", "project_outputs"})
 # The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp). The others run over ATen there.
 _CUDA_KERNELS = (
     frozenset({"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
+    | {"decode_attn", "quantize_kv", "decode_attn_quantized"}
     | _PROJECTION_KERNELS
 )
 # Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/plan/*_cuda.cpp).
-_TENSOR_CORE_KERNELS = frozenset({"probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
+_TENSOR_CORE_KERNELS = frozenset(
+    {"probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill", "decode_attn", "decode_attn_quantized"}
+)
+_NO_FALLBACK = frozenset({"decode_attn_quantized"})  # on CUDA: an error where there is no kernel
 _KERNEL_DTYPES, _KERNEL_HEAD_DIMS = (torch.float16, torch.bfloat16), (64, 96, 128, 256)
 _SCORE_OPS = frozenset({"select_tokens"})  # their inputs are float32 scores, whatever the model's dtype
 
@@ -66,7 +70,7 @@ def support(
     if device.type == "cuda" and op in _PROJECTION_KERNELS and (reason := _not_for_tensor_cores(dtype, None)):
         return Support("fallback", reason)
     if device.type == "cuda" and op in _TENSOR_CORE_KERNELS and (reason := _not_for_tensor_cores(dtype, head_dim)):
-        return Support("fallback", reason)
+        return Support("unavailable", reason.partition(":")[0]) if op in _NO_FALLBACK else Support("fallback", reason)
     return Support("native")
 
 

@@ -369,6 +369,15 @@ void scale(const char* op, std::optional<double> value) {
   }
 }
 
+AttentionSizes decode_attn(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                           const Tensor& lengths_argument, std::optional<double> scale_value) {
+  const AttentionSizes sizes = attention_inputs(op, q, {"k_cache", k_cache}, Named{"v_cache", v_cache});
+  query_tokens(op, q, 1);
+  lengths(op, q, lengths_argument);
+  scale(op, scale_value);
+  return sizes;
+}
+
 AttentionSizes sparse_attn(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
                            const Tensor& count, std::optional<double> scale_value) {
   const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, Named{"v", v});

@@ -80,6 +80,10 @@ void select_tokens(const char* op, const Tensor& budget_score, const Tensor& ran
 // Every argument of pack_kv.
 void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count);
 
+// Every argument of decode_attn; `tokens` of the sizes is the number of slots.
+AttentionSizes decode_attn(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                           const Tensor& lengths, std::optional<double> scale);
+
 // Every argument of quantize_kv.
 void quantize_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
                  std::int64_t high_bits, std::int64_t low_bits, const std::optional<Tensor>& v_factor,

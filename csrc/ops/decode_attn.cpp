@@ -11,10 +11,7 @@ namespace zipvl::ops {
 std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                        const Tensor& lengths, std::optional<double> scale) {
   constexpr const char* kOp = "decode_attn";
-  const auto sizes = checks::attention_inputs(kOp, q, {"k_cache", k_cache}, checks::Named{"v_cache", v_cache});
-  checks::query_tokens(kOp, q, 1);
-  checks::lengths(kOp, q, lengths);
-  checks::scale(kOp, scale);
+  const auto sizes = checks::decode_attn(kOp, q, k_cache, v_cache, lengths, scale);
   if (sizes.batch == 0 || sizes.tokens == 0) {
     const auto lse = aten::full({sizes.batch, sizes.query_heads, 1}, -std::numeric_limits<double>::infinity(),
                                 aten::ScalarType::Float, q.device());

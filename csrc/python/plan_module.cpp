@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "plan/decode_attn_cuda.h"
 #include "plan/layer_cost.h"
 #include "plan/probe_scores.h"
 #include "plan/probe_scores_cuda.h"
@@ -239,4 +240,37 @@ PYBIND11_MODULE(_plan, m) {
   m.attr("NEVER_PAYS") = kNeverPays;
   m.attr("MOST_FACTOR") = kMostFactor;
   m.attr("MOST_EXTRA_US") = kMostExtraUs;
+  py::class_<DecodeAttnCudaPlan>(m, "DecodeAttnCudaPlan")
+      .def_readonly("reason", &DecodeAttnCudaPlan::reason)
+      .def_readonly("warps", &DecodeAttnCudaPlan::warps)
+      .def_readonly("blocks", &DecodeAttnCudaPlan::blocks)
+      .def_readonly("head_chunks", &DecodeAttnCudaPlan::head_chunks)
+      .def_readonly("shared_bytes", &DecodeAttnCudaPlan::shared_bytes)
+      .def_readonly("places", &DecodeAttnCudaPlan::places)
+      .def_readonly("workspace_bytes", &DecodeAttnCudaPlan::workspace_bytes)
+      .def("__str__", &DecodeAttnCudaPlan::describe);
+  m.def(
+      "plan_decode_attn_cuda",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
+         bool half_precision, bool aligned, std::int64_t multiprocessors, std::int64_t shared_bytes) {
+        check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
+        return plan_decode_attn_cuda(
+            {batch, query_heads, kv_heads, head_dim, slots, half_precision, aligned, multiprocessors, shared_bytes});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
+      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("multiprocessors"),
+      py::arg("shared_bytes"));
+  m.def(
+      "plan_decode_attn_quantized_cuda",
+      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
+         std::int64_t high_blocks, std::int64_t low_blocks, int high_bits, int low_bits, std::int64_t multiprocessors,
+         std::int64_t shared_bytes) {
+        check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
+        return plan_decode_attn_quantized_cuda({batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true,
+                                                /*aligned=*/true, multiprocessors, shared_bytes},
+                                               {high_blocks, low_blocks, high_bits, low_bits});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
+      py::arg("head_dim"), py::arg("high_blocks"), py::arg("low_blocks"), py::arg("high_bits") = 4,
+      py::arg("low_bits") = 2, py::arg("multiprocessors"), py::arg("shared_bytes"));
 }

@@ -93,10 +93,10 @@ def test_cuda_without_its_library_says_why(op: str, monkeypatch: pytest.MonkeyPa
 def test_cuda_runs_its_kernels_and_falls_back_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for op in ("probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"):
+    for op in OPS:
         assert support(op, "cuda").state == "native"
-    assert support("decode_attn", "cuda").state == "fallback"
-    assert "no CUDA kernel of its own yet" in (why_not("decode_attn", "cuda") or "")
+    assert support("decode_attn", "cuda", torch.float32).state == "fallback"
+    assert support("decode_attn_quantized", "cuda", torch.bfloat16, 32).state == "unavailable"
     assert can_run_native("sparse_attn", "cuda", torch.bfloat16, 96)
     assert "float16 and bfloat16" in (why_not("sparse_attn", "cuda", torch.float32) or "")
     assert "head_dim 64, 96, 128, 256, got 80" in (why_not("probe_scores", "cuda", torch.float16, 80) or "")

@@ -342,9 +342,11 @@ KEYWORDS: dict[str, dict[str, Any]] = {
 }
 
 
-def sample_tensors(op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, D: int = 64) -> dict[str, Tensor]:
+def sample_tensors(
+    op: str, B: int = 2, N: int = 40, Hq: int = 6, Hkv: int = 2, D: int = 64, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Valid tensor arguments of an op, by name and in order. Selections name every token: outputs are defined then."""
-    q, k, v = make_qkv(B, Hq, Hkv, N, D)
+    q, k, v = make_qkv(B, Hq, Hkv, N, D, dtype)
     index, count = all_tokens(B, N)
     scores = torch.rand(B, N)
     if op == "decode_attn_quantized":

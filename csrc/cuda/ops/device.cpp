@@ -70,6 +70,11 @@ Tensor empty_attention_output(const Tensor& q) {
   return empty_strided({B, H, N, D}, {N * H * D, D, H * D, 1}, q.scalar_type(), q);
 }
 
+bool has_dependent_launch(int device) {
+  constexpr int kFirst = 9;
+  return attribute<cudaDevAttrComputeCapabilityMajor>(device) >= kFirst;
+}
+
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

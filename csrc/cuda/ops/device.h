@@ -19,6 +19,9 @@ enum class KernelFamily { kSm90, kSm80 };
 KernelFamily kernel_family(int device);
 
 int multiprocessors(int device);
+
+// Whether a kernel's start can overlap the end of the one before it (programmatic dependent launch, 9.0 on).
+bool has_dependent_launch(int device);
 int shared_bytes_per_block(int device);  // the most that a block may ask for
 
 // A tensor on the device of `like` whose content is undefined. Strides are in elements.

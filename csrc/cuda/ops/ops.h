@@ -48,4 +48,18 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
 
 Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count);
 
+std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                       const Tensor& lengths, std::optional<double> scale);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const Tensor& index,
+                                                               const Tensor& count, std::int64_t high_bits,
+                                                               std::int64_t low_bits,
+                                                               const std::optional<Tensor>& v_factor,
+                                                               const std::optional<Tensor>& token_mask);
+
+std::tuple<Tensor, Tensor> decode_attn_quantized(
+    const Tensor& q, const Tensor& high, const Tensor& high_blocks, const Tensor& low, const Tensor& low_blocks,
+    const Tensor& v_factor, std::int64_t high_bits, std::int64_t low_bits, const std::optional<Tensor>& k_recent,
+    const std::optional<Tensor>& v_recent, const std::optional<Tensor>& recent_lengths, std::optional<double> scale);
+
 }  // namespace zipvl::cuda

@@ -15,5 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(zipvl, CUDA, m) {
   m.impl("zipvl_prefill", TORCH_BOX(&zipvl::cuda::zipvl_prefill));
   m.impl("project_queries", TORCH_BOX(&zipvl::cuda::project_queries));
   m.impl("project_outputs", TORCH_BOX(&zipvl::cuda::project_outputs));
-  m.impl("decode_attn", TORCH_BOX(&zipvl::ops::decode_attn));
+  m.impl("decode_attn", TORCH_BOX(&zipvl::cuda::decode_attn));
+  m.impl("quantize_kv", TORCH_BOX(&zipvl::cuda::quantize_kv));
+  m.impl("decode_attn_quantized", TORCH_BOX(&zipvl::cuda::decode_attn_quantized));
 }

@@ -53,4 +53,12 @@ __device__ __forceinline__ void ldmatrix_transposed(std::uint32_t (&x)[4], std::
                : "memory");
 }
 
+// One 8 x 8 matrix of 16-bit elements, of which each lane holds columns 2 (lane % 4) and the next of row lane / 4,
+// transposed.
+__device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t x) {
+  std::uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(x));
+  return transposed;
+}
+
 }  // namespace zipvl::cuda::ptx

@@ -1,0 +1,44 @@
+// Shapes of the decoding kernels that plans and launches must agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "common/quantized_block.h"
+
+namespace zipvl::decode_shape {
+
+constexpr int kTileTokens = 16;  // rows of an mma.m16n8k16
+// A block of threads serves up to so many query heads of a key/value head at once: the columns of an mma.m16n8k16.
+constexpr int kHeads = 8;
+constexpr int kMostBlocks = 1024;  // weights of so many partial results lie in shared memory
+
+// Buffers of each warp's ring. Half of the ring is under way while a warp works: 64 KB a multiprocessor, where 40 KB
+// hide the latency of memory at 4 TB/s. On an H200 three buffers at head dim 128 are no faster than two.
+ZIPVL_HOST_DEVICE constexpr int stages(std::int64_t head_dim) { return head_dim == 64 ? 4 : head_dim == 96 ? 3 : 2; }
+
+// Warps of a block of threads, one block a multiprocessor: fewer blocks leave fewer partial results (4 warps, two
+// blocks a multiprocessor: 1 us longer). Head dim 256 has the registers of 4.
+ZIPVL_HOST_DEVICE constexpr int most_warps(std::int64_t head_dim) { return head_dim == 256 ? 4 : 8; }
+
+// Shared memory of a block of threads.
+ZIPVL_HOST_DEVICE constexpr std::int64_t ring_bytes(std::int64_t head_dim, int warps) {
+  return std::int64_t{warps} * stages(head_dim) * kTileTokens * head_dim * 4;
+}
+
+// The kernel over quantised segments: blocks of 64 tokens are larger, and two blocks of threads share a multiprocessor.
+constexpr int kQuantizedBlocks = 2;
+constexpr int kQuantizedFullStages = 2;  // for the recent tokens
+ZIPVL_HOST_DEVICE constexpr int quantized_warps(std::int64_t head_dim) { return head_dim == 256 ? 2 : 4; }
+ZIPVL_HOST_DEVICE constexpr int quantized_stages(int bits) { return bits == 2 ? 4 : 2; }
+
+ZIPVL_HOST_DEVICE constexpr std::int64_t quantized_ring_bytes(std::int64_t head_dim, int high_bits, int low_bits) {
+  std::int64_t most = kQuantizedFullStages * kTileTokens * head_dim * 4;
+  const int both[] = {high_bits, low_bits};
+  for (const int bits : both) {
+    const std::int64_t bytes = quantized_stages(bits) * quantized::block_layout(head_dim, bits, 2).bytes;
+    most = bytes > most ? bytes : most;
+  }
+  return quantized_warps(head_dim) * most;
+}
+
+}  // namespace zipvl::decode_shape

@@ -1,0 +1,46 @@
+// Launch of decode_attn on CUDA. No Torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/decode_shape.h"
+
+namespace zipvl::cuda {
+
+constexpr int kDecodeHeads = decode_shape::kHeads;
+
+// What the merge of partial results needs: partial i of item (batch row, key/value head, chunk of query heads).
+struct DecodePartials {
+  float* out;  // [places, kDecodeHeads, head_dim], each normalised on its own
+  float* lse;  // [places, kDecodeHeads], base 2
+};
+
+// Strides are in elements; those of the last dimension are 1, and every row begins at a multiple of 16 bytes. No slot
+// at or after lengths[b], clamped to [0, slots], is read.
+struct DecodeAttnParams {
+  const void* q;                // [batch, query_heads, head_dim]
+  const void* k;                // [batch, kv_heads, slots, head_dim]
+  const void* v;                // [batch, kv_heads, slots, head_dim]
+  const std::int32_t* lengths;  // [batch]
+  void* out;                    // [batch, query_heads, head_dim], contiguous
+  float* lse;                   // [batch, query_heads], natural
+  DecodePartials partials;      // places: blocks + batch * kv_heads * head_chunks
+  std::int64_t q_stride[2];     // batch, head
+  std::int64_t k_stride[3];     // batch, head, slot
+  std::int64_t v_stride[3];
+  std::int64_t lengths_stride;
+  std::int64_t batch, query_heads, kv_heads, slots;
+  int head_dim;     // 64, 96, 128 or 256
+  int head_chunks;  // ceil(query_heads / kv_heads / kDecodeHeads)
+  int blocks;       // of the grid, at most decode_shape::kMostBlocks
+  int warps;        // of a block: decode_shape::most_warps or half of that; not of the kernel over quantised segments
+  float scale;
+  bool bfloat16;          // else float16
+  bool dependent_launch;  // the GPU has programmatic dependent launch (9.0 on)
+};
+
+cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream);
+
+}  // namespace zipvl::cuda

@@ -1,0 +1,113 @@
+// Launch of the kernels for one head dim and dtype.
+#pragma once
+
+#include "cuda/decode_attn/sm80/combine.cuh"
+#include "cuda/decode_attn/sm80/launch.h"
+#include "cuda/decode_attn/sm80/quantized_kernel.cuh"
+
+namespace zipvl::cuda::decode {
+
+template <typename Element, int D, int Warps>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ DecodeAttnParams params) {
+  __shared__ float weights[decode_shape::kMostBlocks];
+  __shared__ int places[decode_shape::kMostBlocks];
+  ptx::let_next_kernel_start();
+  const OutputHead head = output_head(params);
+  const PlaceRange ranges[1] = {place_range(row_tiles(params), params.blocks, Warps, 0, head)};
+  ptx::wait_for_previous_kernel();
+  const std::int64_t at = blockIdx.x;
+  combine<Element, D>(ranges, head, params.partials, static_cast<Element*>(params.out) + at * D, params.lse + at,
+                      weights, places);
+}
+
+template <typename Element, int D, int Warps>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
+  __shared__ float weights[kKinds * decode_shape::kMostBlocks];
+  __shared__ int places[kKinds * decode_shape::kMostBlocks];
+  ptx::let_next_kernel_start();
+  const OutputHead head = output_head(params.attn);
+  const std::int64_t step = places_of_kind(params.attn);
+  PlaceRange ranges[kKinds] = {
+      place_range(segment_tiles(params, 0), params.attn.blocks, Warps, 0, head),
+      place_range(segment_tiles(params, 1), params.attn.blocks, Warps, step, head),
+      {0, 0},
+  };
+  if (params.attn.slots > 0) {
+    ranges[2] = place_range(row_tiles(params.attn), params.attn.blocks, Warps, 2 * step, head);
+  }
+  ptx::wait_for_previous_kernel();
+  const std::int64_t at = blockIdx.x;
+  combine<Element, D>(ranges, head, params.attn.partials, static_cast<Element*>(params.attn.out) + at * D,
+                      params.attn.lse + at, weights, places);
+}
+
+// One kernel of the pair. Both prefer shared memory over L1 to the full, as changing that between kernels stalls.
+template <typename Params>
+cudaError_t launch_one(void (*kernel)(Params), const Params& params, std::int64_t blocks, int threads, int shared,
+                       bool dependent, cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// `kernel` with its shared memory, then `combined`; the start of each overlaps the end of what is before it.
+template <typename Params>
+cudaError_t launch_pair(void (*kernel)(Params), void (*combined)(Params), const Params& params,
+                        const DecodeAttnParams& attn, int warps, int shared, cudaStream_t stream) {
+  if (const cudaError_t error =
+          launch_one(kernel, params, attn.blocks, warps * 32, shared, attn.dependent_launch, stream);
+      error != cudaSuccess) {
+    return error;
+  }
+  return launch_one(combined, params, attn.batch * attn.query_heads, kCombineThreads, 0, attn.dependent_launch, stream);
+}
+
+template <typename Element, int D, int Warps>
+cudaError_t launch_with_warps(const DecodeAttnParams& params, cudaStream_t stream) {
+  constexpr auto kRing = static_cast<int>(decode_shape::ring_bytes(D, Warps));
+  static_assert(kRing >= merge_floats<D>(Warps) * static_cast<int>(sizeof(float)));
+  return launch_pair(decode_attn_kernel<Element, D, Warps, decode_shape::stages(D)>, combine_kernel<Element, D, Warps>,
+                     params, params, Warps, kRing, stream);
+}
+
+template <typename Element, int D>
+cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream) {
+  constexpr int kMost = decode_shape::most_warps(D);
+  return params.warps == kMost ? launch_with_warps<Element, D, kMost>(params, stream)
+                               : launch_with_warps<Element, D, kMost / 2>(params, stream);
+}
+
+template <typename Element, int D>
+cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream) {
+  constexpr int kWarps = decode_shape::quantized_warps(D);
+  static_assert(decode_shape::quantized_ring_bytes(D, 2, 2) >=
+                merge_floats<D>(kWarps) * static_cast<int>(sizeof(float)));
+  const auto ring =
+      static_cast<int>(decode_shape::quantized_ring_bytes(D, params.segments[0].bits, params.segments[1].bits));
+  return launch_pair(decode_attn_quantized_kernel<Element, D, kWarps>, combine_quantized_kernel<Element, D, kWarps>,
+                     params, params.attn, kWarps, ring, stream);
+}
+
+// The one place that names a dtype and head dim: a file each.
+#define ZIPVL_INSTANTIATE_DECODE_ATTN(Element, D)                                             \
+  template cudaError_t launch_decode_attn<Element, D>(const DecodeAttnParams&, cudaStream_t); \
+  template cudaError_t launch_decode_attn_quantized<Element, D>(const DecodeAttnQuantizedParams&, cudaStream_t);
+
+}  // namespace zipvl::cuda::decode

@@ -1,0 +1,78 @@
+// 16 tokens of one head's keys and values in shared memory: fetched by one warp, attended to by it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/decode_shape.h"
+#include "cuda/decode_attn/warp_state.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared_address.cuh"
+
+namespace zipvl::cuda::decode {
+
+using decode_shape::kTileTokens;
+
+// The keys and values of one head.
+template <typename Element>
+struct HeadRows {
+  const Element *k, *v;  // [slots, D]
+  std::int64_t k_stride, v_stride;
+  int length;  // rows that may be read
+};
+
+template <typename Element, int D>
+struct KvTile {
+  static constexpr int kChunks = D / 8;  // of 16 bytes in a row
+  static constexpr int kRowsBytes = kTileTokens * D * 2;
+  static constexpr int kBytes = 2 * kRowsBytes;  // keys, then values
+
+  // Bytes from the start to chunk `chunk` of row `row`. Chunks are permuted so that the eight rows that ldmatrix reads
+  // at once fall on different banks; where a row is not a multiple of 128 bytes (D = 96), rows of either parity do
+  // already.
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    const int turn = kChunks % 8 == 0 ? row % 8 : row / 2 % 4;
+    return row * D * 2 + (chunk ^ turn) * 16;
+  }
+
+  // Starts copying rows [first, first + 16) of keys and values; rows past the length become zeros and are not read.
+  static __device__ __forceinline__ void fetch(std::uint32_t target, const HeadRows<Element>& rows, int first) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int at = lane; at < kTileTokens * kChunks; at += 32) {
+      const int row = at / kChunks, chunk = at % kChunks;
+      const bool valid = first + row < rows.length;
+      const std::int64_t source = valid ? first + row : 0;
+      ptx::cp_async_16(target + place(row, chunk), rows.k + source * rows.k_stride + chunk * 8, valid);
+      ptx::cp_async_16(target + kRowsBytes + place(row, chunk), rows.v + source * rows.v_stride + chunk * 8, valid);
+    }
+  }
+
+  // `valid`: how many of the tile's tokens there are; at least one.
+  static __device__ __forceinline__ void attend(WarpState<D>& state, const std::uint32_t (&q)[D / 16][2],
+                                                std::uint32_t tile, int valid, float scale_log2) {
+    const int lane = static_cast<int>(threadIdx.x % 32), matrix = lane / 8;
+    float s[1][4] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      std::uint32_t keys[4];
+      ptx::ldmatrix(keys, tile + place(lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
+      ptx::mma_16x8x16<Element>(s[0], keys, q[k][0], q[k][1]);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      s[0][c] = lane / 4 + c / 2 * 8 < valid ? s[0][c] * scale_log2 : kNone;
+    }
+    state.weigh(s);
+    std::uint32_t weights[2];
+    weights_operand<Element>(weights, s[0]);
+#pragma unroll
+    for (int m = 0; m < D / 16; ++m) {
+      std::uint32_t values[4];
+      ptx::ldmatrix_transposed(values, tile + kRowsBytes + place(lane % 8 + matrix / 2 * 8, 2 * m + matrix % 2));
+      ptx::mma_16x8x16<Element>(state.out[m], values, weights[0], weights[1]);
+    }
+  }
+};
+
+}  // namespace zipvl::cuda::decode

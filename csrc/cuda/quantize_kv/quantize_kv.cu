@@ -1,0 +1,246 @@
+// Keys and values of both segments into blocks of 64 tokens: one block of threads each. Float32 arithmetic, correctly
+// rounded and never fused, so that the bytes are those of the CPU.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/quantized_block.h"
+#include "cuda/quantize_kv/quantize_kv.h"
+
+namespace zipvl::cuda {
+namespace {
+
+using quantized::kBlockTokens;
+
+constexpr int kThreads = 256;
+constexpr std::int64_t kMostGrid = 65535;  // gridDim.y and gridDim.z
+
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+
+// The largest absolute value of each channel over the real tokens. Bits of floats that are not negative order as
+// integers do, and a maximum does not depend on the order it is taken in.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) largest_kernel(const __grid_constant__ QuantizeKvParams params) {
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kSplitChunk;
+  const std::int64_t end = min(params.tokens, first + kSplitChunk);
+  for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {
+    for (std::int64_t h = blockIdx.y; h < params.heads; h += gridDim.y) {
+      const auto* v = static_cast<const Element*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1];
+      // Threads of a warp take neighbouring channels; where channels are few, several tokens at once.
+      const int lanes = min(params.head_dim, kThreads), groups = kThreads / lanes;
+      const int group = static_cast<int>(threadIdx.x) / lanes;
+      for (int d = static_cast<int>(threadIdx.x) % lanes; d < params.head_dim && group < groups; d += lanes) {
+        float most = 0.0F;
+        for (std::int64_t n = first + group; n < end; n += groups) {
+          if (params.token_mask == nullptr ||
+              params.token_mask[b * params.mask_stride[0] + n * params.mask_stride[1]]) {
+            most = fmaxf(most, fabsf(static_cast<float>(v[n * params.v_stride[2] + d])));
+          }
+        }
+        atomicMax(params.largest + (b * params.heads + h) * params.head_dim + d, __float_as_uint(most));
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) factor_kernel(const __grid_constant__ QuantizeKvParams params) {
+  const std::int64_t channels = params.batch * params.heads * params.head_dim;
+  for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(kThreads) + threadIdx.x; i < channels;
+       i += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+    params.v_factor[i] = quantized::channel_factor(__uint_as_float(params.largest[i]));
+  }
+}
+
+// One block's tokens in shared memory and its words under construction.
+struct Workplace {
+  float* rows;           // [kBlockTokens, head_dim + 1]: a column's elements on different banks
+  std::uint32_t* words;  // [kBlockTokens * head_dim * bits / 32]
+  const int* position;   // [kBlockTokens]; -1: zeros
+  int tokens, head_dim, bits;
+
+  __device__ float& at(int token, int d) const { return rows[token * (head_dim + 1) + d]; }
+  __device__ int word_count() const { return kBlockTokens * head_dim * bits / 32; }
+
+  // Loads the rows of `source` [tokens, head_dim] and clears the words.
+  template <typename Element>
+  __device__ void load(const Element* source, std::int64_t stride) const {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * head_dim; i += kThreads) {
+      const int token = i / head_dim, d = i % head_dim;
+      at(token, d) = position[token] < 0 ? 0.0F : static_cast<float>(source[position[token] * stride + d]);
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < word_count(); i += kThreads) {
+      words[i] = 0;
+    }
+    __syncthreads();
+  }
+  __device__ void put(quantized::CodePlace place, float x, float scale, float zero) const {
+    std::uint32_t code = quantized::code_of(x, scale, zero, bits);
+    if (bits == 8) {
+      atomicOr(words + place.word, (code & 15U) << place.shift);
+      place.word += quantized::kUpperHalf;
+      code >>= 4;
+    }
+    atomicOr(words + place.word, code << place.shift);
+  }
+  __device__ void write(std::uint8_t* codes) const {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < word_count(); i += kThreads) {
+      reinterpret_cast<std::uint32_t*>(codes)[i] = words[i];
+    }
+  }
+};
+
+// Stores a range's scale and zero, rounded to Element, and returns them as they were stored.
+template <typename Element>
+__device__ float2 put_range(float least, float most, int bits, Element* scale, Element* zero) {
+  store(scale, quantized::step_of(least, most, bits));
+  store(zero, least);
+  return {static_cast<float>(*scale), static_cast<float>(*zero)};
+}
+
+template <typename Element>
+__device__ void pack_keys(const Workplace& work, std::uint8_t* block, const quantized::BlockLayout& layout) {
+  for (int d = static_cast<int>(threadIdx.x); d < work.head_dim; d += kThreads) {
+    float least = work.at(0, d), most = least;
+    for (int t = 1; t < work.tokens; ++t) {
+      least = fminf(least, work.at(t, d));
+      most = fmaxf(most, work.at(t, d));
+    }
+    const int place = quantized::parameter_place(d);
+    const float2 range = put_range(least, most, work.bits, reinterpret_cast<Element*>(block + layout.k_scale) + place,
+                                   reinterpret_cast<Element*>(block + layout.k_zero) + place);
+    for (int t = 0; t < work.tokens; ++t) {
+      work.put(quantized::key_code_place(work.bits, t, d), work.at(t, d), range.x, range.y);
+    }
+  }
+  work.write(block + layout.k_codes);
+}
+
+template <typename Element>
+__device__ void pack_values(const Workplace& work, std::uint8_t* block, const quantized::BlockLayout& layout,
+                            const float* factor) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  auto* scales = reinterpret_cast<Element*>(block + layout.v_scale);
+  auto* zeros = reinterpret_cast<Element*>(block + layout.v_zero);
+  for (int t = static_cast<int>(threadIdx.x) / 32; t < kBlockTokens; t += kThreads / 32) {
+    if (t >= work.tokens) {  // read with weight 0: they must be numbers
+      if (lane == 0) {
+        store(scales + t, 0.0F);
+        store(zeros + t, 0.0F);
+      }
+      continue;
+    }
+    float least = INFINITY, most = -INFINITY;
+    for (int d = lane; d < work.head_dim; d += 32) {
+      const float x = work.at(t, d) / factor[d];
+      work.at(t, d) = x;
+      least = fminf(least, x);
+      most = fmaxf(most, x);
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      least = fminf(least, __shfl_xor_sync(0xFFFFFFFFU, least, offset));
+      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFU, most, offset));
+    }
+    Element scale, zero;
+    const float2 range = put_range(least, most, work.bits, &scale, &zero);
+    if (lane == 0) {
+      scales[t] = scale;
+      zeros[t] = zero;
+    }
+    for (int d = lane; d < work.head_dim; d += 32) {
+      work.put(quantized::value_code_place(work.bits, t, d), work.at(t, d), range.x, range.y);
+    }
+  }
+  work.write(block + layout.v_codes);
+}
+
+// gridDim.x: the blocks of the high segment, then those of the low one.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ QuantizeKvParams params) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ int position[kBlockTokens];
+  const int segment = blockIdx.x < params.capacity ? 0 : 1;
+  const std::int64_t number = blockIdx.x - segment * params.capacity;
+  Workplace work{};
+  work.head_dim = params.head_dim;
+  work.bits = params.bits[segment];
+  work.rows = reinterpret_cast<float*>(shared);
+  work.words = reinterpret_cast<std::uint32_t*>(work.rows + kBlockTokens * (params.head_dim + 1));
+  work.position = position;
+  const quantized::BlockLayout layout = quantized::block_layout(params.head_dim, work.bits, sizeof(Element));
+  for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {
+    const std::int64_t given = segment == 0 ? params.count[b * params.count_stride] : params.rest_count[b];
+    const std::int64_t total = min(max(given, std::int64_t{0}), params.tokens);
+    const std::int64_t first = number * kBlockTokens;
+    if (first >= total) {
+      continue;
+    }
+    work.tokens = static_cast<int>(min(static_cast<std::int64_t>(kBlockTokens), total - first));
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < work.tokens) {
+      const std::int64_t place = first + threadIdx.x;
+      const int n = segment == 0 ? params.index[b * params.index_stride[0] + place * params.index_stride[1]]
+                                 : params.rest[b * params.tokens + place];
+      position[threadIdx.x] = n >= 0 && n < params.tokens ? n : -1;
+    }
+    for (std::int64_t h = blockIdx.y; h < params.heads; h += gridDim.y) {
+      std::uint8_t* block = params.packed[segment] + ((b * params.heads + h) * params.capacity + number) * layout.bytes;
+      if (threadIdx.x < quantized::kHeaderBytes / 4) {
+        reinterpret_cast<int*>(block)[threadIdx.x] = threadIdx.x == 0 ? work.tokens : 0;
+      }
+      work.load(static_cast<const Element*>(params.k) + b * params.k_stride[0] + h * params.k_stride[1],
+                params.k_stride[2]);
+      pack_keys<Element>(work, block, layout);
+      work.load(static_cast<const Element*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1],
+                params.v_stride[2]);
+      pack_values<Element>(work, block, layout, params.v_factor + (b * params.heads + h) * params.head_dim);
+    }
+  }
+}
+
+template <typename Element>
+cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
+  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(n < kMostGrid ? n : kMostGrid); };
+  if (params.largest != nullptr) {
+    largest_kernel<Element><<<dim3(static_cast<unsigned>(params.chunks), grid_of(params.heads), grid_of(params.batch)),
+                              kThreads, 0, stream>>>(params);
+    const std::int64_t channels = params.batch * params.heads * params.head_dim;
+    factor_kernel<<<grid_of((channels + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
+  }
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+    return error;
+  }
+  if (const cudaError_t error = launch_split_tokens(params, stream); error != cudaSuccess) {
+    return error;
+  }
+  const int most_bits = params.bits[0] > params.bits[1] ? params.bits[0] : params.bits[1];
+  const int shared = kBlockTokens * (params.head_dim + 1) * static_cast<int>(sizeof(float)) +
+                     kBlockTokens * params.head_dim * most_bits / 8;
+  const auto kernel = pack_kernel<Element>;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      error != cudaSuccess) {
+    return error;
+  }
+  const dim3 grid(static_cast<unsigned>(2 * params.capacity), grid_of(params.heads), grid_of(params.batch));
+  kernel<<<grid, kThreads, static_cast<std::size_t>(shared), stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_quantize_kv(const QuantizeKvParams& params, cudaStream_t stream) {
+  switch (params.element) {
+    case QuantizedElement::kFloat16:
+      return launch_for<__half>(params, stream);
+    case QuantizedElement::kBFloat16:
+      return launch_for<__nv_bfloat16>(params, stream);
+    default:
+      return launch_for<float>(params, stream);
+  }
+}
+
+}  // namespace zipvl::cuda
