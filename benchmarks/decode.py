@@ -160,18 +160,18 @@ def show(console: Console, rows: list[dict[str, Any]], rate: float) -> None:
     console.print(table)
 
 
-def main(record: Annotated[bool, typer.Option(help="Append to benchmarks/results/decode.jsonl.")] = True) -> None:
-    """Times every shape, prints the table and records it."""
+def main(record: Annotated[bool, typer.Option(help="Append each to benchmarks/results/decode.jsonl.")] = True) -> None:
+    """Times every shape, records each as it is done, and prints the table."""
     torch.manual_seed(0)
     rate = measure_ceilings().bytes
     rows = []
     for run, shapes in ((full, SHAPES), (quantized, QUANTIZED)):
         for shape in shapes:
             rows.append(run(shape))
+            if record:
+                _record.append("decode", {"copy_bytes_per_s": rate, **rows[-1]}, device="cuda")
             torch.cuda.empty_cache()
     show(Console(width=120), rows, rate)
-    if record:
-        _record.append("decode", {"copy_bytes_per_s": rate, "ratio": RATIO, "rows": rows}, device="cuda")
 
 
 if __name__ == "__main__":
