@@ -205,12 +205,36 @@ def _ttft_table(runs: dict[int, Result], how: str) -> list[str]:
     return [title, "", *head, *table]
 
 
+def decode() -> list[str]:
+    """A decoding step's attention against the copy of its bytes and its peers; the newest run of each shape."""
+    newest = {(r["op"], r["shape"]["B"], r["shape"]["S"]): r for r in results("decode")}
+    rows = []
+    for (op, batch, slots), run in newest.items():
+        rate = run["bytes"] / run["us"] * 1e6
+        peers = [f"{run['peers'][name]:.1f}" if name in run["peers"] else "" for name in ("cudnn", "fa2")]
+        rows.append(
+            f"| `{op}` | {batch} x {slots:,} | {run['bytes'] / 1e6:.1f} | {run['us']:.1f} | {rate / 1e12:.2f} "
+            f"| {100 * rate / run['copy_bytes_per_s']:.0f}% | {' | '.join(peers)} |"
+        )
+    shape, last = next(iter(newest.values()))["shape"], list(newest.values())[-1]
+    title = (
+        f"One new token against a cache, {shape['Hq']}/{shape['Hkv']} heads, D {shape['D']}, bfloat16; quantised: a "
+        f"quarter of the tokens at 4 bits, the others at 2, and 100 recent ones in full ({source(last)}):"
+    )
+    head = [
+        "| | rows x tokens | MB read | us | TB/s | of a copy's | cuDNN, us | FlashAttention-2, us |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return [title, "", *head, *rows]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "cpu_prefill": cpu_prefill,
     "tiny_llava_next": tiny_llava_next,
     "gpu_tests": gpu_tests,
     "sparse_attn": sparse_attn,
     "probe_select": probe_select,
+    "decode": decode,
     "layer": layer,
     "ttft": ttft,
 }
