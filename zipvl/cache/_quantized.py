@@ -105,7 +105,7 @@ class RecentQueries:
         """
         batch, heads, _, dim = self.queries.shape
         known = (self.positions >= 0) & (self.positions < lengths[:, None])
-        place = torch.where(known, self.positions, slots).to(torch.int64)
+        place = self.positions.masked_fill(~known, slots).to(torch.int64)
         spread = self.queries.new_zeros(batch, heads, slots + 1, dim)
         spread.scatter_(2, place[:, None, :, None].expand(self.queries.shape), self.queries)
         return spread[:, :, :slots], place.sort(-1).values.to(torch.int32)
@@ -269,7 +269,7 @@ class QuantizedKV:
             scores = (grouped @ keys.mT * factor).unflatten(2, (groups, -1)).flatten(1, 2)
             scores = scores.masked_fill(~may, -torch.inf)
             lse = torch.logaddexp(past_lse, scores.logsumexp(-1))
-            lse = torch.where(lse == -torch.inf, 0.0, lse)[..., None]  # a padding token behind nothing: all weights 0
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # a padding token behind nothing: all weights 0
             weights = (scores - lse).exp().unflatten(1, (k.shape[1], groups)).flatten(2, 3)
             own = (weights @ values).unflatten(2, (groups, -1)).flatten(1, 2)
             outputs.append(own + (past_lse[..., None] - lse).exp() * past)
