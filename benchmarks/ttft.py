@@ -184,10 +184,16 @@ def run_once(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tenso
     return Run(seconds, torch.cuda.max_memory_allocated() - before if on_gpu else None)
 
 
+def warm_up(model: Qwen2ForCausalLM, tokens: Tensor, rows: list[Method]) -> None:
+    """Each row once, so that lengths which run once do not pay for loading libraries: a second, with cuDNN's."""
+    for method in rows:
+        run_once(model, model, tokens, method)
+
+
 def measure(model: Qwen2ForCausalLM, tokens: Tensor, rows: list[Method], compiled: bool) -> dict[Method, list[Run]]:
     """Runs of each row, interleaved, after one of each that is not counted where there are several.
 
-    The original comes last: what a first forward of a length costs beside its kernels falls on the others.
+    The original comes last: what else a first forward of a length costs falls on the others.
     """
     forward = model
     if compiled:
@@ -264,6 +270,7 @@ def main(
     for compile_it in (False,) * eager + (True,) * compiled:
         rows = [ORIGINAL, *methods(ratios[:1])[3:]] if compile_it else methods(ratios)
         found = {}
+        warm_up(model, prompt[:, : lengths[0]], rows)
         for tokens in lengths:
             found[tokens] = measure(model, prompt[:, :tokens], rows, compile_it)
             if save and not smoke:
