@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import Result
 
 import zipvl.cli as zipvl_cli
+from zipvl import reference_cache
 
 from . import tiny
 
@@ -124,6 +126,26 @@ def test_a_refusal_of_zipvl_is_one_line(
         "--model: ZipVL cannot run this model: zipvl.sparse: this one is an encoder-decoder, which is not supported"
     )
     assert result.stderr == f"zipvl: {expected}\n"
+
+
+def test_a_quantised_cache_that_the_model_cannot_have_is_one_line(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    result = zipvl("run", "--image", page, "--question", "KQ", "--model", llava_next, "--cache", "quantize")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "needs a head dimension that is a multiple of 32" in result.stderr
+
+
+def test_a_quantised_cache(zipvl: Zipvl, page: Path, tmp_path: Path) -> None:
+    tiny.save_llava_next(tmp_path, head_dim=32)
+    got = facts(zipvl, page, tmp_path, "--ratio", "0.3", "--cache", "quantize")
+    kept = -(-3 * PROMPT // 10)
+    layers = got["zipvl"]["layers"]
+    assert [layer["kept"] for layer in layers] == [kept] * 3
+    blocks = [2 * (-(-kept // 64)), 2 * (-(-(PROMPT - kept) // 64))]  # two heads each
+    segments = sum(
+        n * reference_cache.block_bytes(32, bits, torch.float32) for n, bits in zip(blocks, (4, 2), strict=True)
+    )
+    window, queries, factor, counts = 2 * 2 * 100 * 32 * 4, 16 * (4 * 32 * 4 + 4), 2 * 32 * 4, 3 * 4
+    assert [layer["cache_bytes"] for layer in layers] == [segments + window + queries + factor + counts] * 3
 
 
 def test_default_model_in_a_process_of_its_own(page: Path, llava_next: Path) -> None:

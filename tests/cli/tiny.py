@@ -36,8 +36,8 @@ def tokenizer() -> Any:
     )
 
 
-def text_config() -> tf.LlamaConfig:
-    """Three layers, 4 query heads and 2 key/value heads of 16."""
+def text_config(head_dim: int = 16) -> tf.LlamaConfig:
+    """Three layers, 4 query heads and 2 key/value heads."""
     return tf.LlamaConfig(
         vocab_size=99,
         hidden_size=64,
@@ -45,7 +45,7 @@ def text_config() -> tf.LlamaConfig:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         initializer_range=0.3,
         eos_token_id=None,
@@ -65,7 +65,7 @@ def vision_config() -> tf.CLIPVisionConfig:
     )
 
 
-def save_llava_next(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
+def save_llava_next(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, head_dim: int = 16) -> None:
     """LLaVA-NeXT: a base view of 64 patches and up to 2 x 2 tiles of 64."""
     pinpoints = [[2 * SIDE, 2 * SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
     images = LlavaNextImageProcessorPil(
@@ -76,7 +76,7 @@ def save_llava_next(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) 
         tf.LlavaNextForConditionalGeneration,
         tf.LlavaNextConfig(
             vision_config=vision_config(),
-            text_config=text_config(),
+            text_config=text_config(head_dim),
             image_token_id=IMAGE_TOKEN,
             image_grid_pinpoints=pinpoints,
             vision_feature_layer=-1,
