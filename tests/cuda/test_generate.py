@@ -16,10 +16,9 @@ import zipvl  # noqa: E402
 from tests.model.oracle import oracle  # noqa: E402
 from tests.model.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
 from zipvl.integrations.transformers import DecodeGraph  # noqa: E402
-from zipvl.support import support  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128
-QUANTIZES = support("quantize_kv", "cuda").state == "native"
+QUANTIZES = torch._C._dispatch_has_kernel_for_dispatch_key("zipvl::quantize_kv", "CUDA")
 quantized = pytest.mark.skipif(not QUANTIZES, reason="quantize_kv has no CUDA kernel in this build")
 SHAPE = {
     "hidden_size": 512,
