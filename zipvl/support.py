@@ -71,6 +71,8 @@ def support(
         return Support("fallback", reason)
     if device.type == "cuda" and op in _TENSOR_CORE_KERNELS and (reason := _not_for_tensor_cores(dtype, head_dim)):
         return Support("unavailable", reason.partition(":")[0]) if op in _NO_FALLBACK else Support("fallback", reason)
+    if device.type == "cuda" and op == "decode_attn" and (dtype == torch.float16 or head_dim not in (None, 128)):
+        return Support("fallback", "no GPU run has checked this kernel yet: runs over ATen's ops on the GPU")
     return Support("native")
 
 

@@ -49,6 +49,9 @@ def test_why_not() -> None:
     assert "head_dim 64, 96, 128 and 256, got 80" in reason(head_dim=80)
     assert "multiples of 16 bytes" in reason(aligned=False)
     assert "tiles" in reason(batch=2**16, slots=2**20)
+    for unchecked in ({"bfloat16": False}, {"head_dim": 64}, {"head_dim": 256}):
+        assert "no GPU run has checked" in reason(checked_only=True, **unchecked) and reason(**unchecked) == ""
+    assert reason(checked_only=True) == ""
     assert "bytes of shared memory, the GPU has 49152" in reason(shared_bytes=49152)
 
 

@@ -41,6 +41,8 @@ plan::DecodeAttnCudaProblem problem_of(const checks::AttentionSizes& sizes, cons
           sizes.head_dim,
           slots,
           q.scalar_type() != aten::ScalarType::Float,
+          q.scalar_type() == aten::ScalarType::BFloat16,
+          !takes_unchecked_kernels(),
           all_aligned && aligned(q, 2),
           multiprocessors(device),
           shared_bytes_per_block(device)};

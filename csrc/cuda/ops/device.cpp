@@ -32,10 +32,13 @@ int attribute(int device) {
   return value;
 }
 
-[[maybe_unused]] bool sm80_is_forced() {
-  const char* value = std::getenv("ZIPVL_FORCE_SM80");
+// A variable of the environment that is neither empty nor 0.
+bool is_set(const char* name) {
+  const char* value = std::getenv(name);
   return value != nullptr && std::string_view(value) != "" && std::string_view(value) != "0";
 }
+
+[[maybe_unused]] bool sm80_is_forced() { return is_set("ZIPVL_FORCE_SM80"); }
 
 }  // namespace
 
@@ -69,6 +72,8 @@ Tensor empty_attention_output(const Tensor& q) {
   const std::int64_t B = q.size(0), H = q.size(1), N = q.size(2), D = q.size(3);
   return empty_strided({B, H, N, D}, {N * H * D, D, H * D, 1}, q.scalar_type(), q);
 }
+
+bool takes_unchecked_kernels() { return is_set("ZIPVL_UNCHECKED_KERNELS"); }
 
 bool has_dependent_launch(int device) {
   constexpr int kFirst = 9;
