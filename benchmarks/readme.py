@@ -128,7 +128,7 @@ def probe_select() -> list[str]:
             cells.append(f"{row['us']:.1f}" + (f" ({', '.join(peers)})" if peers else ""))
         rows.append(f"| `{op}` | " + " | ".join(cells) + " |")
     title = (
-        "The estimate, us, and how many times as long the same takes elsewhere (scores in eager PyTorch, and column sums "
+        "The estimate, us, and how many times as long it takes elsewhere (scores in eager PyTorch, and column sums "
         "alone by flash-colreduce; PyTorch's sort, cumsum, top-k and sort; a contiguous copy of as many bytes), "
         "28/4 heads, D 128, bfloat16, 128 probes, "
         f"a quarter packed ({source(run)}):"
