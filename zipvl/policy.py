@@ -18,7 +18,7 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
     """The fewest tokens from which on a layer's prefill is sparse: ``config.dense_below``, or what "auto" means here.
 
     Args:
-        config: gives ``dense_below``, and what the cost depends on: ``ratio`` and ``all_queries``.
+        config: gives ``dense_below``, and what the cost depends on: ``ratio`` or ``tau``, and ``all_queries``.
         query_heads, head_dim: of the layer, as far as they are on this device. The size of the batch does not matter,
             so that a row of it is dense or sparse as it is alone.
         states: a tensor of the layer's dtype on its device.
@@ -27,19 +27,20 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
         return config.dense_below
     if states.device.type != "cuda" or states.dtype == torch.float32:
         return SHORTEST
-    return _by_cost(query_heads, head_dim, config.ratio, config.all_queries)
+    return _by_cost(query_heads, head_dim, config.ratio, config.tau, config.all_queries)
 
 
 @torch.compiler.assume_constant_result
-def _by_cost(query_heads: int, head_dim: int, ratio: float | None, all_queries: bool) -> int:
-    return _remembered(query_heads, head_dim, ratio, all_queries)
+def _by_cost(query_heads: int, head_dim: int, ratio: float | None, tau: float, all_queries: bool) -> int:
+    return _remembered(query_heads, head_dim, ratio, tau, all_queries)
 
 
 @lru_cache(maxsize=256)
-def _remembered(query_heads: int, head_dim: int, ratio: float | None, all_queries: bool) -> int:
+def _remembered(query_heads: int, head_dim: int, ratio: float | None, tau: float, all_queries: bool) -> int:
     try:
         plan = import_module("zipvl._plan")
     except ModuleNotFoundError:  # the op libraries beside a source tree, built for any Python: no plans for this one
         return SHORTEST
-    tokens = plan.dense_below(query_heads=query_heads, head_dim=head_dim, ratio=ratio, all_queries=all_queries)
+    shape = {"query_heads": query_heads, "head_dim": head_dim}
+    tokens = plan.dense_below(**shape, ratio=ratio, tau=tau, all_queries=all_queries)
     return max(SHORTEST, int(tokens))

@@ -7,9 +7,9 @@ namespace {
 
 // us on an NVIDIA H200, bfloat16: of a call, of each 1e9 numbers of q, and of each 1e9 of those times the tokens.
 // `python -m benchmarks.layer_cost` fits them to benchmarks/results/layer.jsonl.
-constexpr double kDense = 5.344, kDensePerToken = 2768, kDensePerPair = 3.338;
-constexpr double kZipvlByTau = 0;
-constexpr double kZipvl = 37.47, kZipvlPerToken = 1789, kZipvlPerPair = 3.196;
+constexpr double kDense = 5.619, kDensePerToken = 2595, kDensePerPair = 3.387;
+constexpr double kZipvlByTau = 5.862;
+constexpr double kZipvl = 35.75, kZipvlPerToken = 1790, kZipvlPerPair = 3.279;
 
 constexpr std::int64_t kGranule = 64, kMostTokens = std::int64_t{1} << 17;  // lengths that are asked about
 
@@ -28,11 +28,10 @@ LayerCost plan_layer_cost(const LayerCostProblem& problem) {
 }
 
 std::int64_t plan_dense_below(const DenseBelowProblem& problem) {
-  const bool known = problem.share > 0.0;
   const auto pays = [&](std::int64_t tokens) {
     const LayerCost cost = plan_layer_cost(
-        {1, problem.query_heads, tokens, problem.head_dim, known ? problem.share : 1.0, !known, problem.all_queries});
-    return cost.zipvl_us <= (known ? cost.dense_us : kMostFactor * cost.dense_us + kMostExtraUs);
+        {1, problem.query_heads, tokens, problem.head_dim, problem.share, problem.by_tau, problem.all_queries});
+    return cost.zipvl_us <= (problem.by_tau ? kMostFactor * cost.dense_us + kMostExtraUs : cost.dense_us);
   };
   if (!pays(kMostTokens)) {
     return kNeverPays;

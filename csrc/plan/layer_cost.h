@@ -25,12 +25,14 @@ LayerCost plan_layer_cost(const LayerCostProblem& problem);
 
 struct DenseBelowProblem {
   std::int64_t query_heads, head_dim;
-  double share;  // the ratio, where it is given. 0: it is found by tau, and may be any
+  double
+      share;  // the ratio; or tau, which bounds the share: the largest of N scores hold at least their share of the sum
+  bool by_tau;
   bool all_queries;
 };
 
-// The fewest tokens from which on ZipVL pays for one batch row. With a share known beforehand that is where it is
-// faster than dense attention. With none it is where even a selection of every token costs at most kMostFactor times
+// The fewest tokens from which on ZipVL pays for one batch row. With a ratio that is where it is faster than dense
+// attention. With tau it is where even the largest selection, that of equal scores, costs at most kMostFactor times
 // dense attention and kMostExtraUs.
 std::int64_t plan_dense_below(const DenseBelowProblem& problem);
 

@@ -230,13 +230,14 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("share") = 1.0, py::arg("by_tau") = false, py::arg("all_queries") = false);
   m.def(
       "dense_below",
-      [](std::int64_t query_heads, std::int64_t head_dim, std::optional<double> ratio, bool all_queries) {
+      [](std::int64_t query_heads, std::int64_t head_dim, std::optional<double> ratio, double tau, bool all_queries) {
         check_sizes(1, query_heads, query_heads, 1, head_dim, 1);
-        check_share(ratio.value_or(1.0), std::numeric_limits<double>::min());
-        return plan_dense_below({query_heads, head_dim, ratio.value_or(0.0), all_queries});
+        const double share = ratio.value_or(tau);
+        check_share(share, std::numeric_limits<double>::min());
+        return plan_dense_below({query_heads, head_dim, share, !ratio.has_value(), all_queries});
       },
       py::kw_only(), py::arg("query_heads"), py::arg("head_dim"), py::arg("ratio") = std::nullopt,
-      py::arg("all_queries") = false);
+      py::arg("tau") = 0.975, py::arg("all_queries") = false);
   m.attr("NEVER_PAYS") = kNeverPays;
   m.attr("MOST_FACTOR") = kMostFactor;
   m.attr("MOST_EXTRA_US") = kMostExtraUs;

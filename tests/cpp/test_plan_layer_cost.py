@@ -14,8 +14,8 @@ LONGVA = {"query_heads": 28, "head_dim": 128}
 
 
 def within_bound(tokens: int, **changes: int) -> bool:
-    """Whether a selection of every token costs no more than the bound allows."""
-    cost = _plan.layer_cost(**LONGVA | changes, tokens=tokens, by_tau=True)
+    """Whether the largest selection of tau 0.975 costs no more than the bound allows."""
+    cost = _plan.layer_cost(**LONGVA | changes, tokens=tokens, share=0.975, by_tau=True)
     return bool(cost.zipvl_us <= _plan.MOST_FACTOR * cost.dense_us + _plan.MOST_EXTRA_US)
 
 
@@ -61,6 +61,7 @@ def test_a_known_ratio_pays_from_where_it_is_faster(ratio: float) -> None:
     assert all(faster(tokens) for tokens in range(first, 131073, 1024)) and not faster(first - 64)
     assert first <= _plan.dense_below(**LONGVA, ratio=ratio + 0.1)
     assert first < _plan.dense_below(**LONGVA), "less is known with tau"
+    assert _plan.dense_below(**LONGVA, tau=0.5) < _plan.dense_below(**LONGVA) < _plan.dense_below(**LONGVA, tau=1.0)
     assert first <= _plan.dense_below(**LONGVA, ratio=ratio, all_queries=True)
 
 

@@ -34,6 +34,7 @@ def test_on_a_cpu_nothing_was_measured() -> None:
 
 def test_on_a_gpu_the_cost_model_decides() -> None:
     assert below(States()) == _plan.dense_below(query_heads=28, head_dim=128)
+    assert below(States(), tau=0.6) == _plan.dense_below(query_heads=28, head_dim=128, tau=0.6)
     assert below(States(), ratio=0.25) == _plan.dense_below(query_heads=28, head_dim=128, ratio=0.25)
     assert below(States(), ratio=0.25, all_queries=True) == _plan.dense_below(
         query_heads=28, head_dim=128, ratio=0.25, all_queries=True
