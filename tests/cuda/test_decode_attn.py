@@ -4,6 +4,7 @@ bytes of the CPU, the same bits on every run, and in captured graphs."""
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,7 +69,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | No
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
-def case(B: int, Hq: int, Hkv: int, S: int, D: int, dtype: torch.dtype, layout: str = "bnhd") -> Any:
+def case(
+    B: int, Hq: int, Hkv: int, S: int, D: int, dtype: torch.dtype, layout: str = "bnhd"
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = make_qkv(B, Hq, Hkv, S, D, dtype, layout)
     return q[:, :, S // 2 : S // 2 + 1], k, v
 
@@ -180,10 +183,10 @@ def check_quantized(q: Tensor, made: tuple[Tensor, ...], recent: tuple[Tensor, .
     high, high_blocks, low, low_blocks, v_factor = made
     names = ("k_recent", "v_recent", "recent_lengths")
     given: dict[str, Any] = dict(zip(names, on_gpu(*recent), strict=False))
-    arguments = on_gpu(q, *made)
+    decode = partial(ops.decode_attn_quantized, *on_gpu(q, *made), **given, **keywords)
     poison_free_memory()
     with no_host_sync():
-        out, lse = ops.decode_attn_quantized(*arguments, **given, **keywords)
+        out, lse = decode()
     segments = [
         reference_cache.dequantize_kv(packed, blocks, v_factor, bits=keywords.get(name, bits), dtype=q.dtype)
         for packed, blocks, name, bits in ((high, high_blocks, "high_bits", 4), (low, low_blocks, "low_bits", 2))
@@ -196,7 +199,7 @@ def check_quantized(q: Tensor, made: tuple[Tensor, ...], recent: tuple[Tensor, .
             values = torch.cat([values, recent[1][b, :, :length].float()], dim=1)
         out_row, lse_row = out[b].cpu(), lse[b].cpu()
         check_quantized_row(out_row, lse_row, q[b], keys, values, keywords.get("scale"))
-    again = ops.decode_attn_quantized(*arguments, **given, **keywords)
+    again = decode()
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
