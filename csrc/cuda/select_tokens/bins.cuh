@@ -56,7 +56,7 @@ struct Shared {
   std::uint32_t rank_sums[kWarps], tallies[kWarps];
   std::int32_t top[kWarps];
   std::uint32_t counters[8];  // bins 2,040 to 2,047
-  Cut cut, rank_cut;  // two: some threads still read the budget's last cut when others know the ranks' first one
+  Cut cut;
   int listed, paired;
   uint4 records[kWarps];
 };

@@ -114,6 +114,7 @@ __device__ int budget_by_mass(Team& team, const Keys<kItems>& keys, const Four& 
   }
   __syncthreads();
   const Cut cut = resolve<true>(team, keys.budget, shared.cut, bins, shared);
+  __syncthreads();  // every thread has read the cut, and the ranks' may be written
   const std::uint64_t value = mass_of(cut.lo);
   const std::uint64_t ties = cut.need <= value ? 1 : (cut.need + value - 1) / value;  // rarely a division of 64 bits
   return static_cast<int>(cut.above + ties);

@@ -81,14 +81,14 @@ __device__ inline Cut rank_cut(Four& four, const Survey& row, int target, Shared
         // Kept tokens have one key; those that are not real have the key below 1.
         const std::uint32_t lo = bin == kKeptBin ? kKept : bin == 0 ? 1U : kRankZero + (bin << kFirstShift);
         const std::uint32_t span = bin == kKeptBin ? 0U : bin == 0 ? kRankZero + kFirstSpan - lo : kFirstSpan;
-        shared.rank_cut = {static_cast<std::uint64_t>(target - before), lo, span, static_cast<std::uint32_t>(before),
-                           four.rank[i]};
+        shared.cut = {static_cast<std::uint64_t>(target - before), lo, span, static_cast<std::uint32_t>(before),
+                      four.rank[i]};
       }
       before = through;
     }
   }
   __syncthreads();
-  return shared.rank_cut;
+  return shared.cut;
 }
 
 // A Team is the blocks that share a row; every thread of every block makes the same calls.
