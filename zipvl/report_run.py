@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["print_inspect", "print_run", "run_facts"]
 
-_BAR_WIDTH = 32
+_BAR_WIDTH = 24
 
 
 def run_facts(
@@ -86,7 +86,7 @@ def print_run(facts: dict[str, Any]) -> None:
     if sparse["layers"]:
         console.print(f"\n[bold]Tokens kept and cache, layer by layer[/] (mean {sparse['mean_ratio']:.1%})")
         for layer in sparse["layers"]:
-            console.print(_bar(layer))
+            console.print(_bar(layer), soft_wrap=True)
 
 
 def print_inspect(loaded: Loaded, is_default: bool, inspection: Inspection, output: Path) -> None:
