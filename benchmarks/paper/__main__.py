@@ -6,6 +6,7 @@ Every line goes to benchmarks/results/paper.jsonl with the pages, seeds, interva
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,8 @@ from benchmarks.paper.settings import Runner
 from benchmarks.paper.subject import CALIBRATION, FOLDER, Subject
 from benchmarks.paper.tables import TABLES
 
-PAGES, FULL_PAGES = 40, 1000
-CALIBRATION_PAGES, FULL_CALIBRATION_PAGES = 8, 100
+PAGES, FULL_PAGES = 20, 1000
+CALIBRATION_PAGES, FULL_CALIBRATION_PAGES = 5, 100
 
 
 def main(
@@ -54,28 +55,38 @@ def main(
     run = Runner(
         subject, pages, calibration or (FULL_CALIBRATION_PAGES if full else CALIBRATION_PAGES), tau=tau, seed=seed
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was measured by then is written
     for name in names:
-        started = time.perf_counter()
-        run.notes.clear()
+        _measure(name, run)
+
+
+def _measure(name: str, run: Runner) -> None:
+    """Measures a table, appends it to the results and prints it; if it is stopped, the rows that it got to."""
+    run.start()
+    started, rows, subject = time.perf_counter(), None, run.subject
+    try:
         rows = TABLES[name].rows(run)
-        line = {
-            "benchmark": "paper",
-            "table": name,
-            "pages": run.pages,
-            "first_page": 0,
-            "calibration": {"pages": run.calibration, "first_page": CALIBRATION},
-            "tau": tau,
-            "probe_seed": seed,
-            "dtype": str(subject.dtype).removeprefix("torch."),
-            "batch": subject.batch,
-            "tile_side": subject.tile_side,
-            "weights_sha256": subject.weights,
-            "seconds": round(time.perf_counter() - started, 1),
-            "notes": list(run.notes),
-            "rows": rows,
-        }
-        append("paper", line, subject.device)
-        Console(width=None if sys.stdout.isatty() else 160).print(show.rendered(TABLES[name], line))
+    finally:
+        if rows is not None or run.measured:
+            line = {
+                "benchmark": "paper",
+                "table": name,
+                "complete": rows is not None,
+                "pages": run.pages,
+                "first_page": 0,
+                "calibration": {"pages": run.calibration, "first_page": CALIBRATION},
+                "tau": run.tau,
+                "probe_seed": run.seed,
+                "dtype": str(subject.dtype).removeprefix("torch."),
+                "batch": subject.batch,
+                "tile_side": subject.tile_side,
+                "weights_sha256": subject.weights,
+                "seconds": round(time.perf_counter() - started, 1),
+                "notes": list(run.notes),
+                "rows": run.measured if rows is None else rows,
+            }
+            append("paper", line, subject.device)
+            Console(width=None if sys.stdout.isatty() else 160).print(show.rendered(TABLES[name], line))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ import matplotlib.pyplot as plt
 __all__ = ["FIGURES", "main"]
 
 Line = dict[str, Any]
-COLOURS = {"ZipVL": "#1b6ca8", "VisionZip": "#d1495b", "AIM": "#edae49", "PyramidDrop": "#66a182", "FastV": "#8d6a9f"}
+STYLES = {
+    "ZipVL": ("#1b6ca8", "o"),
+    "VisionZip": ("#d1495b", "s"),
+    "AIM": ("#edae49", "D"),
+    "PyramidDrop": ("#66a182", "^"),
+    "FastV": ("#8d6a9f", "v"),
+}
 
 
 def _png(figure: Any) -> bytes:
@@ -36,22 +42,24 @@ def main(lines: dict[str, Line]) -> bytes:
     """Exact match against the share of tokens in attention: ZipVL and the rivals of Table A."""
     line = lines["A"]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, colour in COLOURS.items():
+    for name, (colour, marker) in STYLES.items():
         rows = [
             row for row in line["rows"] if row["label"] == name or (name == "ZipVL" and row["label"].startswith(name))
         ]
         rows.sort(key=lambda row: row["ratio"])
         if rows:
             ratios, exact, errors = _errors(rows)
-            axes.errorbar(ratios, exact, errors, marker="o", capsize=3, color=colour, label=name)
+            axes.errorbar(
+                ratios, exact, errors, marker=marker, markersize=8, alpha=0.8, capsize=3, color=colour, label=name
+            )
     axes.axhline(100 * line["rows"][0]["exact_match"], color="grey", linestyle="--", label="dense")
     axes.set(
         xlabel="tokens in attention, mean over layers, %",
         ylabel=f"exact match on {line['pages']:,} pages, %",
         xlim=(0, 60),
-        ylim=(-2, 102),
+        ylim=(-3, 103),
     )
-    axes.legend(loc="center right", fontsize=9)
+    figure.legend(loc="outside right center", fontsize=9)
     return _png(figure)
 
 

@@ -155,7 +155,12 @@ class Runner:
     ) -> None:
         self.subject, self.pages, self.calibration = subject, pages, calibration
         self.tau, self.seed, self.timed = tau, seed, timed
+        self.start()
+
+    def start(self) -> None:
+        """A new table begins."""
         self.notes: list[str] = []
+        self.measured: list[Row] = []
 
     def measure(self, setting: Setting, task: str = "mixed", pages: int | None = None, timed: bool = False) -> Row:
         """One row: exact match with its interval, ratio, and if ``timed`` the time to the first token."""
@@ -190,6 +195,7 @@ class Runner:
             row["first_token_ms"] = round(
                 subject.first_token_ms(items, lambda: setting.context(subject.model, None)), 1
             )
+        self.measured.append(row)
         return row
 
     def ratio(self, setting: Setting, task: str = "mixed") -> float:

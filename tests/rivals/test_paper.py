@@ -214,7 +214,14 @@ def made_line(table: str, pages_: int = 40) -> dict[str, Any]:
         rows.append(row | {"right": "".join("01"[ok] for ok in right)})
     if table == "E":
         rows = [{"label": "dense", "tokens": 9, "ms": 2.0, "peak_bytes": 1024, "gflop": {"products": 1.0}}]
-    line = {"table": table, "pages": pages_, "weights_sha256": "", "device": {"name": "a machine"}, "notes": ["a note"]}
+    line = {
+        "table": table,
+        "complete": True,
+        "pages": pages_,
+        "weights_sha256": "",
+        "device": {"name": "a machine"},
+        "notes": ["a note"],
+    }
     return (
         line
         | {"date": "2026-01-01", "probe_seed": 0, "dtype": "float32", "tau": 0.975, "rows": rows}
@@ -226,6 +233,7 @@ def test_report(tmp_path: Path) -> None:
     digest = report.hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:16]
     results = tmp_path / "paper.jsonl"
     lines = [made_line(table) for table in TABLES] + [made_line("A", 20), made_line("A", 60)]
+    lines.append(made_line("A", 90) | {"complete": False})
     stale = made_line("C", 5000) | {"weights_sha256": "other"}
     results.write_text(
         "".join(json.dumps(x | {"weights_sha256": x["weights_sha256"] or digest}) + "\n" for x in [*lines, stale])
@@ -240,6 +248,7 @@ def test_report(tmp_path: Path) -> None:
     for table in TABLES.values():
         assert table.title in text and f"## {table.title}" in text
     assert "## Does the paper's order hold?" in text and "60 pages a setting" in text and "5,000" not in text
+    assert text.count("90 pages a setting") == 1 and "More pages, stopped before its last rows: Table A" in text
     for path in written[2:]:
         assert Image.open(path).size[0] > 300
     results.write_text("")
@@ -268,4 +277,13 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     command.main(
         "A", pages=1, device="cpu", batch=1, full=False, calibration=1, dtype="", tau=0.975, seed=0, folder=FOLDER
     )
-    assert added[0]["rows"][0]["label"] == "dense" and added[0]["pages"] == 1
+    assert added[0]["rows"][0]["label"] == "dense" and added[0]["pages"] == 1 and added[0]["complete"]
+
+    def stopped(run: Runner) -> list[dict[str, Any]]:
+        run.measure(dense(), "frames")
+        raise SystemExit(143)
+
+    table.rows = stopped
+    with pytest.raises(SystemExit):
+        command._measure("A", Runner(Subject(FOLDER, "cpu", batch=1), 1, 1))
+    assert len(added[1]["rows"]) == 1 and not added[1]["complete"]
