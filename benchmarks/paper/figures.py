@@ -75,7 +75,7 @@ def curve(line: Line) -> bytes:
         axes[1].plot(taus, ratios, marker="o", color=colour, label=words)
     axes[0].set(xlabel="tau", ylabel=f"exact match on {line['pages']:,} pages, %", ylim=(-2, 102))
     axes[1].set(xlabel="tau", ylabel="tokens in attention, %", ylim=(0, 102))
-    axes[0].legend(title="on a page")
+    axes[0].legend(title="on a page", loc="lower right")
     return _png(figure)
 
 
