@@ -70,6 +70,14 @@ struct QuantizedTile {
     return reinterpret_cast<const uint4*>(codes)[row * 32 + static_cast<int>(threadIdx.x % 32)];
   }
 
+  // At head dim 256 the loads of later channels must not be moved before the products of earlier ones: 255 registers
+  // do not hold them, and they would be spilled.
+  static __device__ __forceinline__ void hold_loads_back() {
+    if constexpr (D > 128) {
+      __syncwarp();
+    }
+  }
+
   // Scores of all 64 tokens, base 2.
   static __device__ __forceinline__ void scores(float (&s)[kTokenTiles][4], const std::uint32_t (&q)[D / 16][2],
                                                 const unsigned char* block, float scale_log2) {
@@ -84,6 +92,7 @@ struct QuantizedTile {
     }
 #pragma unroll
     for (int pair = 0; pair < D / 32; ++pair) {
+      hold_loads_back();
       const uint4 scale = scales[pair * 4 + j], zero = zeros[pair * 4 + j];
       const std::uint32_t scale_of[2][2] = {{scale.x, scale.y}, {scale.z, scale.w}};
       const std::uint32_t zero_of[2][2] = {{zero.x, zero.y}, {zero.z, zero.w}};
@@ -137,6 +146,7 @@ struct QuantizedTile {
                                                     const unsigned char* codes) {
 #pragma unroll
     for (int pair = 0; pair < D / 32; ++pair) {
+      hold_loads_back();
       const uint4 even = words(codes, 2 * pair), odd = Bits == 2 ? even : words(codes, 2 * pair + 1);
       uint4 upper[2] = {};
       if constexpr (Bits == 8) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ void walk_segment(const DecodeAttnQuantizedParams& pa
 }
 
 template <typename Element, int D, int Warps>
-__global__ void __launch_bounds__(Warps * 32)
+__global__ void __launch_bounds__(Warps * 32, 1)
     decode_attn_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
   ptx::wait_for_previous_kernel();
