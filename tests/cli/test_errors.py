@@ -162,8 +162,8 @@ def test_a_missing_package_is_a_line(
     zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "zipvl.report_html", raising=False)
-    output = tmp_path / "out.html"
+    monkeypatch.delitem(sys.modules, "zipvl.report_png", raising=False)
+    output = tmp_path / "out.png"
     result = zipvl("inspect", "--image", page, "--question", "KQ", "--model", llava_next, "--output", output)
     assert result.exit_code == 1 and result.stdout == "" and list(tmp_path.iterdir()) == []
     assert "matplotlib" in result.stderr and result.stderr.endswith("(pip install 'zipvl[cli]')\n")

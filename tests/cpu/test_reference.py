@@ -11,14 +11,14 @@ from torch import Tensor
 
 from zipvl import reference
 
-from .helpers import KEYWORDS, MASKS, OPS, all_tokens, double, make_mask, make_qkv, make_selection
+from .helpers import KEYWORDS, MASKS, OPS, REFERENCE, all_tokens, double, make_mask, make_qkv, make_selection
 
 F64 = torch.float64
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_defaults_are_those_of_the_spec(op: str) -> None:
-    parameters = inspect.signature(getattr(reference, op)).parameters.values()
+    parameters = inspect.signature(REFERENCE[op]).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords == KEYWORDS[op]
 
