@@ -80,7 +80,7 @@ def curve(line: Line) -> bytes:
 
 
 def bars(line: Line) -> bytes:
-    """Exact match of each setting at one ratio, with its interval."""
+    """Exact match of each setting, with its interval."""
     rows = [row for row in line["rows"] if row["parameters"]["method"] != "dense"]
     ratios, exact, errors = _errors(rows)
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.42 * len(rows)), layout="constrained")

@@ -18,6 +18,8 @@ ALL_TOKENS = 4096
 """As many recent probes as no page has tokens: every token is a probe."""
 TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.995, 1.0)
 OTHER_SEEDS = (1, 2)
+MATCHED = (1.0, 0.5)
+"""Tables C and D compare at the ratio of the reference and at half of it, where more pages tell settings apart."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def table_b(run: Runner) -> list[Row]:
 
 
 def table_c(run: Runner) -> list[Row]:
-    """Which tokens are probes, at one ratio."""
+    """Which tokens are probes, at equal ratios."""
     probes = {
         "64 recent": {"num_recent": 64, "num_random": 0},
         "128 recent": {"num_recent": 128, "num_random": 0},
@@ -81,25 +83,16 @@ def table_c(run: Runner) -> list[Row]:
         "64 recent + 64 random": {"num_recent": 64, "num_random": 64},
         "all tokens": {"num_recent": ALL_TOKENS, "num_random": 0},
     }
-    target = run.ratio(_reference(run))
-    rows = []
-    for label, counts in probes.items():
-        make = _maker(run, ours, label, f"{target:.1%}", counts)
-        default = label == "64 recent + 64 random"
-        rows.append(run.measure(make(run.tau) if default else run.matched(make, target)))
-    return rows
+    return _at_equal_ratios(run, ours, probes)
 
 
 def table_d(run: Runner) -> list[Row]:
-    """Which metric sets the budget and which ranks, at one ratio."""
-    target = run.ratio(_reference(run))
-    rows = []
-    for budget in ("accumulated", "normalized"):
-        for rank in ("accumulated", "normalized"):
-            label = f"budget {budget}, rank {rank}"
-            make = _maker(run, selecting, label, f"{target:.1%}", {"budget": budget, "rank": rank})
-            rows.append(run.measure(run.matched(make, target)))
-    return rows
+    """Which metric sets the budget and which ranks, at equal ratios."""
+    metrics = ("accumulated", "normalized")
+    pairs = {
+        f"budget {budget}, rank {rank}": {"budget": budget, "rank": rank} for budget in metrics for rank in metrics
+    }
+    return _at_equal_ratios(run, selecting, pairs)
 
 
 def figure_a(run: Runner) -> list[Row]:
@@ -139,6 +132,17 @@ def profiles(run: Runner) -> list[Row]:
 
 def _reference(run: Runner) -> Setting:
     return ours(f"ZipVL, tau {run.tau:g}", tau=run.tau, seed=run.seed)
+
+
+def _at_equal_ratios(run: Runner, kind: Callable[..., Setting], choices: dict[str, dict[str, Any]]) -> list[Row]:
+    """Each choice with the tau that gives it the ratio of the reference, then half of it."""
+    reference, rows = run.ratio(_reference(run)), []
+    for share in MATCHED:
+        target = share * reference
+        for label, choice in choices.items():
+            setting = run.matched(_maker(run, kind, label, f"{target:.1%}", choice), target)
+            rows.append(run.measure(setting))
+    return rows
 
 
 def _maker(
