@@ -23,6 +23,7 @@ class Shape:
     vocab: int = 152064
 
     def config(self, longest: int) -> Qwen2Config:
+        """transformers' configuration for prompts of up to ``longest`` tokens."""
         return Qwen2Config(
             vocab_size=self.vocab,
             hidden_size=self.hidden,

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import zipvl
 from benchmarks import _record
+from benchmarks._models import QWEN2_7B, SMOKE, Shape, build
 from zipvl import ops
 
 LENGTHS = (4096, 8192, 32768, 65536, 131072)
@@ -35,36 +36,6 @@ REPEATS = {4096: 5, 8192: 4, 32768: 2}  # beyond: once. A dense forward of 131,0
 PROBES = 128
 PAPER_TOKENS = 32768  # what the paper's times here are of
 TAU = 0.975  # of the estimate whose result is thrown away: with a ratio there is no budget to find
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder of Qwen2's kind."""
-
-    layers: int = 28
-    hidden: int = 3584
-    heads: int = 28
-    kv_heads: int = 4
-    head_dim: int = 128
-    mlp: int = 18944
-    vocab: int = 152064
-
-    def config(self, longest: int) -> Qwen2Config:
-        """transformers' configuration for prompts of up to ``longest`` tokens."""
-        return Qwen2Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.mlp,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=longest,
-            tie_word_embeddings=False,
-        )
-
-
-QWEN2_7B = Shape()
-SMOKE = Shape(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=192, vocab=128)
 
 
 @dataclass(frozen=True)
@@ -116,18 +87,6 @@ def methods(ratios: tuple[float, ...]) -> list[Method]:
         for name, skip in (("+ sparse attention", False), ("+ skipped projections", True))
     ]
     return [ORIGINAL, *ESTIMATES, *sparse]
-
-
-def build(shape: Shape, longest: int, device: str) -> Qwen2ForCausalLM:
-    """A model with random weights, bfloat16 on a GPU, made on ``device``."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2ForCausalLM._from_config(
-            shape.config(longest),
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            attn_implementation="sdpa",
-        )
-    return model.eval()
 
 
 def _dense_after(method: Method) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ttft
+from benchmarks import _models, ttft
 
 
 def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +18,7 @@ def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flops_of_the_linear_layers_are_the_models() -> None:
-    model, tokens, shape = ttft.build(ttft.SMOKE, 512, "cpu"), 300, ttft.SMOKE
+    model, tokens, shape = _models.build(_models.SMOKE, 512, "cpu"), 300, _models.SMOKE
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(0, shape.vocab, (1, tokens)), logits_to_keep=1)
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
@@ -29,16 +29,16 @@ def test_flops_of_the_linear_layers_are_the_models() -> None:
 
 def test_flops_fall_row_by_row() -> None:
     rows = ttft.methods((0.5, 0.25))
-    flops = [row.flops(ttft.QWEN2_7B, 131072) for row in rows]
+    flops = [row.flops(_models.QWEN2_7B, 131072) for row in rows]
     assert [row.name for row in rows[:3]] == [ttft.ORIGINAL.name, *(row.name for row in ttft.ESTIMATES)]
     assert flops[0] < flops[1] == flops[2] and flops[2] > flops[3] > flops[4] > flops[5] > flops[6]
     assert (flops[2] - flops[0]) / flops[0] < 0.01, "the estimate is small"
-    attention, layers = flops[0] - flops[3], ttft.QWEN2_7B.layers
+    attention, layers = flops[0] - flops[3], _models.QWEN2_7B.layers
     assert attention == pytest.approx(2 * layers * 3584 * 131072**2 * 0.75, rel=0.02)
 
 
 def test_a_method_leaves_the_model_as_it_was() -> None:
-    model = ttft.build(ttft.SMOKE, 512, "cpu")
+    model = _models.build(_models.SMOKE, 512, "cpu")
     tokens = torch.randint(0, 128, (1, 300))
     before = model(tokens).logits
     for method in ttft.methods((0.25,)):
