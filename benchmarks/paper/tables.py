@@ -195,7 +195,6 @@ TABLES: dict[str, Table] = {
             ("64 recent + 64 random", "128 recent"),
             ("64 recent", "128 random"),
             ("128 recent", "128 random"),
-            ("64 recent + 64 random", "all tokens"),
         ),
     ),
     "D": Table(
