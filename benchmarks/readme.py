@@ -31,7 +31,7 @@ def results(name: str) -> list[Result]:
 def source(result: Result) -> str:
     """Where a result was measured, as one line of text."""
     device = result["device"]
-    threads = f", {device['threads']} threads" if "threads" in device else ""
+    threads = f", {device['threads']} thread{'s' * (device['threads'] > 1)}" if "threads" in device else ""
     return f"{device['name']}{threads}, torch {result['versions']['torch']}, {result['date'][:10]}"
 
 
