@@ -1,13 +1,14 @@
 # Everything runs in .venv, which the first target makes and later ones reuse.
 #   make demo        build, then read a page with the tiny model, dense and ZipVL side by side
 #   make test        build, then every test that this machine can run
+#   make gpu-check   on a GPU: all of tests/cuda, then compute-sanitizer's four tools over small shapes; both are recorded
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
 #   make lint        formatting, lint and types
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo test paper lint format cuda-check wheel clean
+.PHONY: demo test gpu-check paper lint format cuda-check wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -55,6 +56,9 @@ demo: $(VENV)/build.stamp
 
 test: $(VENV)/build.stamp
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+gpu-check: $(VENV)/build.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.gpu_check $(GPU_CHECK_ARGS)
 
 paper: $(VENV)/build.stamp
 	$(BIN)/python -m benchmarks.paper all $(PAPER_ARGS)

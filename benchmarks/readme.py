@@ -80,13 +80,37 @@ def tiny_llava_next() -> list[str]:
 
 
 def gpu_tests() -> list[str]:
-    """The newest run of tests/cuda, and the sources it ran."""
-    run = results("gpu_tests")[-1]
+    """The newest run of tests/cuda and what compute-sanitizer's tools last found, and the sources they ran."""
+    recorded = results("gpu_tests")
+    run = [line for line in recorded if "tests" in line][-1]
     tests = run["tests"]
-    return [
+    lines = [
         f"Last run of `tests/cuda`: {tests['passed']:,} passed, {tests['failed']} failed ({source(run)}; "
         f"`csrc/` with sha256 `{run['csrc_sha256'][:12]}`)."
     ]
+    checked = [line for line in recorded if "sanitizers" in line]
+    if checked:
+        newest = checked[-1]
+        same = [line for line in checked if line["csrc_sha256"] == newest["csrc_sha256"]]
+        found = {tool: each for line in same for tool, each in line["sanitizers"].items()}
+        said = ", ".join(f"{tool} {sanitizer_verdict(each)}" for tool, each in found.items())
+        lines.append(
+            f"compute-sanitizer over its small shapes: {said} ({source(newest)}; `csrc/` with sha256 "
+            f"`{newest['csrc_sha256'][:12]}`)."
+        )
+    return lines
+
+
+def sanitizer_verdict(found: dict[str, Any]) -> str:
+    """Of one tool, as tools/gpu_check.py records it."""
+    if found["broken"]:
+        return f"not complete ({found['broken']})"
+    numbers = [
+        f"{found[kind]} {kind}" if found[kind] > 1 else f"1 {kind[:-1]}"
+        for kind in ("errors", "warnings")
+        if found[kind]
+    ]
+    return " and ".join(numbers) or "clean"
 
 
 def sparse_attn() -> list[str]:

@@ -1,7 +1,9 @@
-"""CUDA tests are skipped where there is no device; a run with one is recorded in benchmarks/results/gpu_tests.jsonl."""
+"""CUDA tests are skipped where there is no device; a run with one is recorded in benchmarks/results/gpu_tests.jsonl,
+unless ``ZIPVL_RECORD_GPU_TESTS`` is 0."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,22 @@ def _cuda_library_is_loaded() -> None:
 
 
 class _Outcomes:
+    """How many of these tests passed, failed and were skipped; a file that cannot be collected is one that failed."""
+
     def __init__(self) -> None:
         self.counts: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
 
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and _is_here(report):
+            self.counts["failed"] += 1
+
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if str(HERE.relative_to(HERE.parent.parent)) in report.nodeid and (report.when == "call" or report.failed):
+        if _is_here(report) and (report.when == "call" or report.failed):
             self.counts[report.outcome] += 1
+
+
+def _is_here(report: Any) -> bool:
+    return str(HERE.relative_to(HERE.parent.parent)) in report.nodeid
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):
         return  # a worker of pytest-xdist: the process that started it counts the tests of all workers
+    if os.environ.get("ZIPVL_RECORD_GPU_TESTS") == "0":
+        return
     outcomes = session.config.pluginmanager.get_plugin("zipvl-gpu-outcomes")
     if torch.cuda.is_available() and outcomes is not None and sum(outcomes.counts.values()):
         _record.append("gpu_tests", {"tests": outcomes.counts}, device="cuda")
