@@ -155,7 +155,7 @@ def test_empty(B: int, N: int) -> None:
 
 def test_memory_is_linear_in_the_number_of_tokens() -> None:
     """The peak grows by less than a ``[P, N]`` tensor of bytes, the smallest there is; the reference's by more."""
-    P, N = 2048, 2**15
+    P, N = 2048, 2**14  # at twice the tokens glibc keeps 45 to 74 MB of freed blocks, by chance, where 67 are allowed
     program = """
         import torch
         from zipvl import ops, reference
