@@ -156,10 +156,21 @@ def test_modes(D: int, mode: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "counts", [[0, 1, 700], [63, 64, 65], [127, 128, 129], [191, 192, 193], [255, 256, 257], [0, 0, 0], [699, 2, 383]]
+    "counts",
+    [
+        [0, 1, 700],
+        [63, 64, 65],
+        [127, 128, 129],
+        [191, 192, 193],
+        [255, 256, 257],
+        [383, 384, 385],
+        [0, 0, 0],
+        [699, 2, 383],
+    ],
 )
-def test_counts(counts: list[int], mode: dict[str, bool]) -> None:
-    check(*make_qkv(3, 2, 1, 700, 128), *make_selection(700, counts), **mode)
+@pytest.mark.parametrize("D", [64, 128])  # blocks of 192 query rows and of 128
+def test_counts(D: int, counts: list[int], mode: dict[str, bool]) -> None:
+    check(*make_qkv(3, 2, 1, 700, D), *make_selection(700, counts), **mode)
 
 
 @pytest.mark.parametrize("D", [64, 96, 256])
@@ -292,8 +303,9 @@ def test_a_nan_that_the_selection_names_is_not_hidden_and_stays_where_it_is_seen
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_same_bits_every_time_and_for_a_row_alone(mode: dict[str, bool]) -> None:
-    q, k, v = make_qkv(3, 14, 2, 1500, 128)
+@pytest.mark.parametrize("D", [64, 128])
+def test_same_bits_every_time_and_for_a_row_alone(D: int, mode: dict[str, bool]) -> None:
+    q, k, v = make_qkv(3, 14, 2, 1500, D)
     index, count = make_selection(1500, [700, 1500, 33])
     together = ops.sparse_attn(q, k, v, index, count, **mode)
     for _ in range(5):
@@ -304,8 +316,9 @@ def test_same_bits_every_time_and_for_a_row_alone(mode: dict[str, bool]) -> None
 
 
 @pytest.mark.parametrize("all_queries", [False, True])
-def test_graph_replay_with_changing_count(all_queries: bool) -> None:
-    q, k, v = make_qkv(2, 4, 2, 900, 128)
+@pytest.mark.parametrize("D", [64, 128])
+def test_graph_replay_with_changing_count(D: int, all_queries: bool) -> None:
+    q, k, v = make_qkv(2, 4, 2, 900, D)
     index, count = make_selection(900, [900, 400])
     ops.sparse_attn(q, k, v, index, count, all_queries=all_queries)
     torch.cuda.synchronize()

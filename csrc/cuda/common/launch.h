@@ -1,19 +1,27 @@
-// Launches that may begin while the kernel before them in the stream ends (programmatic dependent launch). Such a
-// kernel calls ptx::wait_for_previous_kernel before it touches memory that another wrote, or that another may still
-// read.
+// Launches that may begin while the kernel before them in the stream ends (programmatic dependent launch), where the
+// device runs code that knows of it. Such a kernel calls ptx::wait_for_previous_kernel before it touches memory that
+// another wrote, or that another may still read.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace zipvl::cuda {
 
+// Whether this device runs the code compiled for Hopper. Elsewhere it runs that of compute capability 8.0, in which
+// wait_for_previous_kernel is nothing: a dependent launch there could read what is not written yet.
+bool has_dependent_launch(int device);
+
 // cluster: blocks of a thread-block cluster, sm_90; 1: none.
 template <typename... Params, typename... Args>
 cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, unsigned blocks, unsigned threads,
                                       unsigned shared_bytes, cudaStream_t stream, const Args&... args) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
+    return error;
+  }
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = has_dependent_launch(device) ? 1 : 0;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};

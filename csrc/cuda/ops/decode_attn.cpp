@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "aten/call.h"
+#include "cuda/common/launch.h"
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/quantized.h"
 #include "cuda/ops/device.h"

@@ -3,34 +3,14 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
-#include <array>
-#include <atomic>
 #include <cstdlib>
 #include <string_view>
 
+#include "cuda/common/device_attribute.h"
 #include "ops/checks.h"
 
 namespace zipvl::cuda {
 namespace {
-
-constexpr int kMostDevices = 64;
-
-// An attribute of the device, asked once: the runtime's own call takes a microsecond.
-template <cudaDeviceAttr Attribute>
-int attribute(int device) {
-  static std::array<std::atomic<int>, kMostDevices> known{};  // value + 1; 0: not asked yet
-  if (device < 0 || device >= kMostDevices) {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, Attribute, device);
-    return value;
-  }
-  int value = known[static_cast<std::size_t>(device)].load(std::memory_order_relaxed) - 1;
-  if (value < 0) {
-    cudaDeviceGetAttribute(&value, Attribute, device);
-    known[static_cast<std::size_t>(device)].store(value + 1, std::memory_order_relaxed);
-  }
-  return value;
-}
 
 // A variable of the environment that is neither empty nor 0.
 bool is_set(const char* name) {
@@ -45,16 +25,16 @@ bool is_set(const char* name) {
 KernelFamily kernel_family([[maybe_unused]] int device) {
 #ifdef ZIPVL_HAS_SM90
   constexpr int kHopper = 9;
-  if (attribute<cudaDevAttrComputeCapabilityMajor>(device) == kHopper && !sm80_is_forced()) {
+  if (device_attribute<cudaDevAttrComputeCapabilityMajor>(device) == kHopper && !sm80_is_forced()) {
     return KernelFamily::kSm90;
   }
 #endif
   return KernelFamily::kSm80;
 }
 
-int multiprocessors(int device) { return attribute<cudaDevAttrMultiProcessorCount>(device); }
+int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 
-int shared_bytes_per_block(int device) { return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device); }
+int shared_bytes_per_block(int device) { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device); }
 
 // One call of the C shim: the dispatcher by name, which torch::stable::empty goes through, costs the host several times
 // as much.
@@ -74,11 +54,6 @@ Tensor empty_attention_output(const Tensor& q) {
 }
 
 bool takes_unchecked_kernels() { return is_set("ZIPVL_UNCHECKED_KERNELS"); }
-
-bool has_dependent_launch(int device) {
-  constexpr int kFirst = 9;
-  return attribute<cudaDevAttrComputeCapabilityMajor>(device) >= kFirst;
-}
 
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;

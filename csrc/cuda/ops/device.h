@@ -23,8 +23,6 @@ int multiprocessors(int device);
 // ZIPVL_UNCHECKED_KERNELS=1 in the environment, read on every call: take kernels that no GPU run has checked yet.
 bool takes_unchecked_kernels();
 
-// Whether a kernel's start can overlap the end of the one before it (programmatic dependent launch, 9.0 on).
-bool has_dependent_launch(int device);
 int shared_bytes_per_block(int device);  // the most that a block may ask for
 
 // A tensor on the device of `like` whose content is undefined. Strides are in elements.

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "aten/call.h"
+#include "cuda/common/launch.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
 #include "cuda/sparse_attn/seen_tokens.h"
@@ -61,7 +62,7 @@ PackKvParams pack_params_of(const SparseAttnParams& attn, int device) {
   params.element_bytes = 2;
   params.tail = attn::sm90::kPackedRows;
   params.multiprocessors = multiprocessors(device);
-  params.overlap_previous = true;
+  params.overlap_previous = has_dependent_launch(device);
   return params;
 }
 #endif

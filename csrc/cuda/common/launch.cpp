@@ -1,0 +1,16 @@
+#include "cuda/common/launch.h"
+
+#include "cuda/common/device_attribute.h"
+
+namespace zipvl::cuda {
+
+bool has_dependent_launch([[maybe_unused]] int device) {
+#ifdef ZIPVL_HAS_SM90
+  constexpr int kHopper = 9;
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>(device) == kHopper;
+#else
+  return false;
+#endif
+}
+
+}  // namespace zipvl::cuda
