@@ -224,7 +224,7 @@ TABLES: dict[str, Table] = {
         "Ours beyond the paper: queries, caches, text, probes",
         "nothing: these choices are not in it",
         own_choices,
-        (("full", "drop"), ("all queries, matched", "drop")),
+        (("full", "drop"), ("quantize", "drop"), ("all queries, matched", "drop")),
     ),
     "profiles": Table(
         "Layer profiles by task",
