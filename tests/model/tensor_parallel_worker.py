@@ -30,7 +30,8 @@ def main(folder: str, inputs: str, output: str) -> None:
         spread = {"tp_plan": "auto"}
     model = tf.AutoModelForCausalLM.from_pretrained(folder, **spread).eval()
     ids = torch.load(inputs)
-    found: dict[str, Any] = {"heads": model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0]}
+    weight = model.model.layers[0].self_attn.q_proj.weight  # a DTensor, or in earlier versions this rank's rows
+    found: dict[str, Any] = {"query_rows": getattr(weight, "to_local", lambda: weight)().shape[0]}
     for name, config in CONFIGS.items():
         with zipvl.sparse(model, zipvl.ZipVLConfig(dense_below=0, **config)) as stats:
             with torch.inference_mode():

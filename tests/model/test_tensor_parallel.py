@@ -48,7 +48,8 @@ def found(model: Any, prompt: Tensor, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_the_model_is_spread(model: Any, found: list[dict[str, Any]]) -> None:
-    assert [RANKS * rank["heads"] for rank in found] == [model.model.layers[0].self_attn.q_proj.weight.shape[0]] * RANKS
+    rows = model.model.layers[0].self_attn.q_proj.weight.shape[0]
+    assert [rank["query_rows"] for rank in found] == [rows // RANKS] * RANKS
 
 
 def test_everything_kept_is_the_model_in_one_process(model: Any, prompt: Tensor, found: list[dict[str, Any]]) -> None:
