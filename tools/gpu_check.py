@@ -38,8 +38,8 @@ OPTIONS = {
     # A failing call of the CUDA API fails the test that makes it.
     "memcheck": [*WATCHED, *NO_HEAP, "--report-api-errors", "no"],
     "racecheck": WATCHED,
-    # Every kernel, so that what torch's write counts as written; what the host copies is theirs.
-    "initcheck": [*NO_HEAP, "--check-api-memory-access", "no"],
+    # Every kernel and every copy, so that what they write counts as written.
+    "initcheck": NO_HEAP,
     "synccheck": WATCHED,
 }
 WATCH_ALLOCATIONS = ("memcheck", "initcheck")  # torch's allocator would hide them
@@ -52,6 +52,7 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (?P<errors>\d+) error")
 _RACES = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((?P<errors>\d+) errors?, (?P<warnings>\d+) warning")
 _REPORT = re.compile(r"^========= (?! )", re.MULTILINE)
 _PLACE = re.compile(r"(?:^=========\s+at |Device Frame: ?|\baccess at )(?P<place>.+?)\+0x[0-9a-f]+", re.MULTILINE)
+_BY_HOST = re.compile(r"\bHost API\b|\bon access by cu(?:da)?Mem")
 _TESTS = re.compile(r"(?P<counts>\d+ [a-z]+(?:, \d+ [a-z]+)*) in [\d.]+s")
 
 
@@ -65,7 +66,7 @@ class Findings:
     kernels: dict[str, int] = field(default_factory=dict)
     """Errors and warnings by zipvl's kernel."""
     elsewhere: int = 0
-    """Errors in other kernels."""
+    """Errors in other kernels, and in copies to the host."""
     tests: int = 0
     """That passed under the tool."""
     broken: str | None = None
@@ -86,11 +87,15 @@ def kernel_name(place: str) -> str:
 def read_logs(tool: str, tests: str) -> Findings:
     """What a tool found, from its log and that of the tests that ran under it."""
     findings = Findings()
-    places = [_PLACE.findall(report) for report in _REPORT.split(tool)]
+    reports = _REPORT.split(tool)
+    places = [_PLACE.findall(report) for report in reports]
     ours = [[place for place in report if "zipvl::" in place] for report in places]
     # The last place of a report is the kernel, those before it are functions it calls; a race has two, of one kernel.
     findings.kernels = dict(Counter(kernel_name(report[-1]) for report in ours if report))
-    findings.elsewhere = sum(bool(any_place) and not zipvl for any_place, zipvl in zip(places, ours, strict=True))
+    findings.elsewhere = sum(
+        bool(any_place or _BY_HOST.search(report)) and not zipvl
+        for report, any_place, zipvl in zip(reports, places, ours, strict=True)
+    )
     if found := _RACES.search(tool):
         findings.errors, findings.warnings = int(found["errors"]), int(found["warnings"])
     elif found := _SUMMARY.search(tool):

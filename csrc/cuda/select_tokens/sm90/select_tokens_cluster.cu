@@ -20,7 +20,7 @@ struct alignas(16) Histogram {
 
 struct ClusterShared {
   Shared block;
-  Histogram mine;    // of this block's keys
+  Histogram mine;    // of this block's keys, the bins that others add up
   Histogram parts;   // of every block, the bins that this one adds up: [size, kBins / size]
   Histogram merged;  // of the row
   std::uint32_t lists[2][kMostBlocks][kMostListed];
@@ -56,7 +56,8 @@ struct ClusterTeam {
   __device__ int rank() const { return rank_; }
   __device__ int size() const { return size_; }
 
-  // Copies `bytes` to the same place in every other block; lanes of the first warp, a block each.
+  // Copies `bytes` to `target`'s place in block `to`, another one: memcheck takes a bulk copy to the own block for an
+  // error.
   __device__ void copy_part(const void* source, const void* target, int bytes, int to, std::uint64_t* barrier) const {
     ptx::bulk_copy_to_block(ptx::shared_address_in(target, to), source, bytes, ptx::shared_address_in(barrier, to));
   }
@@ -70,25 +71,27 @@ struct ClusterTeam {
     __syncthreads();
     Four four = take_bins<kMass, kRank, kCopies>(mass, block);
     const int first = group_of_thread() * kBinsEach;
+    // The own share's place in `parts` is where it is in `mine`.
+    Histogram& here = first / share == rank_ ? shared.parts : shared.mine;
     if constexpr (kMass) {
 #pragma unroll
       for (int i = 0; i < kBinsEach; i += 2) {
-        *reinterpret_cast<ulonglong2*>(shared.mine.mass + first + i) = {
+        *reinterpret_cast<ulonglong2*>(here.mass + first + i) = {
             (std::uint64_t{four.count[i]} << kLowBits) + four.low[i],
             (std::uint64_t{four.count[i + 1]} << kLowBits) + four.low[i + 1]};
       }
     }
     if constexpr (kRank) {
-      *reinterpret_cast<uint4*>(shared.mine.rank + first) = {four.rank[0], four.rank[1], four.rank[2], four.rank[3]};
+      *reinterpret_cast<uint4*>(here.rank + first) = {four.rank[0], four.rank[1], four.rank[2], four.rank[3]};
     }
     ptx::fence_async_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(&shared.parts_here, kBinBytes * kBins);
+      ptx::mbarrier_arrive_expect(&shared.parts_here, kBinBytes * (kBins - share));
       ptx::mbarrier_arrive_expect(&shared.merged_here, kBinBytes * (kBins - share));
     }
     begin();
-    if (lane < size_) {
+    if (lane < size_ && lane != rank_) {
       if constexpr (kMass) {
         copy_part(shared.mine.mass + lane * share, shared.parts.mass + rank_ * share, share * 8, lane,
                   &shared.parts_here);
