@@ -42,6 +42,9 @@ OPTIONS = {
     "initcheck": NO_HEAP,
     "synccheck": WATCHED,
 }
+# racecheck itself fails there ("failed to handle a hardware exception"), at torch's grouped product; the kernels of ours
+# that run beside it have no shared memory.
+LEFT_OUT = {"racecheck": ("tests/cuda/test_small_shapes.py::test_projections",)}
 WATCH_ALLOCATIONS = ("memcheck", "initcheck")  # torch's allocator would hide them
 NO_SANITIZER = (
     "gpu-check: compute-sanitizer is not on the PATH, beside nvcc or in /usr/local/cuda: it comes with the CUDA "
@@ -146,6 +149,7 @@ def run_tool(sanitizer: Path, tool: str, limit_s: float) -> Findings:
         *PYTEST,
         "-m",
         "sanitizer",
+        *(f"--deselect={test}" for test in LEFT_OUT.get(tool, ())),
     ]
     with tests_log.open("w", encoding="utf-8") as output:
         # A session of its own, so that the tests end with the tool.
