@@ -25,20 +25,28 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t ring_bytes(std::int64_t head_dim, int w
   return std::int64_t{warps} * stages(head_dim) * kTileTokens * head_dim * 4;
 }
 
-// The kernel over quantised segments: blocks of 64 tokens are larger, and two blocks of threads share a multiprocessor.
-constexpr int kQuantizedBlocks = 2;
-constexpr int kQuantizedFullStages = 2;  // for the recent tokens
-ZIPVL_HOST_DEVICE constexpr int quantized_warps(std::int64_t head_dim) { return head_dim == 256 ? 2 : 4; }
-ZIPVL_HOST_DEVICE constexpr int quantized_stages(int bits) { return bits == 2 ? 4 : 2; }
+// The kernel over quantised segments: blocks of threads that share a multiprocessor, and their warps. It waits for its
+// own instructions more than for memory: 12 warps with 168 registers each (head dim 256: 8 with 255). On an H200 16
+// warps with 128 registers, whose loop over the keys is then not unrolled, take the same time.
+ZIPVL_HOST_DEVICE constexpr int quantized_blocks(std::int64_t head_dim) { return head_dim == 256 ? 2 : 3; }
+constexpr int kQuantizedWarps = 4;
+// Buffers of a warp's ring, each of a block of 64 tokens.
+ZIPVL_HOST_DEVICE constexpr int quantized_stages(int bits) { return bits == 2 ? 2 : 1; }
 
+// A warp's queries: operands of 16 channels, 8 bytes a lane.
+ZIPVL_HOST_DEVICE constexpr int quantized_query_bytes(std::int64_t head_dim) {
+  return static_cast<int>(head_dim / 16 * 32 * 8);
+}
+
+// A warp's ring: of either segment, and of one tile of recent tokens.
 ZIPVL_HOST_DEVICE constexpr std::int64_t quantized_ring_bytes(std::int64_t head_dim, int high_bits, int low_bits) {
-  std::int64_t most = kQuantizedFullStages * kTileTokens * head_dim * 4;
+  std::int64_t most = kTileTokens * head_dim * 4;
   const int both[] = {high_bits, low_bits};
   for (const int bits : both) {
     const std::int64_t bytes = quantized_stages(bits) * quantized::block_layout(head_dim, bits, 2).bytes;
     most = bytes > most ? bytes : most;
   }
-  return quantized_warps(head_dim) * most;
+  return most;
 }
 
 }  // namespace zipvl::decode_shape

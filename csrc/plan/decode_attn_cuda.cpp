@@ -35,9 +35,9 @@ std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAtt
   return "";
 }
 
-void size_workspace(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan, std::int64_t kinds) {
+void size_workspace(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan) {
   // Each step from block to block or from item to item starts one partial result.
-  plan.places = kinds * (plan.blocks + items(problem, plan));
+  plan.places = plan.blocks + items(problem, plan);
   constexpr std::int64_t kFloatBytes = 4;
   plan.workspace_bytes = plan.places * decode_shape::kHeads * (problem.head_dim + 1) * kFloatBytes;
 }
@@ -59,30 +59,27 @@ DecodeAttnCudaPlan plan_decode_attn_cuda(const DecodeAttnCudaProblem& problem) {
   plan.shared_bytes = decode_shape::ring_bytes(problem.head_dim, plan.warps);
   const std::int64_t tiles = ceil_div(problem.slots, decode_shape::kTileTokens);
   plan.reason = why_not_native(problem, plan, tiles);
-  // Every other kernel is there, and was right in an earlier form, but no run of the tests has seen it in this one.
-  constexpr std::int64_t kCheckedHeadDim = 128;
-  if (plan.reason.empty() && problem.checked_only && !(problem.bfloat16 && problem.head_dim == kCheckedHeadDim)) {
-    plan.reason =
-        "no GPU run has checked the kernel but for bfloat16 and head_dim 128 (ZIPVL_UNCHECKED_KERNELS=1 takes it)";
-  }
   const std::int64_t most = std::min<std::int64_t>(problem.multiprocessors, decode_shape::kMostBlocks);
   plan.blocks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(items(problem, plan) * tiles, plan.warps), 1, most));
-  size_workspace(problem, plan, 1);
+  size_workspace(problem, plan);
   return plan;
 }
 
 DecodeAttnCudaPlan plan_decode_attn_quantized_cuda(const DecodeAttnCudaProblem& problem,
                                                    const QuantizedSegments& segments) {
   DecodeAttnCudaPlan plan = common_plan(problem);
-  plan.warps = decode_shape::quantized_warps(problem.head_dim);
-  plan.shared_bytes = decode_shape::quantized_ring_bytes(problem.head_dim, segments.high_bits, segments.low_bits);
-  const std::int64_t tiles = std::max(
-      {ceil_div(problem.slots, decode_shape::kTileTokens), segments.high_blocks, segments.low_blocks, std::int64_t{1}});
+  plan.warps = decode_shape::kQuantizedWarps;
+  plan.shared_bytes =
+      plan.warps * (decode_shape::quantized_query_bytes(problem.head_dim) +
+                    decode_shape::quantized_ring_bytes(problem.head_dim, segments.high_bits, segments.low_bits));
+  const std::int64_t tiles =
+      ceil_div(problem.slots, decode_shape::kTileTokens) + segments.high_blocks + segments.low_blocks;
   plan.reason = why_not_native(problem, plan, tiles);
-  const std::int64_t most =
-      std::min<std::int64_t>(decode_shape::kQuantizedBlocks * problem.multiprocessors, decode_shape::kMostBlocks);
+  const std::int64_t resident = std::clamp<std::int64_t>(problem.shared_bytes / plan.shared_bytes, 1,
+                                                         decode_shape::quantized_blocks(problem.head_dim));
+  const std::int64_t most = std::min<std::int64_t>(resident * problem.multiprocessors, decode_shape::kMostBlocks);
   plan.blocks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(items(problem, plan) * tiles, plan.warps), 1, most));
-  size_workspace(problem, plan, 3);
+  size_workspace(problem, plan);
   return plan;
 }
 

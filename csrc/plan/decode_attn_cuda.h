@@ -10,9 +10,7 @@ struct DecodeAttnCudaProblem {
   std::int64_t batch, query_heads, kv_heads, head_dim;
   std::int64_t slots;   // of the cache in full precision
   bool half_precision;  // float16 or bfloat16
-  bool bfloat16;
-  bool checked_only;  // keep to the dtype and head dim that a GPU run has checked; the others go over ATen
-  bool aligned;       // every row of q and of the caches begins at a multiple of 16 bytes
+  bool aligned;         // every row of q and of the caches begins at a multiple of 16 bytes
   std::int64_t multiprocessors;
   std::int64_t shared_bytes;  // that a block of threads can have
 };

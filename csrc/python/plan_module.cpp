@@ -253,26 +253,23 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan_decode_attn_cuda",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
-         bool half_precision, bool bfloat16, bool checked_only, bool aligned, std::int64_t multiprocessors,
-         std::int64_t shared_bytes) {
+         bool half_precision, bool aligned, std::int64_t multiprocessors, std::int64_t shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
-        return plan_decode_attn_cuda({batch, query_heads, kv_heads, head_dim, slots, half_precision, bfloat16,
-                                      checked_only, aligned, multiprocessors, shared_bytes});
+        return plan_decode_attn_cuda(
+            {batch, query_heads, kv_heads, head_dim, slots, half_precision, aligned, multiprocessors, shared_bytes});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
-      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("bfloat16") = true,
-      py::arg("checked_only") = false, py::arg("aligned") = true, py::arg("multiprocessors"), py::arg("shared_bytes"));
+      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("multiprocessors"),
+      py::arg("shared_bytes"));
   m.def(
       "plan_decode_attn_quantized_cuda",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
          std::int64_t high_blocks, std::int64_t low_blocks, int high_bits, int low_bits, std::int64_t multiprocessors,
          std::int64_t shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
-        return plan_decode_attn_quantized_cuda(
-            {batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true, /*bfloat16=*/true,
-             /*checked_only=*/false,
-             /*aligned=*/true, multiprocessors, shared_bytes},
-            {high_blocks, low_blocks, high_bits, low_bits});
+        return plan_decode_attn_quantized_cuda({batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true,
+                                                /*aligned=*/true, multiprocessors, shared_bytes},
+                                               {high_blocks, low_blocks, high_bits, low_bits});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
       py::arg("head_dim"), py::arg("high_blocks"), py::arg("low_blocks"), py::arg("high_bits") = 4,

@@ -28,12 +28,6 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 BITS = [(4, 2), (8, 4), (2, 8)]
 
 
-@pytest.fixture(autouse=True)
-def _every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are the check that the kernels for other dtypes and head dims wait for."""
-    monkeypatch.setenv("ZIPVL_UNCHECKED_KERNELS", "1")
-
-
 def in_dtype(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One row's attention ``[Hq, 1, D]`` with every intermediate in q's dtype, on q's device."""
     group = q.shape[0] // k.shape[0]

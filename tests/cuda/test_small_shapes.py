@@ -65,12 +65,6 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ZIPVL_FORCE_SM80", "1" if request.param == "sm80" else "0")
 
 
-@pytest.fixture
-def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for test_decode_attn.py: the kernels that wait for these tests, too."""
-    monkeypatch.setenv("ZIPVL_UNCHECKED_KERNELS", "1")
-
-
 @pytest.mark.parametrize("mask", ["none", "inner"])
 def test_probe_index(mask: str) -> None:
     q, token_mask = torch.empty(3, 1, 300, 8), make_mask(mask, 3, 300)
@@ -127,7 +121,6 @@ def test_zipvl_attn(dtype: torch.dtype, D: int, all_queries: bool) -> None:
     check_zipvl_attn(*layer_inputs(2, 6, 2, 300, D, dtype), tau=0.8, token_mask=mask.cuda(), all_queries=all_queries)
 
 
-@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("D", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_attn(dtype: torch.dtype, D: int) -> None:
@@ -146,7 +139,6 @@ def test_quantize_kv(dtype: torch.dtype, D: int) -> None:
         check_bytes(k, v, index, count, mask, bits)
 
 
-@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("D", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_attn_quantized(dtype: torch.dtype, D: int) -> None:

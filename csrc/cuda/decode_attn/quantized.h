@@ -21,11 +21,11 @@ struct QuantizedSegment {
 
 struct DecodeAttnQuantizedParams {
   // The queries, the outputs, and the recent tokens as a cache in full precision (slots 0: none).
-  // partials: 3 * (blocks + batch * kv_heads * head_chunks) places.
   DecodeAttnParams attn;
   QuantizedSegment segments[2];
   const float* v_factor;  // [batch, kv_heads, head_dim]
   std::int64_t v_factor_stride[3];
+  int ring_bytes;  // of a warp's buffers: decode_shape::quantized_ring_bytes
 };
 
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream);

@@ -34,8 +34,10 @@ struct Share {
   }
 };
 
-// Every warp calls, and each computes the same. `least`: tiles that a block is worth starting for.
-__device__ __forceinline__ Share make_share(const RowTiles& rows, int blocks, int least) {
+// Every warp calls, and each computes the same. `least`: tiles that a block is worth starting for. Rows here and below:
+// RowTiles, or what has its tiles(b), batch and items_per_row.
+template <typename Rows>
+__device__ __forceinline__ Share make_share(const Rows& rows, int blocks, int least) {
   std::uint32_t total = 0;
   for (int b = static_cast<int>(threadIdx.x % 32); b < rows.batch; b += 32) {
     total += static_cast<std::uint32_t>(rows.tiles(b));
@@ -53,7 +55,8 @@ struct RowPlace {
 };
 
 // The row that has tile x of the line; every lane of a warp calls with the same x, which is less than the total.
-__device__ __forceinline__ RowPlace find_row(const RowTiles& rows, std::uint32_t x) {
+template <typename Rows>
+__device__ __forceinline__ RowPlace find_row(const Rows& rows, std::uint32_t x) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   std::uint32_t before = 0;
   for (int base = 0; base < rows.batch; base += 32) {
@@ -76,7 +79,8 @@ __device__ __forceinline__ RowPlace find_row(const RowTiles& rows, std::uint32_t
 }
 
 // Where row b's tiles begin in the line.
-__device__ __forceinline__ std::uint32_t row_first(const RowTiles& rows, int b) {
+template <typename Rows>
+__device__ __forceinline__ std::uint32_t row_first(const Rows& rows, int b) {
   std::uint32_t before = 0;
   for (int i = static_cast<int>(threadIdx.x % 32); i < b; i += 32) {
     before += static_cast<std::uint32_t>(rows.tiles(i));

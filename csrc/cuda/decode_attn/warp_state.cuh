@@ -34,6 +34,15 @@ struct WarpState {
   float offset[2] = {0.0F, 0.0F};  // weighted sum of what every channel of a token has in common, of this lane's tokens
   float out[D / 16][4] = {};       // channels 16 m + i (and + 8), heads 2 j and 2 j + 1
 
+  // The outputs of channels 16 m + 8 + i times `factor`.
+  __device__ __forceinline__ void scale_upper(float factor) {
+#pragma unroll
+    for (int m = 0; m < D / 16; ++m) {
+      out[m][2] *= factor;
+      out[m][3] *= factor;
+    }
+  }
+
   // Scores `s [Tiles][4]` of Tiles x 16 tokens (base 2; -inf: masked) become weights, and what was summed so far is
   // brought to the new maximum.
   template <int Tiles>

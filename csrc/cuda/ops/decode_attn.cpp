@@ -17,6 +17,7 @@ namespace zipvl::cuda {
 namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
+constexpr float kLog2E = 1.4426950408889634F;
 
 // Whether all of x's dims but the last have strides of multiples of 16 bytes, and x begins at one.
 bool aligned(const Tensor& x, std::int64_t element_bytes) {
@@ -42,8 +43,6 @@ plan::DecodeAttnCudaProblem problem_of(const checks::AttentionSizes& sizes, cons
           sizes.head_dim,
           slots,
           q.scalar_type() != aten::ScalarType::Float,
-          q.scalar_type() == aten::ScalarType::BFloat16,
-          !takes_unchecked_kernels(),
           all_aligned && aligned(q, 2),
           multiprocessors(device),
           shared_bytes_per_block(device)};
@@ -72,7 +71,7 @@ struct Launch {
     params.head_chunks = plan.head_chunks;
     params.blocks = plan.blocks;
     params.warps = plan.warps;
-    params.scale = static_cast<float>(scale);
+    params.scale_log2 = static_cast<float>(scale) * kLog2E;
     params.bfloat16 = q.scalar_type() == aten::ScalarType::BFloat16;
     params.dependent_launch = has_dependent_launch(q.get_device_index());
   }
@@ -152,6 +151,8 @@ std::tuple<Tensor, Tensor> decode_attn_quantized(
   params.segments[1] = segment_of(low, low_blocks, low_bits);
   params.v_factor = v_factor.const_data_ptr<float>();
   copy_strides(v_factor, params.v_factor_stride);
+  params.ring_bytes = static_cast<int>(
+      decode_shape::quantized_ring_bytes(sizes.head_dim, static_cast<int>(high_bits), static_cast<int>(low_bits)));
   check_launch(kOp, launch_decode_attn_quantized(params, stream_of(q)));
   return launch.result();
 }

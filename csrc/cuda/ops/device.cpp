@@ -53,8 +53,6 @@ Tensor empty_attention_output(const Tensor& q) {
   return empty_strided({B, H, N, D}, {N * H * D, D, H * D, 1}, q.scalar_type(), q);
 }
 
-bool takes_unchecked_kernels() { return is_set("ZIPVL_UNCHECKED_KERNELS"); }
-
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

@@ -20,9 +20,6 @@ KernelFamily kernel_family(int device);
 
 int multiprocessors(int device);
 
-// ZIPVL_UNCHECKED_KERNELS=1 in the environment, read on every call: take kernels that no GPU run has checked yet.
-bool takes_unchecked_kernels();
-
 int shared_bytes_per_block(int device);  // the most that a block may ask for
 
 // A tensor on the device of `like` whose content is undefined. Strides are in elements.

@@ -36,9 +36,9 @@ struct PlaceRange {
   int count;
 };
 
-// Of one kind of tiles, whose places begin at `first_place`. Every thread of a warp calls.
-__device__ __forceinline__ PlaceRange place_range(const RowTiles& tiles, int blocks, int least,
-                                                  std::int64_t first_place, const OutputHead& head) {
+// Every thread of a warp calls.
+template <typename Rows>
+__device__ __forceinline__ PlaceRange place_range(const Rows& tiles, int blocks, int least, const OutputHead& head) {
   const Share share = make_share(tiles, blocks, least);
   const std::uint32_t before = row_first(tiles, head.b);
   const auto of_row = static_cast<std::uint32_t>(tiles.tiles(head.b));
@@ -47,7 +47,7 @@ __device__ __forceinline__ PlaceRange place_range(const RowTiles& tiles, int blo
   }
   const std::uint32_t first = before + static_cast<std::uint32_t>(head.in_row) * of_row;
   const auto low = static_cast<int>(share.owner(first)), high = static_cast<int>(share.owner(first + of_row - 1));
-  return {first_place + low + static_cast<std::int64_t>(head.b) * tiles.items_per_row + head.in_row, high - low + 1};
+  return {low + static_cast<std::int64_t>(head.b) * tiles.items_per_row + head.in_row, high - low + 1};
 }
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -63,51 +63,58 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// weights, places: [Kinds * decode_shape::kMostBlocks] in shared memory.
-template <typename Element, int D, int Kinds>
-__device__ __forceinline__ void combine(const PlaceRange (&ranges)[Kinds], const OutputHead& head,
-                                        const DecodePartials& partials, Element* out, float* lse, float* weights,
-                                        int* places) {
+template <typename Element, int D>
+__device__ __forceinline__ void combine(const PlaceRange& range, const OutputHead& head, const DecodePartials& partials,
+                                        Element* out, float* lse) {
   constexpr int kLanes = D / 4;  // threads of a row, 4 channels each
   constexpr int kGroups = kCombineThreads / kLanes;
+  constexpr int kAhead = 8;  // rows of a group that are loaded before their weights are known
   __shared__ float4 sums[kCombineThreads];
-  const int thread = static_cast<int>(threadIdx.x);
-  float most = kNone;
-  int count = 0;
+  __shared__ float weights[decode_shape::kMostBlocks];
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kLanes, lane = thread % kLanes;
+  const auto row_of = [&](int i) { return (range.first + i) * kDecodeHeads + head.in_chunk; };
+  const auto part = [&](int i) {
+    const bool valid = group < kGroups && i < range.count;
+    return valid ? *reinterpret_cast<const float4*>(partials.out + row_of(i) * D + 4 * lane) : float4{};
+  };
+  for (int i = thread; i < range.count; i += kCombineThreads) {
+    weights[i] = partials.lse[row_of(i)];
+  }
+  float4 ahead[kAhead];
 #pragma unroll
-  for (int kind = 0; kind < Kinds; ++kind) {
-    for (int i = thread; i < ranges[kind].count; i += kCombineThreads) {
-      const std::int64_t place = (ranges[kind].first + i) * kDecodeHeads + head.in_chunk;
-      places[count + i] = static_cast<int>(place);
-      weights[count + i] = partials.lse[place];
-    }
-    count += ranges[kind].count;
+  for (int k = 0; k < kAhead; ++k) {
+    ahead[k] = part(group + k * kGroups);
   }
   __syncthreads();
   // Every warp finds the maximum and the sum for itself: cheaper than another barrier.
-  for (int i = thread % 32; i < count; i += 32) {
+  float most = kNone;
+  for (int i = thread % 32; i < range.count; i += 32) {
     most = fmaxf(most, weights[i]);
   }
   most = warp_max(most);
   const float shift = most == kNone ? 0.0F : most;
   float total = 0.0F;
-  for (int i = thread % 32; i < count; i += 32) {
+  for (int i = thread % 32; i < range.count; i += 32) {
     total += ptx::exp2(weights[i] - shift);
   }
   total = warp_sum(total);
-  const int group = thread / kLanes, lane = thread % kLanes;
   float4 sum{};
-  if (group < kGroups) {
-#pragma unroll 8
-    for (int i = group; i < count; i += kGroups) {
+  const auto add = [&](int i, const float4& values) {
+    if (i < range.count) {
       const float weight = ptx::exp2(weights[i] - shift);
-      const float4 part =
-          *reinterpret_cast<const float4*>(partials.out + static_cast<std::int64_t>(places[i]) * D + 4 * lane);
-      sum.x += weight * part.x;
-      sum.y += weight * part.y;
-      sum.z += weight * part.z;
-      sum.w += weight * part.w;
+      sum.x += weight * values.x;
+      sum.y += weight * values.y;
+      sum.z += weight * values.z;
+      sum.w += weight * values.w;
     }
+  };
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    add(group + k * kGroups, ahead[k]);
+  }
+#pragma unroll 8
+  for (int i = group + kAhead * kGroups; i < range.count; i += kGroups) {
+    add(i, part(i));
   }
   sums[thread] = sum;
   __syncthreads();

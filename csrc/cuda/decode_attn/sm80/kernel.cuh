@@ -11,8 +11,6 @@
 
 namespace zipvl::cuda::decode {
 
-constexpr float kLog2E = 1.4426950408889634F;
-
 __device__ __forceinline__ RowTiles row_tiles(const DecodeAttnParams& params) {
   return {params.lengths, params.lengths_stride,          static_cast<int>(params.slots),
           kTileTokens,    static_cast<int>(params.batch), static_cast<int>(params.kv_heads) * params.head_chunks};
@@ -46,36 +44,34 @@ __device__ __forceinline__ void stream_tiles(std::uint32_t ring, int first, int 
   ptx::cp_async_wait<0>();
 }
 
-// Attends to the cache in full precision; partial results begin at `first_place`.
-template <typename Element, int D, int Warps, int Stages>
-__device__ __forceinline__ void walk_full(const DecodeAttnParams& params, int block, std::int64_t first_place,
-                                          unsigned char* shared) {
-  using Tile = KvTile<Element, D>;
-  const RowTiles tiles = row_tiles(params);
-  const std::uint32_t ring = ptx::shared_address(shared) + threadIdx.x / 32 * (Stages * Tile::kBytes);
-  const float scale_log2 = params.scale * kLog2E;
-  walk<Element, D, Warps>(
-      params, tiles, block, first_place, reinterpret_cast<float*>(shared),
-      [&](WarpState<D>& state, const std::uint32_t (&q)[D / 16][2], const Piece& piece) {
-        const HeadRows<Element> rows{
-            static_cast<const Element*>(params.k) + piece.b * params.k_stride[0] + piece.head * params.k_stride[1],
-            static_cast<const Element*>(params.v) + piece.b * params.v_stride[0] + piece.head * params.v_stride[1],
-            params.k_stride[2], params.v_stride[2], tiles.count(piece.b)};
-        stream_tiles<Warps, Stages, Tile::kBytes>(
-            ring, piece.first, piece.end,
-            [&](std::uint32_t buffer, int tile) { Tile::fetch(buffer, rows, tile * kTileTokens); },
-            [&](std::uint32_t buffer, int tile) {
-              Tile::attend(state, q, buffer, rows.length - tile * kTileTokens, scale_log2);
-            });
-      });
+// The head of a piece in the cache in full precision.
+template <typename Element>
+__device__ __forceinline__ HeadRows<Element> head_rows(const DecodeAttnParams& params, const Piece& piece, int length) {
+  return {static_cast<const Element*>(params.k) + piece.b * params.k_stride[0] + piece.head * params.k_stride[1],
+          static_cast<const Element*>(params.v) + piece.b * params.v_stride[0] + piece.head * params.v_stride[1],
+          params.k_stride[2], params.v_stride[2], length};
 }
 
 template <typename Element, int D, int Warps, int Stages>
 __global__ void __launch_bounds__(Warps * 32) decode_attn_kernel(const __grid_constant__ DecodeAttnParams params) {
+  using Tile = KvTile<Element, D>;
   extern __shared__ __align__(128) unsigned char shared[];
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();  // after the wait: what starts then reads counts that earlier kernels wrote
-  walk_full<Element, D, Warps, Stages>(params, static_cast<int>(blockIdx.x), 0, shared);
+  const RowTiles tiles = row_tiles(params);
+  const std::uint32_t ring = ptx::shared_address(shared) + threadIdx.x / 32 * (Stages * Tile::kBytes);
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  walk<Element, D, Warps>(
+      params, tiles, reinterpret_cast<float*>(shared),
+      [&](WarpState<D>& state, const std::uint32_t (&q)[D / 16][2], const Piece& piece) {
+        const HeadRows<Element> rows = head_rows<Element>(params, piece, tiles.count(piece.b));
+        stream_tiles<Warps, Stages, Tile::kBytes>(
+            ring, piece.first, piece.end,
+            [&](std::uint32_t buffer, int tile) { Tile::fetch(buffer, rows, tile * kTileTokens, lane); },
+            [&](std::uint32_t buffer, int tile) {
+              Tile::attend(state, q, buffer, rows.length - tile * kTileTokens, params.scale_log2, lane);
+            });
+      });
 }
 
 }  // namespace zipvl::cuda::decode

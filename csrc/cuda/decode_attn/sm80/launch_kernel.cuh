@@ -9,37 +9,24 @@ namespace zipvl::cuda::decode {
 
 template <typename Element, int D, int Warps>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ DecodeAttnParams params) {
-  __shared__ float weights[decode_shape::kMostBlocks];
-  __shared__ int places[decode_shape::kMostBlocks];
   ptx::let_next_kernel_start();
   const OutputHead head = output_head(params);
-  const PlaceRange ranges[1] = {place_range(row_tiles(params), params.blocks, Warps, 0, head)};
+  const PlaceRange range = place_range(row_tiles(params), params.blocks, Warps, head);
   ptx::wait_for_previous_kernel();
   const std::int64_t at = blockIdx.x;
-  combine<Element, D>(ranges, head, params.partials, static_cast<Element*>(params.out) + at * D, params.lse + at,
-                      weights, places);
+  combine<Element, D>(range, head, params.partials, static_cast<Element*>(params.out) + at * D, params.lse + at);
 }
 
 template <typename Element, int D, int Warps>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
-  __shared__ float weights[kKinds * decode_shape::kMostBlocks];
-  __shared__ int places[kKinds * decode_shape::kMostBlocks];
+  const DecodeAttnParams& attn = params.attn;
   ptx::let_next_kernel_start();
-  const OutputHead head = output_head(params.attn);
-  const std::int64_t step = places_of_kind(params.attn);
-  PlaceRange ranges[kKinds] = {
-      place_range(segment_tiles(params, 0), params.attn.blocks, Warps, 0, head),
-      place_range(segment_tiles(params, 1), params.attn.blocks, Warps, step, head),
-      {0, 0},
-  };
-  if (params.attn.slots > 0) {
-    ranges[2] = place_range(row_tiles(params.attn), params.attn.blocks, Warps, 2 * step, head);
-  }
+  const OutputHead head = output_head(attn);
+  const PlaceRange range = place_range(LineOfTiles(params), attn.blocks, Warps, head);
   ptx::wait_for_previous_kernel();
   const std::int64_t at = blockIdx.x;
-  combine<Element, D>(ranges, head, params.attn.partials, static_cast<Element*>(params.attn.out) + at * D,
-                      params.attn.lse + at, weights, places);
+  combine<Element, D>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
 }
 
 // One kernel of the pair. Both prefer shared memory over L1 to the full, as changing that between kernels stalls.
@@ -96,13 +83,12 @@ cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stre
 
 template <typename Element, int D>
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream) {
-  constexpr int kWarps = decode_shape::quantized_warps(D);
-  static_assert(decode_shape::quantized_ring_bytes(D, 2, 2) >=
+  constexpr int kWarps = decode_shape::kQuantizedWarps;
+  static_assert(kWarps * decode_shape::quantized_ring_bytes(D, 2, 2) >=
                 merge_floats<D>(kWarps) * static_cast<int>(sizeof(float)));
-  const auto ring =
-      static_cast<int>(decode_shape::quantized_ring_bytes(D, params.segments[0].bits, params.segments[1].bits));
   return launch_pair(decode_attn_quantized_kernel<Element, D, kWarps>, combine_quantized_kernel<Element, D, kWarps>,
-                     params, params.attn, kWarps, ring, stream);
+                     params, params.attn, kWarps, kWarps * (decode_shape::quantized_query_bytes(D) + params.ring_bytes),
+                     stream);
 }
 
 // The one place that names a dtype and head dim: a file each.

@@ -10,6 +10,7 @@
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/opaque.cuh"
 
 namespace zipvl::cuda::decode {
 
@@ -22,12 +23,13 @@ template <>
 struct CodeElement<__half> {
   static constexpr std::uint32_t kBits = 0;
   static constexpr float kUnit = 16777216.0F;
+  static constexpr int kMantissa = 10;
 };
 template <>
 struct CodeElement<__nv_bfloat16> {
   static constexpr std::uint32_t kBits = 0x43004300;
-  static constexpr std::uint32_t kMinusBits = 0xC300C300;  // -128 twice
   static constexpr float kUnit = 1.0F;
+  static constexpr int kMantissa = 7;
 };
 
 template <typename Element>
@@ -37,55 +39,81 @@ __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::ui
   return reinterpret_cast<const std::uint32_t&>(product);
 }
 
-// The four registers of the tile at bit `shift` of a word: Mask picks the codes of both halves.
-template <int Bits>
-__device__ __forceinline__ void unpack(std::uint32_t (&a)[4], std::uint32_t word, int first, std::uint32_t set) {
-  constexpr std::uint32_t kMask = Bits == 2 ? 0x00030003U : 0x000F000FU;
-  constexpr int kStep = Bits == 2 ? 2 : 4;
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    a[n] = (word >> (kStep * (first + n)) & kMask) | set;
-  }
-}
+// Codes of a word as the four registers of an operand. Rows 8 to 15 of it (registers 1 and 3) need no shift of their
+// own where the mantissa holds two codes: they stay where they are, kUpper times as much as they stand for.
+template <typename Element, int Bits>
+struct Unpack {
+  static constexpr int kWidth = Bits == 2 ? 2 : 4;
+  static constexpr bool kStay = 2 * kWidth <= CodeElement<Element>::kMantissa;
+  static constexpr int kUpper = kStay ? 1 << kWidth : 1;
+  static constexpr std::uint32_t kMask = Bits == 2 ? 0x00030003U : 0x000F000FU;
 
-template <typename Element, int D, int Bits>
+  // odd: of two tiles in the word. set: CodeElement::kBits, in a register, where one instruction masks and sets.
+  static __device__ __forceinline__ void run(std::uint32_t (&a)[4], std::uint32_t word, int odd, std::uint32_t set) {
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      const std::uint32_t moved = word >> (kWidth * (4 * odd + 2 * column));
+      a[2 * column] = (moved & kMask) | set;
+      a[2 * column + 1] = (kStay ? moved & kMask << kWidth : moved >> kWidth & kMask) | set;
+    }
+  }
+};
+
+template <typename Element, int D, int Bits_>
 struct QuantizedTile {
-  static constexpr quantized::BlockLayout kLayout = quantized::block_layout(D, Bits, 2);
+  static constexpr int kBits = Bits_;
+  static constexpr quantized::BlockLayout kLayout = quantized::block_layout(D, kBits, 2);
   static constexpr int kBytes = static_cast<int>(kLayout.bytes);
   static constexpr int kTokenTiles = quantized::kBlockTokens / 16;
   using Code = CodeElement<Element>;
+  using Keys = Unpack<Element, kBits>;
+  using Values = Unpack<__half, kBits>;
+  // How many times too large the outputs of channels 16 m + 8 + i are; 8 bits have both halves of a code in one
+  // operand.
+  static constexpr float kValueUpper = kBits == 8 ? 1.0F : static_cast<float>(Values::kUpper);
 
-  static __device__ __forceinline__ void fetch(std::uint32_t target, const std::uint8_t* block) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll 4
-    for (int at = lane * 16; at < kBytes; at += 512) {
-      ptx::cp_async_16(target + at, block + at);
+  // Bytes [First, End) of a block. Both addresses are the lane's: 16 times it past the block's begin.
+  template <int First, int End>
+  static __device__ __forceinline__ void fetch(std::uint32_t target, const std::uint8_t* block, int lane) {
+#pragma unroll
+    for (int at = First; at < End; at += 512) {
+      if (at + 512 <= End || at + lane * 16 < End) {
+        ptx::cp_async_16(target + at, block + at);
+      }
     }
+  }
+  // The header, all scales and zeros, and the codes of keys.
+  static __device__ __forceinline__ void fetch_keys(std::uint32_t target, const std::uint8_t* block, int lane) {
+    fetch<0, static_cast<int>(kLayout.v_codes)>(target, block, lane);
+  }
+  static __device__ __forceinline__ void fetch_values(std::uint32_t target, const std::uint8_t* block, int lane) {
+    fetch<static_cast<int>(kLayout.v_codes), kBytes>(target, block, lane);
   }
 
   // The words of channel tile `tile` (of tiles `tile` and `tile + 1` at 2 bits), one of each 16 tokens; upper: of the
   // upper halves of 8 bits.
-  static __device__ __forceinline__ uint4 words(const unsigned char* codes, int tile, bool upper = false) {
-    const int row = Bits == 2 ? tile / 2 : Bits == 4 ? tile : 2 * tile + (upper ? 1 : 0);
-    return reinterpret_cast<const uint4*>(codes)[row * 32 + static_cast<int>(threadIdx.x % 32)];
+  static __device__ __forceinline__ uint4 words(const unsigned char* codes, int lane, int tile, bool upper = false) {
+    const int row = kBits == 2 ? tile / 2 : kBits == 4 ? tile : 2 * tile + (upper ? 1 : 0);
+    return reinterpret_cast<const uint4*>(codes)[row * 32 + lane];
   }
 
-  // At head dim 256 the loads of later channels must not be moved before the products of earlier ones: 255 registers
-  // do not hold them, and they would be spilled.
-  static __device__ __forceinline__ void hold_loads_back() {
-    if constexpr (D > 128) {
-      __syncwarp();
-    }
-  }
+  // The loads of later channels must not be moved before the products of earlier ones: the registers do not hold them,
+  // and they would be spilled.
+  static __device__ __forceinline__ void hold_loads_back() { __syncwarp(); }
 
-  // Scores of all 64 tokens, base 2.
-  static __device__ __forceinline__ void scores(float (&s)[kTokenTiles][4], const std::uint32_t (&q)[D / 16][2],
-                                                const unsigned char* block, float scale_log2) {
-    const int j = static_cast<int>(threadIdx.x % 4);
+  // Scores of all 64 tokens, base 2. queries: of channel tile k and lane l at [32 k + l].
+  static __device__ __forceinline__ void scores(float (&s)[kTokenTiles][4], const uint2* queries,
+                                                const unsigned char* block, float scale_log2, int lane) {
+    const int j = lane % 4;
     const auto* scales = reinterpret_cast<const uint4*>(block + kLayout.k_scale);
     const auto* zeros = reinterpret_cast<const uint4*>(block + kLayout.k_zero);
     const unsigned char* codes = block + kLayout.k_codes;
-    float common[4] = {};  // what all tokens of the block have in common: the same in every row
+    // What all tokens of the block have in common: the zeros', the same in every row, and what the set bits add.
+    float common[4] = {}, set[4] = {};
+    std::uint32_t bits = Code::kBits;
+    if constexpr (Code::kBits != 0) {
+      bits = static_cast<std::uint32_t>(ptx::opaque(static_cast<int>(Code::kBits)));
+    }
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0F;
@@ -96,129 +124,154 @@ struct QuantizedTile {
       const uint4 scale = scales[pair * 4 + j], zero = zeros[pair * 4 + j];
       const std::uint32_t scale_of[2][2] = {{scale.x, scale.y}, {scale.z, scale.w}};
       const std::uint32_t zero_of[2][2] = {{zero.x, zero.y}, {zero.z, zero.w}};
-      uint4 word = words(codes, 2 * pair);
+      uint4 word = words(codes, lane, 2 * pair);
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int k = 2 * pair + odd;
+        const uint2 q = queries[32 * k + lane];
         const std::uint32_t zero_row[4] = {zero_of[odd][0], zero_of[odd][0], zero_of[odd][1], zero_of[odd][1]};
-        ptx::mma_16x8x16<Element>(common, zero_row, q[k][0], q[k][1]);
-        const std::uint32_t low = multiply_pairs<Element>(q[k][0], scale_of[odd][0]);
-        const std::uint32_t high = multiply_pairs<Element>(q[k][1], scale_of[odd][1]);
-        if (Bits != 2 && odd == 1) {
-          word = words(codes, k);
+        ptx::mma_16x8x16<Element>(common, zero_row, q.x, q.y);
+        const std::uint32_t low = multiply_pairs<Element>(q.x, scale_of[odd][0]);
+        const std::uint32_t high = multiply_pairs<Element>(q.y, scale_of[odd][1]);
+        if (kBits != 2 && odd == 1) {
+          word = words(codes, lane, k);
         }
-        add_codes(s, common, word, Bits == 2 ? 4 * odd : 0, low, high);
-        if constexpr (Bits == 8) {
+        add_codes(s, set, word, kBits == 2 ? odd : 0, bits, low, high);
+        if constexpr (kBits == 8) {
           constexpr std::uint32_t kSixteen = std::is_same_v<Element, __half> ? 0x4C004C00U : 0x41804180U;
-          add_codes(s, common, words(codes, k, true), 0, multiply_pairs<Element>(low, kSixteen),
+          add_codes(s, set, words(codes, lane, k, true), 0, bits, multiply_pairs<Element>(low, kSixteen),
                     multiply_pairs<Element>(high, kSixteen));
         }
       }
     }
+    const float lower = Code::kUnit * scale_log2, upper = lower / Keys::kUpper;
+    const float shared[2] = {(common[0] - set[0] * Code::kUnit) * scale_log2,
+                             (common[1] - set[1] * Code::kUnit) * scale_log2};
+    const float shared_upper[2] = {(common[0] - set[0] * (Code::kUnit / Keys::kUpper)) * scale_log2,
+                                   (common[1] - set[1] * (Code::kUnit / Keys::kUpper)) * scale_log2};
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        s[t][c] = (s[t][c] * Code::kUnit + common[c]) * scale_log2;
+      for (int h = 0; h < 2; ++h) {
+        s[t][h] = fmaf(s[t][h], lower, shared[h]);
+        s[t][h + 2] = fmaf(s[t][h + 2], upper, shared_upper[h]);
       }
     }
   }
 
   // Adds the products of one channel tile's codes and the scaled queries (low, high).
-  static __device__ __forceinline__ void add_codes(float (&s)[kTokenTiles][4], float (&common)[4], const uint4& word,
-                                                   int first, std::uint32_t low, std::uint32_t high) {
+  static __device__ __forceinline__ void add_codes(float (&s)[kTokenTiles][4], float (&set)[4], const uint4& word,
+                                                   int odd, std::uint32_t bits, std::uint32_t low, std::uint32_t high) {
     const std::uint32_t of_tile[kTokenTiles] = {word.x, word.y, word.z, word.w};
     if constexpr (Code::kBits != 0) {
-      const std::uint32_t minus[4] = {Code::kMinusBits, Code::kMinusBits, Code::kMinusBits, Code::kMinusBits};
-      ptx::mma_16x8x16<Element>(common, minus, low, high);
+      const std::uint32_t ones[4] = {bits, bits, bits, bits};
+      ptx::mma_16x8x16<Element>(set, ones, low, high);
     }
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       std::uint32_t codes[4];
-      unpack<Bits>(codes, of_tile[t], first, Code::kBits);
+      Keys::run(codes, of_tile[t], odd, bits);
       ptx::mma_16x8x16<Element>(s[t], codes, low, high);
     }
   }
 
-  // Adds the weighted value codes, in units of 2**-24. The weights hold the tokens' scales and are float16 whatever the
-  // model's dtype: they are at most the scale, which is at most 2 / 3 of the square root of the largest value.
-  static __device__ __forceinline__ void add_values(WarpState<D>& state, const std::uint32_t (&weights)[kTokenTiles][2],
-                                                    const unsigned char* codes) {
-#pragma unroll
-    for (int pair = 0; pair < D / 32; ++pair) {
-      hold_loads_back();
-      const uint4 even = words(codes, 2 * pair), odd = Bits == 2 ? even : words(codes, 2 * pair + 1);
-      uint4 upper[2] = {};
-      if constexpr (Bits == 8) {
-        upper[0] = words(codes, 2 * pair, true);
-        upper[1] = words(codes, 2 * pair + 1, true);
-      }
-      const std::uint32_t lower_of[2][kTokenTiles] = {{even.x, even.y, even.z, even.w}, {odd.x, odd.y, odd.z, odd.w}};
-      const std::uint32_t upper_of[2][kTokenTiles] = {{upper[0].x, upper[0].y, upper[0].z, upper[0].w},
-                                                      {upper[1].x, upper[1].y, upper[1].z, upper[1].w}};
+  // Scores become the weights of the value codes. They hold the tokens' scales and are float16 whatever the model's
+  // dtype: they are at most the scale, which is at most 2 / 3 of the square root of the largest value.
+  static __device__ __forceinline__ void weigh(std::uint32_t (&weights)[kTokenTiles][2], WarpState<D>& state,
+                                               const uint2* queries, const unsigned char* block, float scale_log2,
+                                               int lane) {
+    const int i = lane / 4;
+    float s[kTokenTiles][4];
+    scores(s, queries, block, scale_log2, lane);
+    if (const int tokens = *reinterpret_cast<const int*>(block); tokens < quantized::kBlockTokens) {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          std::uint32_t a[4];
-          unpack<Bits>(a, lower_of[m][t], Bits == 2 ? 4 * m : 0, 0);
-          if constexpr (Bits == 8) {
-            std::uint32_t above[4];
-            unpack<Bits>(above, upper_of[m][t], 0, 0);
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-              a[n] |= above[n] << 4;
-            }
-          }
-          ptx::mma_16x8x16<__half>(state.out[2 * pair + m], a, weights[t][0], weights[t][1]);
+        for (int c = 0; c < 4; ++c) {
+          s[t][c] = 16 * t + i + c / 2 * 8 < tokens ? s[t][c] : kNone;
         }
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void attend(WarpState<D>& state, const std::uint32_t (&q)[D / 16][2],
-                                                const unsigned char* block, float scale_log2) {
-    const int i = static_cast<int>(threadIdx.x % 32) / 4;
-    const int tokens = *reinterpret_cast<const int*>(block);
-    float s[kTokenTiles][4];
-    scores(s, q, block, scale_log2);
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        s[t][c] = 16 * t + i + c / 2 * 8 < tokens ? s[t][c] : kNone;
       }
     }
     state.weigh(s);
     const auto* scales = reinterpret_cast<const Element*>(block + kLayout.v_scale);
     const auto* zeros = reinterpret_cast<const Element*>(block + kLayout.v_zero);
-    std::uint32_t weights[kTokenTiles][2];
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int token = 16 * t + i + c / 2 * 8;
-        state.offset[c % 2] += s[t][c] * static_cast<float>(zeros[token]);
-        s[t][c] *= static_cast<float>(scales[token]);
+      for (int half = 0; half < 2; ++half) {
+        const int token = 16 * t + i + half * 8;
+        const float zero = static_cast<float>(zeros[token]), scale = static_cast<float>(scales[token]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float& weight = s[t][2 * half + h];
+          state.offset[h] += weight * zero;
+          weight *= scale;
+        }
       }
       weights_operand<__half>(weights[t], s[t]);
     }
-    add_values(state, weights, block + kLayout.v_codes);
   }
 
-  // Turns what the codes summed to into values; factor: of the head's channels.
-  static __device__ __forceinline__ void finish(WarpState<D>& state, const float* factor, std::int64_t factor_stride) {
-    const int i = static_cast<int>(threadIdx.x % 32) / 4;
-    constexpr float kUnit = CodeElement<__half>::kUnit;
-    const float offset[2] = {column_sum(state.offset[0]), column_sum(state.offset[1])};
+  // Adds the weighted value codes, in units of 2**-24, and kValueUpper times too much of channels 16 m + 8 + i.
+  static __device__ __forceinline__ void add_values(WarpState<D>& state, const std::uint32_t (&weights)[kTokenTiles][2],
+                                                    const unsigned char* block, int lane) {
+    const unsigned char* codes = block + kLayout.v_codes;
 #pragma unroll
-    for (int m = 0; m < D / 16; ++m) {
+    for (int pair = 0; pair < D / 32; ++pair) {
+      hold_loads_back();
+      uint4 word = words(codes, lane, 2 * pair), above{};
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        state.out[m][c] = factor[(16 * m + i + c / 2 * 8) * factor_stride] * (state.out[m][c] * kUnit + offset[c % 2]);
+      for (int odd = 0; odd < 2; ++odd) {
+        const int m = 2 * pair + odd;
+        if (kBits != 2 && odd == 1) {
+          word = words(codes, lane, m);
+        }
+        if constexpr (kBits == 8) {
+          hold_loads_back();
+          above = words(codes, lane, m, true);
+        }
+        const std::uint32_t lower_of[kTokenTiles] = {word.x, word.y, word.z, word.w};
+        const std::uint32_t upper_of[kTokenTiles] = {above.x, above.y, above.z, above.w};
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) {
+          std::uint32_t a[4];
+          if constexpr (kBits == 8) {
+            join_halves(a, lower_of[t], upper_of[t]);
+          } else {
+            Values::run(a, lower_of[t], kBits == 2 ? odd : 0, 0);
+          }
+          ptx::mma_16x8x16<__half>(state.out[m], a, weights[t][0], weights[t][1]);
+        }
       }
     }
   }
+
+  // Codes of 8 bits from the words of their lower and their upper halves.
+  static __device__ __forceinline__ void join_halves(std::uint32_t (&a)[4], std::uint32_t lower, std::uint32_t upper) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      a[n] = (lower >> 4 * n & Values::kMask) | (upper >> 4 * n & Values::kMask) << 4;
+    }
+  }
 };
+
+// Turns what the codes summed to into values. upper: how many times too large channels 16 m + 8 + i are; factor: of the
+// head's channels.
+template <int D>
+__device__ __forceinline__ void finish_codes(WarpState<D>& state, float upper, const float* factor,
+                                             std::int64_t factor_stride, int lane) {
+  const int i = lane / 4;
+  constexpr float kUnit = CodeElement<__half>::kUnit;
+  const float units[2] = {kUnit, kUnit / upper};
+  const float offset[2] = {column_sum(state.offset[0]), column_sum(state.offset[1])};
+#pragma unroll
+  for (int m = 0; m < D / 16; ++m) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      state.out[m][c] =
+          factor[(16 * m + i + c / 2 * 8) * factor_stride] * (state.out[m][c] * units[c / 2] + offset[c % 2]);
+    }
+  }
+}
 
 }  // namespace zipvl::cuda::decode

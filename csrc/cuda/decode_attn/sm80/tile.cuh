@@ -36,8 +36,8 @@ struct KvTile {
   }
 
   // Starts copying rows [first, first + 16) of keys and values; rows past the length become zeros and are not read.
-  static __device__ __forceinline__ void fetch(std::uint32_t target, const HeadRows<Element>& rows, int first) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+  static __device__ __forceinline__ void fetch(std::uint32_t target, const HeadRows<Element>& rows, int first,
+                                               int lane) {
 #pragma unroll
     for (int at = lane; at < kTileTokens * kChunks; at += 32) {
       const int row = at / kChunks, chunk = at % kChunks;
@@ -50,8 +50,8 @@ struct KvTile {
 
   // `valid`: how many of the tile's tokens there are; at least one.
   static __device__ __forceinline__ void attend(WarpState<D>& state, const std::uint32_t (&q)[D / 16][2],
-                                                std::uint32_t tile, int valid, float scale_log2) {
-    const int lane = static_cast<int>(threadIdx.x % 32), matrix = lane / 8;
+                                                std::uint32_t tile, int valid, float scale_log2, int lane) {
+    const int matrix = lane / 8;
     float s[1][4] = {};
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {

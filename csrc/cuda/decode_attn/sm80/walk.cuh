@@ -1,4 +1,4 @@
-// A block's share of one kind of tiles, item by item.
+// A block's share of the tiles, item by item.
 #pragma once
 
 #include <cstdint>
@@ -15,18 +15,20 @@ struct Piece {
   int b, head, first, end;
 };
 
-// Partial results of the kind of tiles begin at `first_place`. attend(state, q, piece): the calling warp's part of a
-// piece.
-template <typename Element, int D, int Warps, typename Attend>
-__device__ __forceinline__ void walk(const DecodeAttnParams& params, const RowTiles& tiles, int block,
-                                     std::int64_t first_place, float* shared, const Attend& attend) {
+// attend(state, q, piece): the calling warp's part of a piece.
+template <typename Element, int D, int Warps, typename Rows, typename Attend>
+__device__ __forceinline__ void walk(const DecodeAttnParams& params, const Rows& tiles, float* shared,
+                                     const Attend& attend) {
+  const auto block = static_cast<int>(blockIdx.x);
+  const int group = static_cast<int>(params.query_heads) / static_cast<int>(params.kv_heads);
   const Share share = make_share(tiles, params.blocks, Warps);
   if (block >= static_cast<int>(share.blocks)) {
     return;
   }
-  const int group = static_cast<int>(params.query_heads) / static_cast<int>(params.kv_heads);
-  const std::uint32_t last = share.first(static_cast<std::uint32_t>(block) + 1);
-  for (std::uint32_t at = share.first(static_cast<std::uint32_t>(block)); at < last;) {
+  __shared__ volatile std::uint32_t kept[3];  // what would cost registers through attend()
+  std::uint32_t at = share.first(static_cast<std::uint32_t>(block));
+  std::uint32_t last = share.first(static_cast<std::uint32_t>(block) + 1);
+  do {
     const RowPlace row = find_row(tiles, at);
     const auto of_row = static_cast<std::uint32_t>(tiles.tiles(row.b));
     const int in_row = static_cast<int>((at - row.first) / of_row);
@@ -34,6 +36,11 @@ __device__ __forceinline__ void walk(const DecodeAttnParams& params, const RowTi
     const int first = static_cast<int>(first_tile), end = static_cast<int>(first_tile + tiles_here);
     const int head = in_row / params.head_chunks, chunk = in_row % params.head_chunks;
     const int first_head = head * group + chunk * kDecodeHeads;
+    if (threadIdx.x == 0) {
+      kept[0] = at + tiles_here;
+      kept[1] = last;
+      kept[2] = static_cast<std::uint32_t>(block + row.b * tiles.items_per_row + in_row);
+    }
 
     std::uint32_t q[D / 16][2];
     load_queries<Element, D>(
@@ -42,10 +49,11 @@ __device__ __forceinline__ void walk(const DecodeAttnParams& params, const RowTi
     WarpState<D> state;
     attend(state, q, Piece{row.b, head, first, end});
     __syncthreads();
-    const std::int64_t item = static_cast<std::int64_t>(row.b) * tiles.items_per_row + in_row;
-    merge_warps<D, Warps>(state, shared, params.partials, first_place + block + item);
-    at += tiles_here;
-  }
+    at = kept[0];
+    last = kept[1];
+    // Its barriers come before the next write to `kept`.
+    merge_warps<D, Warps>(state, shared, params.partials, kept[2]);
+  } while (at < last);
 }
 
 }  // namespace zipvl::cuda::decode
