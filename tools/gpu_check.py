@@ -42,8 +42,8 @@ OPTIONS = {
     "initcheck": NO_HEAP,
     "synccheck": WATCHED,
 }
-# racecheck itself fails there ("failed to handle a hardware exception"), at torch's grouped product; the kernels of ours
-# that run beside it have no shared memory.
+# racecheck itself fails there ("failed to handle a hardware exception"), at torch's grouped product; our kernels beside
+# it have no shared memory.
 LEFT_OUT = {"racecheck": ("tests/cuda/test_small_shapes.py::test_projections",)}
 WATCH_ALLOCATIONS = ("memcheck", "initcheck")  # torch's allocator would hide them
 NO_SANITIZER = (
