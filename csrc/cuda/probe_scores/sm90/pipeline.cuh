@@ -14,8 +14,9 @@ namespace zipvl::cuda::probe::sm90 {
 template <typename Traits>
 __device__ __forceinline__ SharedStorage<Traits>& shared_storage() {
   extern __shared__ unsigned char shared_bytes[];
-  return *reinterpret_cast<SharedStorage<Traits>*>((reinterpret_cast<std::uintptr_t>(shared_bytes) + 1023) / 1024 *
-                                                   1024);
+  // By an offset: an address made from an integer would no longer be known to be shared memory's.
+  const std::uint32_t offset = (1024 - ptx::shared_address(shared_bytes) % 1024) % 1024;
+  return *reinterpret_cast<SharedStorage<Traits>*>(shared_bytes + offset);
 }
 
 // What comes before the first load.
