@@ -17,20 +17,31 @@ constexpr std::int64_t kFirstItemsEach = 2;
 constexpr std::int64_t kMostChunkTiles = 16;
 // Shorter ones would load more rows than keys.
 constexpr std::int64_t kLeastChunkTiles = 4;
+// Clusters of one batch row. An H200 holds 15 at once, as cudaOccupancyMaxActiveClusters says: a cluster lies within
+// one of its groups of multiprocessors, some of which are of less than 16. A second wave costs more than it saves.
+constexpr std::int64_t kMostClusters = 15;
 constexpr std::int64_t kAlignment = 256;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace
+// Both passes in one kernel, if the keys fit into a cluster and the clusters of a batch row onto the chip. A block
+// alone is no cluster, and may not store into one.
+void plan_clusters(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& plan) {
+  const std::int64_t units = ceil_div(plan.rows, kProbeUnitRows);
+  const std::int64_t clusters = std::min(units, kMostClusters / problem.kv_heads);  // of a head
+  if (!problem.clusters || problem.tokens <= kProbeTileKeys ||
+      problem.tokens > kProbeClusterBlocks * probe_cluster_keys(problem.head_dim) ||
+      clusters * kProbeClusterUnits < units) {
+    return;
+  }
+  plan.cluster_blocks = std::min(kProbeClusterBlocks, ceil_div(problem.tokens, kProbeTileKeys));
+  plan.row_splits = ceil_div(units, ceil_div(units, clusters));
+}
 
-ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem) {
-  ProbeScoresCudaPlan plan{};
+// Two kernels of persistent blocks.
+void plan_passes(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& plan) {
   const std::int64_t heads = problem.batch * problem.kv_heads;
-  plan.rows = problem.query_heads / problem.kv_heads * problem.probes;
-  plan.rows_padded = ceil_div(plan.rows, kProbeRowAlignment) * kProbeRowAlignment;
   const std::int64_t key_tiles = ceil_div(problem.tokens, kProbeTileKeys);
-  plan.words = key_tiles * kProbeTileKeys / 32;
-
   const std::int64_t row_blocks = ceil_div(plan.rows, kProbeBlockRows);
   const std::int64_t row_keys = problem.kv_heads * row_blocks * key_tiles;
   // A power of two divides the usual lengths, and leaves no short chunk over.
@@ -45,6 +56,21 @@ ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem
   plan.row_splits = std::clamp<std::int64_t>(kMultiprocessors / (problem.kv_heads * key_blocks), 1,
                                              plan.rows_padded / kProbeRowAlignment);
   plan.second_items = heads * key_blocks * plan.row_splits;
+}
+
+}  // namespace
+
+ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem) {
+  ProbeScoresCudaPlan plan{};
+  const std::int64_t heads = problem.batch * problem.kv_heads;
+  plan.rows = problem.query_heads / problem.kv_heads * problem.probes;
+  plan.rows_padded = ceil_div(plan.rows, kProbeRowAlignment) * kProbeRowAlignment;
+  plan.words = ceil_div(problem.tokens, kProbeTileKeys) * kProbeTileKeys / 32;
+  plan_clusters(problem, plan);
+  const bool passes = plan.cluster_blocks == 0;
+  if (passes) {
+    plan_passes(problem, plan);
+  }
 
   std::int64_t end = 0;
   const auto take = [&end](std::int64_t bytes) {
@@ -53,12 +79,12 @@ ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem
     return begin;
   };
   ProbeScoresWorkspace& space = plan.workspace;
-  space.probe_rows = take(heads * plan.rows * problem.head_dim * 2);
-  space.row_limit = take(problem.batch * plan.rows_padded * 4);
-  space.unit_range = take(problem.batch * (plan.rows_padded / kProbeUnitRows) * 8);
-  space.mask_words = take(problem.masked ? problem.batch * plan.words * 4 : 0);
+  space.probe_rows = take(passes ? heads * plan.rows * problem.head_dim * 2 : 0);
+  space.row_limit = take(passes ? problem.batch * plan.rows_padded * 4 : 0);
+  space.unit_range = take(passes ? problem.batch * (plan.rows_padded / kProbeUnitRows) * 8 : 0);
+  space.mask_words = take(passes && problem.masked ? problem.batch * plan.words * 4 : 0);
   space.partial = take(heads * plan.splits * plan.rows_padded * 8);
-  space.row_lse = take(heads * plan.rows_padded * 4);
+  space.row_lse = take(passes ? heads * plan.rows_padded * 4 : 0);
   space.sums = take(heads * plan.row_splits * problem.tokens * 4);
   space.bytes = end;
 
@@ -69,6 +95,11 @@ ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem
 }
 
 std::string ProbeScoresCudaPlan::describe() const {
+  if (cluster_blocks > 0) {
+    return join("probe_scores on CUDA: ", rows, " rows a key/value head; one kernel, ", row_splits, " clusters of ",
+                cluster_blocks, " blocks a head; ", workspace.bytes, " bytes of workspace, ", flops, " FLOPs, ",
+                exponentials, " exponentials");
+  }
   return join("probe_scores on CUDA: ", rows, " rows a key/value head; first pass ", first_items, " items of ",
               chunk_keys, " keys, second ", second_items, " items of ", row_splits, " row splits; ", workspace.bytes,
               " bytes of workspace, ", flops, " FLOPs, ", exponentials, " exponentials");

@@ -105,6 +105,7 @@ PYBIND11_MODULE(_plan, m) {
   py::class_<ProbeScoresCudaPlan>(m, "ProbeScoresCudaPlan")
       .def_readonly("rows", &ProbeScoresCudaPlan::rows)
       .def_readonly("rows_padded", &ProbeScoresCudaPlan::rows_padded)
+      .def_readonly("cluster_blocks", &ProbeScoresCudaPlan::cluster_blocks)
       .def_readonly("chunk_keys", &ProbeScoresCudaPlan::chunk_keys)
       .def_readonly("splits", &ProbeScoresCudaPlan::splits)
       .def_readonly("row_splits", &ProbeScoresCudaPlan::row_splits)
@@ -117,16 +118,16 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan_probe_scores_cuda",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
-         std::int64_t head_dim, bool masked) {
+         std::int64_t head_dim, bool masked, bool clusters) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, /*threads=*/1);
         if (tokens < 1 || probes < 1) {
           throw std::invalid_argument("tokens and probes must be at least 1, got " + std::to_string(tokens) + " and " +
                                       std::to_string(probes));
         }
-        return plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked});
+        return plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, clusters});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("probes"), py::arg("head_dim"), py::arg("masked") = false);
+      py::arg("probes"), py::arg("head_dim"), py::arg("masked") = false, py::arg("clusters") = true);
 
   py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
       .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)
@@ -204,7 +205,7 @@ PYBIND11_MODULE(_plan, m) {
         }
         return plan_zipvl_attn(
             {batch, kv_heads, tokens, head_dim, probes, returns_packed},
-            plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked}),
+            plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper}),
             plan_select_tokens({batch, tokens, multiprocessors, shared_bytes, hopper}),
             plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,
                                    /*scale=*/1.0, /*causal=*/true, all_queries, hopper}));

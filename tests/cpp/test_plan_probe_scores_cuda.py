@@ -28,7 +28,8 @@ def test_items_cover_every_row_and_key(
     batch: int, kv_heads: int, group: int, tokens: int, probes: int, masked: bool
 ) -> None:
     sizes = {"query_heads": group * kv_heads, "kv_heads": kv_heads, "tokens": tokens, "probes": probes, "head_dim": 64}
-    plan = _plan.plan_probe_scores_cuda(batch=batch, masked=masked, **sizes)
+    plan = _plan.plan_probe_scores_cuda(batch=batch, masked=masked, clusters=False, **sizes)
+    assert plan.cluster_blocks == 0
     assert plan.rows == group * probes
     assert plan.rows <= plan.rows_padded < plan.rows + 128 and plan.rows_padded % 128 == 0
     assert plan.chunk_keys % 128 == 0 and (plan.splits - 1) * plan.chunk_keys < tokens <= plan.splits * plan.chunk_keys
@@ -38,8 +39,47 @@ def test_items_cover_every_row_and_key(
     # Gathered rows, partial sums, column sums; the rest is a few words a row or 32 tokens.
     parts = batch * kv_heads * (plan.rows * 64 * 2 + plan.splits * plan.rows_padded * 8 + plan.row_splits * tokens * 4)
     assert parts <= plan.workspace_bytes <= parts + batch * (kv_heads * plan.rows_padded * 12 + tokens // 8) + 4096
-    alone = _plan.plan_probe_scores_cuda(batch=1, masked=masked, **sizes)
+    alone = _plan.plan_probe_scores_cuda(batch=1, masked=masked, clusters=False, **sizes)
     assert (alone.chunk_keys, alone.row_splits) == (plan.chunk_keys, plan.row_splits), "batch rows stay independent"
+
+
+@given(
+    batch=st.integers(1, 64),
+    kv_heads=st.integers(1, 32),
+    group=st.integers(1, 16),
+    tokens=st.integers(1, 10_000),
+    probes=st.integers(1, 256),
+    head_dim=st.sampled_from([64, 96, 128, 256]),
+    masked=st.booleans(),
+)
+def test_clusters_hold_every_row_and_key(
+    batch: int, kv_heads: int, group: int, tokens: int, probes: int, head_dim: int, masked: bool
+) -> None:
+    sizes = {"query_heads": group * kv_heads, "kv_heads": kv_heads, "tokens": tokens, "probes": probes}
+    plan = _plan.plan_probe_scores_cuda(batch=batch, masked=masked, head_dim=head_dim, **sizes)
+    units = ceil_div(group * probes, 64)
+    fits = 128 < tokens <= 8 * {64: 1024, 96: 512, 128: 512, 256: 0}[head_dim] and kv_heads * ceil_div(units, 5) <= 15
+    assert (plan.cluster_blocks > 0) == fits
+    alone = _plan.plan_probe_scores_cuda(batch=1, masked=masked, head_dim=head_dim, **sizes)
+    assert (alone.cluster_blocks, alone.row_splits) == (plan.cluster_blocks, plan.row_splits), "rows stay independent"
+    if not fits:
+        return
+    assert plan.cluster_blocks == min(8, ceil_div(tokens, 128)), "each block has a tile of keys"
+    assert 1 <= plan.row_splits <= units <= 5 * plan.row_splits, "at most 5 units a cluster"
+    assert kv_heads * plan.row_splits <= 15, "one wave"
+    sums = batch * kv_heads * plan.row_splits * tokens * 4
+    assert sums <= plan.workspace_bytes < sums + 256
+
+
+def test_which_inputs_take_one_kernel() -> None:
+    def blocks(tokens: int, **changes: int) -> int:
+        return _plan.plan_probe_scores_cuda(batch=1, tokens=tokens, **{**LONGVA, **changes}).cluster_blocks
+
+    assert [blocks(n) for n in (128, 129, 300, 1000, 2048, 4096, 4097)] == [0, 2, 3, 8, 8, 8, 0]
+    assert [blocks(n, head_dim=64) for n in (8192, 8193)] == [8, 0]
+    assert blocks(2048, query_heads=32, kv_heads=8) == blocks(2048, query_heads=16, kv_heads=16) == 0
+    assert blocks(2048, clusters=False) == blocks(300, head_dim=256) == 0
+    assert "one kernel, 3 clusters of 8 blocks" in str(_plan.plan_probe_scores_cuda(batch=1, tokens=4096, **LONGVA))
 
 
 @pytest.mark.parametrize("tokens", [4096, 32768, 131072])
@@ -49,7 +89,7 @@ def test_the_workspace_is_small(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [4096, 8192, 32768, 131072, 2**20])
 def test_the_chip_is_full(tokens: int) -> None:
-    plan = _plan.plan_probe_scores_cuda(batch=1, tokens=tokens, **LONGVA)
+    plan = _plan.plan_probe_scores_cuda(batch=1, tokens=tokens, clusters=False, **LONGVA)
     assert plan.first_items >= 132 * 0.9 and plan.second_items >= 132 * 0.9
 
 

@@ -18,7 +18,14 @@ def sizes(tokens: int, **changes: Any) -> dict[str, int]:
     shape = LONGVA | {"probes": 128, "masked": False, "all_queries": False, "returns_packed": False} | changes
     B, P, Hq, Hkv, D = (shape[n] for n in ("batch", "probes", "query_heads", "kv_heads", "head_dim"))
     scores = _plan.plan_probe_scores_cuda(
-        batch=B, query_heads=Hq, kv_heads=Hkv, tokens=tokens, probes=P, head_dim=D, masked=shape["masked"]
+        batch=B,
+        query_heads=Hq,
+        kv_heads=Hkv,
+        tokens=tokens,
+        probes=P,
+        head_dim=D,
+        masked=shape["masked"],
+        clusters=shape.get("hopper", True),
     )
     select = _plan.plan_select_tokens(
         batch=B, tokens=tokens, multiprocessors=132, shared_bytes=232448, clusters=shape.get("hopper", True)

@@ -16,6 +16,9 @@ from zipvl import ops, reference
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
+# Query and key/value heads. On Hopper short inputs take one kernel for both passes, and two where 16 heads ask for more
+# clusters than it takes (and at D 256).
+FORMS = [(6, 2), (16, 16)]
 
 pytestmark = pytest.mark.usefixtures("family")
 
@@ -82,27 +85,50 @@ def test_every_length(D: int) -> None:
     for N in range(1, 301):
         q, k, probes, _ = inputs(1, 2, 1, N, D, num_recent=20, num_random=13)
         check(q, k, probes)
+        if N % 128 in (0, 1, 63, 64, 65, 127):
+            q, k, probes, _ = inputs(1, 16, 16, N, D, num_recent=20, num_random=13)
+            check(q, k, probes)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("N", [511, 512, 513, 1023, 1025, 2047, 2049, 4095, 4097, 8193])
-def test_tile_edges(N: int, causal: bool) -> None:
-    q, k, probes, _ = inputs(1, 3, 1, N, 128)
+@pytest.mark.parametrize(("Hq", "Hkv"), [(3, 1), (16, 16)])
+@pytest.mark.parametrize("N", [511, 512, 513, 1023, 1024, 1025, 2047, 2049, 4095, 4096, 4097, 8193])
+def test_tile_edges(N: int, Hq: int, Hkv: int, causal: bool) -> None:
+    q, k, probes, _ = inputs(1, Hq, Hkv, N, 128)
     check(q, k, probes, causal=causal)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("D", "most"), [(64, 8192), (96, 4096), (128, 4096)])
+def test_the_longest_inputs_of_one_kernel(D: int, most: int, masked: bool) -> None:
+    """And the shortest of two; 28/4 heads fill the clusters."""
+    for N in (most, most + 1):
+        q, k, probes, token_mask = inputs(1, 28, 4, N, D, mask="inner" if masked else "none")
+        check(q, k, probes, token_mask=token_mask)
+
+
+@pytest.mark.parametrize(("Hq", "Hkv"), [(1, 1), (10, 10), (12, 4), (7, 1), (28, 4), (16, 1), (30, 15), (15, 5)])
+def test_units_of_rows_in_a_cluster(Hq: int, Hkv: int) -> None:
+    """1 to 5 of them, as many in each cluster of a head or not."""
+    for P in (128, 70):
+        q, k, probes, _ = inputs(2, Hq, Hkv, 1500, 64, num_recent=P // 2, num_random=P // 2)
+        check(q, k, probes)
 
 
 @pytest.mark.parametrize("P", [1, 2, 63, 64, 65, 127, 129, 255, 256, 257])
 def test_numbers_of_probes(P: int) -> None:
     """257 is more than the kernels take, and runs over ATen."""
-    q, k, probes, _ = inputs(2, 6, 2, 600, 64, num_recent=P // 2, num_random=P - P // 2)
-    check(q, k, probes)
+    for Hq, Hkv in FORMS:
+        q, k, probes, _ = inputs(2, Hq, Hkv, 600, 64, num_recent=P // 2, num_random=P - P // 2)
+        check(q, k, probes)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("D", [128, 256])
-def test_masks(D: int, mask: str, causal: bool) -> None:
-    q, k, probes, token_mask = inputs(3, 6, 2, 450, D, mask=mask, num_recent=30, num_random=70)
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_masks(Hq: int, Hkv: int, D: int, mask: str, causal: bool) -> None:
+    q, k, probes, token_mask = inputs(3, Hq, Hkv, 450, D, mask=mask, num_recent=30, num_random=70)
     clean = check(q, k, probes, causal=causal, token_mask=token_mask)
     if token_mask is None:
         return
@@ -113,9 +139,11 @@ def test_masks(D: int, mask: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "fused", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(dtype: torch.dtype, layout: str) -> None:
-    """``sliced`` is aligned to nothing and runs over ATen; its surroundings are NaN."""
-    q, k, probes, token_mask = inputs(3, 6, 2, 300, 128, dtype, layout, mask="left")
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_layouts(Hq: int, Hkv: int, dtype: torch.dtype, layout: str) -> None:
+    """``sliced`` is aligned to nothing: as k it runs over ATen, as q it is gathered in pieces of 2 bytes. Its
+    surroundings are NaN."""
+    q, k, probes, token_mask = inputs(3, Hq, Hkv, 300, 128, dtype, layout, mask="left")
     check(q, k, probes, token_mask=token_mask)
     check(q.contiguous(), k, probes, token_mask=token_mask)
     check(q, k.contiguous(), strided_on_gpu(probes), token_mask=strided_on_gpu(token_mask))
@@ -136,8 +164,9 @@ def test_keys_that_share_memory() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.09, 0.3, 1e-30])
-def test_scales(scale: float) -> None:
-    q, k, probes, token_mask = inputs(2, 6, 2, 500, 128, mask="inner")
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_scales(Hq: int, Hkv: int, scale: float) -> None:
+    q, k, probes, token_mask = inputs(2, Hq, Hkv, 500, 128, mask="inner")
     check(q, k, probes, scale=scale, token_mask=token_mask)
 
 
@@ -147,22 +176,25 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("garbage", [-1, -7, 500, 2**31 - 1, -(2**31)])
-def test_entries_that_are_no_position_are_no_probes(garbage: int) -> None:
-    q, k, probes, _ = inputs(2, 6, 2, 500, 128)
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_entries_that_are_no_position_are_no_probes(Hq: int, Hkv: int, garbage: int) -> None:
+    q, k, probes, _ = inputs(2, Hq, Hkv, 500, 128)
     probes[:, ::3] = garbage
     check(q, k, probes)
     for score in ops.probe_scores(q, k, torch.full_like(probes, garbage)):
         assert torch.equal(score, torch.zeros(2, 500, device="cuda"))
 
 
-def test_probes_in_any_order() -> None:
-    q, k, probes, _ = inputs(2, 6, 2, 1500, 128)
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_probes_in_any_order(Hq: int, Hkv: int) -> None:
+    q, k, probes, _ = inputs(2, Hq, Hkv, 1500, 128)
     check(q, k, probes[:, torch.randperm(128)].contiguous())
 
 
-def test_probes_that_see_nothing_count_for_nothing() -> None:
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_probes_that_see_nothing_count_for_nothing(Hq: int, Hkv: int) -> None:
     """Probes among padding at the start: their rows have no real key."""
-    q, k, _, token_mask = inputs(3, 6, 2, 700, 64, mask="left")
+    q, k, _, token_mask = inputs(3, Hq, Hkv, 700, 64, mask="left")
     probes = torch.randint(0, 700, (3, 100), dtype=torch.int32, device="cuda").sort(dim=1).values
     accumulated, _ = ops.probe_scores(q, k, probes, token_mask=token_mask)
     assert token_mask is not None
@@ -173,9 +205,10 @@ def test_probes_that_see_nothing_count_for_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["key", "probe"])
-def test_bad_numbers_give_scores_that_are_not_finite(where: str, bad: float) -> None:
+@pytest.mark.parametrize(("Hq", "Hkv"), FORMS)
+def test_bad_numbers_give_scores_that_are_not_finite(Hq: int, Hkv: int, where: str, bad: float) -> None:
     """So that selection sees them and takes every token; rows of the batch without them are untouched."""
-    q, k, probes, _ = inputs(2, 6, 2, 400, 128)
+    q, k, probes, _ = inputs(2, Hq, Hkv, 400, 128)
     clean = ops.probe_scores(q, k, probes)
     if where == "key":
         k[0, 1, 5] = bad
@@ -199,9 +232,9 @@ def test_one_key_with_all_the_mass_and_keys_all_alike() -> None:
     torch.testing.assert_close(normalized[0, 0], torch.tensor(1.0, device="cuda"), rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("D", [128, 256])
-def test_same_bits_every_time_and_for_a_row_alone(D: int) -> None:
-    q, k, probes, token_mask = inputs(3, 14, 2, 3333, D, mask="left")
+@pytest.mark.parametrize(("N", "D"), [(3333, 128), (5000, 128), (3333, 256)])
+def test_same_bits_every_time_and_for_a_row_alone(N: int, D: int) -> None:
+    q, k, probes, token_mask = inputs(3, 14, 2, N, D, mask="left")
     together = ops.probe_scores(q, k, probes, token_mask=token_mask)
     for _ in range(100):
         assert same(together, ops.probe_scores(q, k, probes, token_mask=token_mask))
@@ -212,8 +245,9 @@ def test_same_bits_every_time_and_for_a_row_alone(D: int) -> None:
         assert torch.equal(alone[0], together[0][row]) and torch.equal(alone[1], together[1][row])
 
 
-def test_graph_replay_is_eager_also_on_new_values() -> None:
-    q, k, probes, _ = inputs(1, 28, 4, 4096, 128)
+@pytest.mark.parametrize("N", [2048, 4096, 4097])
+def test_graph_replay_is_eager_also_on_new_values(N: int) -> None:
+    q, k, probes, _ = inputs(1, 28, 4, N, 128)
     ops.probe_scores(q, k, probes)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -221,14 +255,15 @@ def test_graph_replay_is_eager_also_on_new_values() -> None:
         captured = ops.probe_scores(q, k, probes)
     for turn in range(3):
         k.copy_(torch.randn_like(k))
-        probes.copy_(torch.randperm(4096)[:128].sort().values if turn else probes)
+        probes.copy_(torch.randperm(N)[:128].sort().values if turn else probes)
         graph.replay()
         torch.cuda.synchronize()
         assert same(captured, ops.probe_scores(q, k, probes))
 
 
-def test_side_streams_do_not_meet() -> None:
-    q, k, probes, _ = inputs(1, 28, 4, 4096, 128)
+@pytest.mark.parametrize("N", [4096, 4097])
+def test_side_streams_do_not_meet(N: int) -> None:
+    q, k, probes, _ = inputs(1, 28, 4, N, 128)
     expected = [ops.probe_scores(q, k * factor, probes) for factor in (1.0, 0.5)]
     torch.cuda.synchronize()
     streams, found = [torch.cuda.Stream() for _ in range(2)], []
@@ -243,7 +278,10 @@ def test_side_streams_do_not_meet() -> None:
 
 
 def test_a_row_of_a_large_batch() -> None:
+    """More clusters than the chip holds at once: those of later batch rows wait for those of earlier ones."""
     q, k, probes, _ = inputs(64, 4, 2, 260, 64)
+    check(q, k, probes)
+    q, k, probes, _ = inputs(6, 28, 4, 1300, 128)
     check(q, k, probes)
 
 

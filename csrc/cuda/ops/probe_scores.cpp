@@ -28,9 +28,9 @@ bool kernels_take(const checks::AttentionSizes& sizes, const Tensor& q, std::int
          sizes.tokens <= kMostTokens;
 }
 
-ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::ProbeScoresCudaPlan& plan,
-                              const Tensor& q, const Tensor& k, std::int64_t probes, double scale, bool causal,
-                              const std::optional<Tensor>& token_mask) {
+// Without what the plan says.
+ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
+                              std::int64_t probes, double scale, bool causal, const std::optional<Tensor>& token_mask) {
   ProbeScoresParams params{};
   params.q = q.const_data_ptr();
   params.k = k.const_data_ptr();
@@ -50,12 +50,6 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::P
   params.kv_heads = static_cast<int>(sizes.kv_heads);
   params.tokens = static_cast<int>(sizes.tokens);
   params.probes = static_cast<int>(probes);
-  params.rows = static_cast<int>(plan.rows);
-  params.rows_padded = static_cast<int>(plan.rows_padded);
-  params.words = static_cast<int>(plan.words);
-  params.chunk_keys = static_cast<int>(plan.chunk_keys);
-  params.splits = static_cast<int>(plan.splits);
-  params.row_splits = static_cast<int>(plan.row_splits);
   params.causal = causal;
   params.negate = scale < 0.0;
   // Not 0, of which -inf, a hidden score, would make NaN.
@@ -63,6 +57,16 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const plan::P
       std::max(static_cast<float>(std::fabs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
   params.multiprocessors = multiprocessors(q.get_device_index());
   return params;
+}
+
+void take_plan(ProbeScoresParams& params, const plan::ProbeScoresCudaPlan& plan) {
+  params.rows = static_cast<int>(plan.rows);
+  params.rows_padded = static_cast<int>(plan.rows_padded);
+  params.words = static_cast<int>(plan.words);
+  params.cluster_blocks = static_cast<int>(plan.cluster_blocks);
+  params.chunk_keys = static_cast<int>(plan.chunk_keys);
+  params.splits = static_cast<int>(plan.splits);
+  params.row_splits = static_cast<int>(plan.row_splits);
 }
 
 // The device's family, where its copies can read k; null where none can.
@@ -73,6 +77,14 @@ ProbeScoresStep::Launch launch_for(const ProbeScoresParams& params, [[maybe_unus
   }
 #endif
   return probe_scores_fits_sm80(params) ? &launch_probe_scores_sm80 : nullptr;
+}
+
+bool takes_clusters([[maybe_unused]] ProbeScoresStep::Launch launch) {
+#ifdef ZIPVL_HAS_SM90
+  return launch == &launch_probe_scores_sm90;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -93,10 +105,11 @@ ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Ten
                                   const std::optional<Tensor>& token_mask) {
   ProbeScoresStep step{};
   if (kernels_take(sizes, q, probes)) {
-    step.plan = plan::plan_probe_scores_cuda(
-        {sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probes, sizes.head_dim, token_mask.has_value()});
-    step.params = make_params(sizes, step.plan, q, k, probes, scale, causal, token_mask);
+    step.params = make_params(sizes, q, k, probes, scale, causal, token_mask);
     step.launch = launch_for(step.params, q.get_device_index());
+    step.plan = plan::plan_probe_scores_cuda({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, probes,
+                                              sizes.head_dim, token_mask.has_value(), takes_clusters(step.launch)});
+    take_plan(step.params, step.plan);
   }
   return step;
 }

@@ -10,6 +10,12 @@ namespace zipvl::cuda {
 
 template <typename Passes, typename ElementType, int HeadDim>
 cudaError_t launch_passes_of(const ProbeScoresParams& params, cudaStream_t stream) {
+  if constexpr (Passes::template kClusters<HeadDim>) {
+    if (params.cluster_blocks > 0) {
+      const cudaError_t error = Passes::template both<ElementType, HeadDim>(params, stream);
+      return error != cudaSuccess ? error : launch_finish_scores(params, stream);
+    }
+  }
   if (const cudaError_t error = launch_gather_rows(params, stream); error != cudaSuccess) {
     return error;
   }

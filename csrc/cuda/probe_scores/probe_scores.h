@@ -2,7 +2,7 @@
 //
 // Rows: the probes of the query heads that share a key/value head, row = probe * group + head, `rows` of them, padded
 // to `rows_padded`. Two passes over the scores of rows and keys, neither of which writes a score: the first finds each
-// row's log-sum-exp, the second adds up each key's weights.
+// row's log-sum-exp, the second adds up each key's weights. On Hopper one kernel takes both where inputs are short.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,7 +25,8 @@ struct ProbeScoresParams {
   float* accumulated;               // [batch, tokens], contiguous
   float* normalized;                // [batch, tokens], contiguous
 
-  // Workspace, each aligned to 256 bytes and contiguous (plan/probe_scores_cuda.h).
+  // Workspace, each aligned to 256 bytes and contiguous (plan/probe_scores_cuda.h). One kernel for both passes has only
+  // `sums`.
   void* probe_rows;           // [batch, kv_heads, rows, head_dim]
   std::int32_t* row_limit;    // [batch, rows_padded]: the last key a row may see; -1 where the row is no probe
   std::int32_t* unit_range;   // [batch, rows_padded / 64, 2]: least and greatest limit of 64 rows
@@ -38,6 +39,7 @@ struct ProbeScoresParams {
   int head_dim;  // 64, 96, 128 or 256
   int batch, query_heads, kv_heads, tokens, probes;
   int rows, rows_padded, words;
+  int cluster_blocks;  // of the kernel that takes both passes and gathers by itself; 0: launches as below
   int chunk_keys, splits, row_splits;
   bool causal;
   bool negate;       // the scale is negative: the rows are gathered with their sign flipped

@@ -4,6 +4,7 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/probe_scores/probe_scores.h"
+#include "cuda/probe_scores/probes.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
 #include "cuda/ptx/sync.cuh"
 
@@ -14,24 +15,11 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 static_assert(kThreads >= kMostProbes);
 constexpr int kUnitRows = 64;
-constexpr int kPieceElements = 8;  // of 16 bytes
-constexpr int kWordsPerWarp = 8;   // of the packed mask
+constexpr int kWordsPerWarp = 8;  // of the packed mask
 constexpr int kWordsPerBlock = kWarps * kWordsPerWarp;
 constexpr int kCombineGroups = 8;  // threads that share a row's partial sums
 constexpr int kCombineRows = kThreads / kCombineGroups;
-
-__device__ __forceinline__ bool is_token(const ProbeScoresParams& params, int position) {
-  return position >= 0 && position < params.tokens;
-}
-
-__device__ __forceinline__ int probe_position(const ProbeScoresParams& params, int b, int probe) {
-  return params.probe_index[b * params.probe_stride[0] + probe * params.probe_stride[1]];
-}
-
-// The last key a probe may see, or -1.
-__device__ __forceinline__ int limit_of(const ProbeScoresParams& params, int position) {
-  return !is_token(params, position) ? -1 : params.causal ? position : params.tokens - 1;
-}
+constexpr int kPartsAtOnce = 16;  // loads of a token's sums under way: as many as 28/4 heads have at 4,096 tokens
 
 struct GatherRoles {
   int gather_blocks, limit_blocks, mask_blocks_each;
@@ -42,9 +30,7 @@ __device__ void gather_pieces(const ProbeScoresParams& params, int block, int bl
   const std::int64_t total = static_cast<std::int64_t>(params.batch) * params.kv_heads * params.rows * pieces;
   const int group = params.query_heads / params.kv_heads;
   const auto* q = static_cast<const std::uint16_t*>(params.q);
-  const bool aligned = (reinterpret_cast<std::uintptr_t>(q) % 16 | params.q_stride[0] % kPieceElements |
-                        params.q_stride[1] % kPieceElements | params.q_stride[2] % kPieceElements) == 0;
-  const std::uint32_t sign = params.negate ? 0x80008000U : 0U;
+  const bool aligned = has_aligned_pieces(params);
   for (std::int64_t i = static_cast<std::int64_t>(block) * kThreads + threadIdx.x; i < total;
        i += static_cast<std::int64_t>(blocks) * kThreads) {
     const auto piece = static_cast<int>(i % pieces);
@@ -57,15 +43,7 @@ __device__ void gather_pieces(const ProbeScoresParams& params, int block, int bl
     if (is_token(params, position)) {
       const std::uint16_t* source = q + b * params.q_stride[0] + (kv_head * group + row % group) * params.q_stride[1] +
                                     position * params.q_stride[2] + piece * kPieceElements;
-      if (aligned) {
-        value = *reinterpret_cast<const uint4*>(source);
-      } else {
-        value.x = source[0] | static_cast<std::uint32_t>(source[1]) << 16;
-        value.y = source[2] | static_cast<std::uint32_t>(source[3]) << 16;
-        value.z = source[4] | static_cast<std::uint32_t>(source[5]) << 16;
-        value.w = source[6] | static_cast<std::uint32_t>(source[7]) << 16;
-      }
-      value = make_uint4(value.x ^ sign, value.y ^ sign, value.z ^ sign, value.w ^ sign);
+      value = load_piece(params, source, aligned);
     }
     static_cast<uint4*>(params.probe_rows)[i] = value;
   }
@@ -183,12 +161,27 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParam
   }
   const auto b = static_cast<int>(head / params.kv_heads);
   const int limit = params.row_limit[static_cast<std::int64_t>(b) * params.rows_padded + row];
-  float lse = base_of(stats.max, params.scale_log2) + log2f(stats.sum);
-  if (stats.sum == 0.0F) {
-    // No key at all: weights of 0. Keys whose every score is -inf: 0 / 0, as in any softmax.
-    lse = limit >= 0 && sees_some_key(params, b, limit) ? NAN : INFINITY;
+  const bool sees = stats.sum == 0.0F && limit >= 0 && sees_some_key(params, b, limit);
+  params.row_lse[head * params.rows_padded + row] = log_sum_exp(base_of(stats.max, params.scale_log2), stats.sum, sees);
+}
+
+// A token's weights, the parts of every head added up in their order.
+__device__ __forceinline__ float sum_of_parts(const ProbeScoresParams& params, int b, int token) {
+  const int parts = params.kv_heads * params.row_splits;
+  const float* sums = params.sums + static_cast<std::int64_t>(b) * parts * params.tokens + token;
+  float total = 0.0F;
+  for (int first = 0; first < parts; first += kPartsAtOnce) {
+    float part[kPartsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      part[i] = first + i < parts ? sums[static_cast<std::int64_t>(first + i) * params.tokens] : 0.0F;
+    }
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      total += part[i];
+    }
   }
-  params.row_lse[head * params.rows_padded + row] = lse;
+  return total;
 }
 
 // A block takes 256 tokens of one batch row, a thread each.
@@ -204,30 +197,28 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
   }
   __syncthreads();
   ptx::wait_for_previous_kernel();
-  // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
+  // All loads first, so that they are under way together.
+  const bool valid = token < params.tokens;
   const int limit =
       static_cast<int>(threadIdx.x) < params.probes ? limit_of(params, probe_position(params, b, threadIdx.x)) : -1;
+  const bool real = valid && (params.token_mask == nullptr ||
+                              params.token_mask[b * params.mask_stride[0] + token * params.mask_stride[1]]);
+  const float sum = valid ? sum_of_parts(params, b, token) : 0.0F;
+  // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
   if (limit >= first && limit < first + kThreads - 1) {
     near_limit[atomicAdd(&near_count, 1)] = limit;
   }
   int viewers = __syncthreads_count(limit >= first + kThreads - 1);
-  if (token >= params.tokens) {
+  if (!valid) {
     return;
   }
   for (int i = 0; i < near_count; ++i) {
     viewers += near_limit[i] >= token ? 1 : 0;
   }
-  if (params.token_mask != nullptr && !params.token_mask[b * params.mask_stride[0] + token * params.mask_stride[1]]) {
+  if (!real) {
     viewers = 0;
   }
-  float total = 0.0F;
-  const int parts = params.kv_heads * params.row_splits;
-  const float* sums = params.sums + static_cast<std::int64_t>(b) * parts * params.tokens + token;
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
-    total += sums[static_cast<std::int64_t>(part) * params.tokens];
-  }
-  total = viewers > 0 ? total / static_cast<float>(params.query_heads) : 0.0F;
+  const float total = viewers > 0 ? sum / static_cast<float>(params.query_heads) : 0.0F;
   const std::int64_t at = static_cast<std::int64_t>(b) * params.tokens + token;
   params.accumulated[at] = total;
   params.normalized[at] = viewers > 0 ? total / static_cast<float>(viewers) : 0.0F;

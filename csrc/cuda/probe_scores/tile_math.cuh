@@ -72,6 +72,12 @@ struct RowStats {
   }
 };
 
+// Of a row whose 2**score sum to `sum` times 2**base over all keys. A sum of 0 over no key at all: weights of 0. Over
+// keys whose every score is -inf (`sees`: there is a key): 0 / 0, as in any softmax.
+__device__ __forceinline__ float log_sum_exp(float base, float sum, bool sees) {
+  return sum == 0.0F ? (sees ? NAN : INFINITY) : base + log2f(sum);
+}
+
 // Scores of keys a row may not see become -inf. `limit`: the last key of each of the thread's two rows; `words`: which
 // of the tile's keys are real, a bit each.
 template <int kValues>

@@ -9,6 +9,8 @@ namespace zipvl::cuda {
 namespace {
 
 struct Sm80Passes {
+  template <int HeadDim>
+  static constexpr bool kClusters = false;
   template <typename ElementType, int HeadDim>
   static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
     return probe::sm80::launch_first_pass<ElementType, HeadDim>(params, stream);

@@ -4,11 +4,14 @@
 #include <cuda_fp16.h>
 
 #include "cuda/probe_scores/passes.h"
+#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda {
 namespace {
 
 struct Sm90Passes {
+  template <int HeadDim>
+  static constexpr bool kClusters = plan::probe_cluster_keys(HeadDim) > 0;  // has `both`
   template <typename ElementType, int HeadDim>
   static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
     return probe::sm90::launch_first_pass<ElementType, HeadDim>(params, stream);
@@ -16,6 +19,10 @@ struct Sm90Passes {
   template <typename ElementType, int HeadDim>
   static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
     return probe::sm90::launch_second_pass<ElementType, HeadDim>(params, stream);
+  }
+  template <typename ElementType, int HeadDim>
+  static cudaError_t both(const ProbeScoresParams& params, cudaStream_t stream) {
+    return probe::sm90::launch_both_passes<ElementType, HeadDim>(params, stream);
   }
 };
 

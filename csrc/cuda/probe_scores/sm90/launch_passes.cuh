@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda/common/launch.h"
+#include "cuda/probe_scores/sm90/cluster_passes.cuh"
 #include "cuda/probe_scores/sm90/first_pass.cuh"
 #include "cuda/probe_scores/sm90/launch.h"
 #include "cuda/probe_scores/sm90/second_pass.cuh"
@@ -67,6 +68,25 @@ cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t str
   using Tr = Traits<ElementType, HeadDim>;
   return launch_pass<Tr>(&probe_columns_sm90<Tr>, second_items<Tr>(params), keys_view(params, kUnitRows),
                          rows_view(params, Tr::kStreamRows), params, stream);
+}
+
+template <typename ElementType, int HeadDim>
+cudaError_t launch_both_passes(const ProbeScoresParams& params, cudaStream_t stream) {
+  using Tr = ClusterTraits<ElementType, HeadDim>;
+  constexpr int kSharedBytes = sizeof(ClusterShared<Tr>) + 1024;  // as above
+  static_assert(kSharedBytes <= 232448, "a block's shared memory");
+  CUtensorMap keys;
+  if (const cudaError_t error = make_tensor_map(keys_view(params, Tr::kTileKeys), &keys); error != cudaSuccess) {
+    return error;
+  }
+  const auto kernel = &probe_cluster_sm90<Tr>;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  const int blocks = params.batch * params.kv_heads * params.row_splits * params.cluster_blocks;
+  return launch_dependent_clusters(kernel, static_cast<unsigned>(params.cluster_blocks), static_cast<unsigned>(blocks),
+                                   Tr::kThreads, kSharedBytes, stream, params, keys);
 }
 
 }  // namespace zipvl::cuda::probe::sm90
