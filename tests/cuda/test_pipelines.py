@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from zipvl import ops
 from .test_ops import cuda, no_host_sync
 
 BF16 = torch.bfloat16
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
@@ -207,11 +210,28 @@ def test_torchscript(tmp_path: Path) -> None:
         assert same(loaded(*inputs), Layer()(*inputs))
 
 
+LOADER = """
+import sys
+import torch
+from tests.cuda.test_pipelines import Layer, layer_inputs, same
+
+package = torch._inductor.aoti_load_package(sys.argv[1])
+for length in (300, 1001):
+    inputs = layer_inputs(length)
+    assert same(package(*inputs), Layer()(*inputs)), length
+"""
+
+
 def test_aot_inductor(tmp_path: Path) -> None:
+    """Loaded and run by another process, as a package is."""
     tokens = torch.export.Dim("tokens", min=128, max=8192)
     program = torch.export.export(Layer(), layer_inputs(300), dynamic_shapes=({2: tokens}, {2: tokens}, {2: tokens}))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
-    package = torch._inductor.aoti_load_package(path)
-    for length in (300, 1001):
-        inputs = layer_inputs(length)
-        assert same(package(*inputs), Layer()(*inputs))
+    loaded = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", LOADER, path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
