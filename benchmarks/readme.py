@@ -80,25 +80,31 @@ def tiny_llava_next() -> list[str]:
 
 
 def gpu_tests() -> list[str]:
-    """The newest run of tests/cuda and what compute-sanitizer's tools last found, and the sources they ran."""
+    """The newest whole run of tests/cuda, newer ones of parts, what compute-sanitizer's tools last found; each with the
+    sources it ran."""
     recorded = results("gpu_tests")
-    run = [line for line in recorded if "tests" in line][-1]
-    tests = run["tests"]
+    runs = [line for line in recorded if "tests" in line]
+    whole = max(i for i, line in enumerate(runs) if "part" not in line)
+    parts = "".join(f"; {tests_said(line)} of {line['part']} ({sources(line)})" for line in runs[whole + 1 :])
     lines = [
-        f"Last run of `tests/cuda`: {tests['passed']:,} passed, {tests['failed']} failed ({source(run)}; "
-        f"`csrc/` with sha256 `{run['csrc_sha256'][:12]}`)."
+        f"Last whole run of `tests/cuda`: {tests_said(runs[whole])} ({source(runs[whole])}; {sources(runs[whole])})"
+        f"{f'. In parts since: {parts[2:]}' if parts else ''}."
     ]
-    checked = [line for line in recorded if "sanitizers" in line]
-    if checked:
-        newest = checked[-1]
-        same = [line for line in checked if line["csrc_sha256"] == newest["csrc_sha256"]]
-        found = {tool: each for line in same for tool, each in line["sanitizers"].items()}
-        said = ", ".join(f"{tool} {sanitizer_verdict(each)}" for tool, each in found.items())
-        lines.append(
-            f"compute-sanitizer over its small shapes: {said} ({source(newest)}; `csrc/` with sha256 "
-            f"`{newest['csrc_sha256'][:12]}`)."
+    newest = {tool: (found, line) for line in recorded for tool, found in line.get("sanitizers", {}).items()}
+    if newest:
+        said = ", ".join(
+            f"{tool} {sanitizer_verdict(found)} ({sources(line)})" for tool, (found, line) in newest.items()
         )
+        lines.append(f"compute-sanitizer over its small shapes: {said}.")
     return lines
+
+
+def tests_said(line: dict[str, Any]) -> str:
+    return f"{line['tests']['passed']:,} passed, {line['tests']['failed']} failed"
+
+
+def sources(line: dict[str, Any]) -> str:
+    return f"`csrc/` with sha256 `{line['csrc_sha256'][:12]}`"
 
 
 def sanitizer_verdict(found: dict[str, Any]) -> str:
