@@ -85,7 +85,9 @@ def gpu_tests() -> list[str]:
     recorded = results("gpu_tests")
     runs = [line for line in recorded if "tests" in line]
     whole = max(i for i, line in enumerate(runs) if "part" not in line)
-    parts = "".join(f"; {tests_said(line)} of {line['part']} ({sources(line)})" for line in runs[whole + 1 :])
+    parts = "".join(
+        f"; {tests_said(line)} of {line['part']} ({counted(line)}{sources(line)})" for line in runs[whole + 1 :]
+    )
     lines = [
         f"Last whole run of `tests/cuda`: {tests_said(runs[whole])} ({source(runs[whole])}; {sources(runs[whole])})"
         f"{f'. In parts since: {parts[2:]}' if parts else ''}."
@@ -93,7 +95,8 @@ def gpu_tests() -> list[str]:
     newest = {tool: (found, line) for line in recorded for tool, found in line.get("sanitizers", {}).items()}
     if newest:
         said = ", ".join(
-            f"{tool} {sanitizer_verdict(found)} ({sources(line)})" for tool, (found, line) in newest.items()
+            f"{tool} {sanitizer_verdict(found)} ({counted(line)}{sources(line)})"
+            for tool, (found, line) in newest.items()
         )
         lines.append(f"compute-sanitizer over its small shapes: {said}.")
     return lines
@@ -101,6 +104,11 @@ def gpu_tests() -> list[str]:
 
 def tests_said(line: dict[str, Any]) -> str:
     return f"{line['tests']['passed']:,} passed, {line['tests']['failed']} failed"
+
+
+def counted(line: dict[str, Any]) -> str:
+    """How the numbers were had, where not from the program that records them."""
+    return f"{line['counted']}; " if "counted" in line else ""
 
 
 def sources(line: dict[str, Any]) -> str:

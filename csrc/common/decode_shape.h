@@ -27,7 +27,7 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t ring_bytes(std::int64_t head_dim, int w
 
 // The kernel over quantised segments: blocks of threads that share a multiprocessor, and their warps. It waits for its
 // own instructions more than for memory: 12 warps with 168 registers each (head dim 256: 8 with 255). On an H200 16
-// warps with 128 registers, whose loop over the keys is then not unrolled, take the same time.
+// warps with 128 registers, which do not hold the loop over the keys unrolled, take the same time at head dim 128.
 ZIPVL_HOST_DEVICE constexpr int quantized_blocks(std::int64_t head_dim) { return head_dim == 256 ? 2 : 3; }
 constexpr int kQuantizedWarps = 4;
 // Buffers of a warp's ring, each of a block of 64 tokens.

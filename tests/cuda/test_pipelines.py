@@ -134,7 +134,9 @@ def prompt(tokens: int, seed: int = 0) -> Tensor:
 
 
 def agree(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to what fused kernels keep in float32 and a few tokens at the cut: 0.053 was seen; unrelated: 1.4."""
+    """Equal up to what fused kernels keep in float32 and a few tokens at the cut: 0.053 was seen on an H200.
+
+    Outputs that have nothing to do with each other differ by the square root of 2."""
     assert actual.isfinite().all()
     difference = (actual.float() - expected.float()).norm() / expected.float().norm()
     assert difference < 0.1, f"relative difference {float(difference):.3f}"

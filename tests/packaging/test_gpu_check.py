@@ -110,6 +110,12 @@ def test_a_run_that_says_nothing_is_not_clean(log: str, tests: str, why: str) ->
     assert found.broken is not None and why in found.broken and not found.clean
 
 
+def test_what_a_tool_leaves_out_is_there() -> None:
+    for test in (test for tests in gpu_check.LEFT_OUT.values() for test in tests):
+        path, name = test.split("::")
+        assert f"def {name}(" in (ROOT / path).read_text()
+
+
 def test_names_of_kernels() -> None:
     assert kernel_name("void zipvl::cuda::attn::sm90::sparse_attn_sm90<T<(int)64>, (bool)1>(P)") == "sparse_attn_sm90"
     assert kernel_name("zipvl::cuda::(anonymous namespace)::emit_kernel(zipvl::cuda::P)") == "emit_kernel"

@@ -4,7 +4,7 @@
 
 namespace zipvl::cuda {
 
-bool has_dependent_launch([[maybe_unused]] int device) {
+bool runs_hopper_code([[maybe_unused]] int device) {
 #ifdef ZIPVL_HAS_SM90
   constexpr int kHopper = 9;
   return device_attribute<cudaDevAttrComputeCapabilityMajor>(device) == kHopper;

@@ -7,9 +7,10 @@
 
 namespace zipvl::cuda {
 
-// Whether this device runs the code compiled for Hopper. Elsewhere it runs that of compute capability 8.0, in which
-// wait_for_previous_kernel is nothing: a dependent launch there could read what is not written yet.
-bool has_dependent_launch(int device);
+// Whether this device runs the code compiled for Hopper, and so has dependent launches. Elsewhere it runs that of
+// compute capability 8.0, in which wait_for_previous_kernel is nothing: a dependent launch could read what is not
+// written yet.
+bool runs_hopper_code(int device);
 
 // cluster: blocks of a thread-block cluster, sm_90; 1: none.
 template <typename... Params, typename... Args>
@@ -21,7 +22,7 @@ cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluste
   }
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = has_dependent_launch(device) ? 1 : 0;
+  attributes[0].val.programmaticStreamSerializationAllowed = runs_hopper_code(device) ? 1 : 0;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};

@@ -38,7 +38,7 @@ struct DecodeAttnParams {
   int warps;         // of a block: decode_shape::most_warps or half of that; not of the kernel over quantised segments
   float scale_log2;  // of scores before the softmax, times log2(e)
   bool bfloat16;     // else float16
-  bool dependent_launch;  // the GPU has programmatic dependent launch (9.0 on)
+  bool dependent_launch;  // runs_hopper_code (common/launch.h)
 };
 
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream);

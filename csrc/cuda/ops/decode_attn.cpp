@@ -73,7 +73,7 @@ struct Launch {
     params.warps = plan.warps;
     params.scale_log2 = static_cast<float>(scale) * kLog2E;
     params.bfloat16 = q.scalar_type() == aten::ScalarType::BFloat16;
-    params.dependent_launch = has_dependent_launch(q.get_device_index());
+    params.dependent_launch = runs_hopper_code(q.get_device_index());
   }
 
   void set_cache(const Tensor& k, const Tensor& v, const Tensor& lengths) {

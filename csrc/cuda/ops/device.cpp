@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "cuda/common/device_attribute.h"
+#include "cuda/common/launch.h"
 #include "ops/checks.h"
 
 namespace zipvl::cuda {
@@ -18,18 +19,12 @@ bool is_set(const char* name) {
   return value != nullptr && std::string_view(value) != "" && std::string_view(value) != "0";
 }
 
-[[maybe_unused]] bool sm80_is_forced() { return is_set("ZIPVL_FORCE_SM80"); }
+bool sm80_is_forced() { return is_set("ZIPVL_FORCE_SM80"); }
 
 }  // namespace
 
-KernelFamily kernel_family([[maybe_unused]] int device) {
-#ifdef ZIPVL_HAS_SM90
-  constexpr int kHopper = 9;
-  if (device_attribute<cudaDevAttrComputeCapabilityMajor>(device) == kHopper && !sm80_is_forced()) {
-    return KernelFamily::kSm90;
-  }
-#endif
-  return KernelFamily::kSm80;
+KernelFamily kernel_family(int device) {
+  return runs_hopper_code(device) && !sm80_is_forced() ? KernelFamily::kSm90 : KernelFamily::kSm80;
 }
 
 int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }

@@ -62,7 +62,7 @@ PackKvParams pack_params_of(const SparseAttnParams& attn, int device) {
   params.element_bytes = 2;
   params.tail = attn::sm90::kPackedRows;
   params.multiprocessors = multiprocessors(device);
-  params.overlap_previous = has_dependent_launch(device);
+  params.overlap_previous = runs_hopper_code(device);
   return params;
 }
 #endif

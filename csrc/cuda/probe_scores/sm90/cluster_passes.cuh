@@ -190,10 +190,7 @@ __device__ __forceinline__ void begin(ClusterShared<Traits>& shared, const Probe
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     probe_cluster_sm90(const __grid_constant__ ProbeScoresParams params, const __grid_constant__ CUtensorMap keys) {
-  extern __shared__ unsigned char shared_bytes[];
-  // By an offset: an address made from an integer would no longer be known to be shared memory's.
-  const std::uint32_t offset = (1024 - ptx::shared_address(shared_bytes) % 1024) % 1024;
-  auto& shared = *reinterpret_cast<ClusterShared<Traits>*>(shared_bytes + offset);
+  auto& shared = aligned_shared<ClusterShared<Traits>>();
   const ClusterItem<Traits> item(params);
   begin(shared, params, &keys);
   // Through lane 0, so that the compiler knows it to be the same in the whole warp.

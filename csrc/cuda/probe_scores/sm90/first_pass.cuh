@@ -129,7 +129,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     probe_rows_sm90(const __grid_constant__ ProbeScoresParams params, const __grid_constant__ CUtensorMap rows,
                     const __grid_constant__ CUtensorMap keys) {
-  auto& shared = shared_storage<Traits>();
+  auto& shared = aligned_shared<SharedStorage<Traits>>();
   begin(shared, &rows, &keys);
   // Through lane 0, so that the compiler knows it to be the same in the whole warp.
   const int warpgroup = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);

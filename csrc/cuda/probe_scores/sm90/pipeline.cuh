@@ -11,14 +11,6 @@
 
 namespace zipvl::cuda::probe::sm90 {
 
-template <typename Traits>
-__device__ __forceinline__ SharedStorage<Traits>& shared_storage() {
-  extern __shared__ unsigned char shared_bytes[];
-  // By an offset: an address made from an integer would no longer be known to be shared memory's.
-  const std::uint32_t offset = (1024 - ptx::shared_address(shared_bytes) % 1024) % 1024;
-  return *reinterpret_cast<SharedStorage<Traits>*>(shared_bytes + offset);
-}
-
 // What comes before the first load.
 template <typename Traits>
 __device__ __forceinline__ void begin(SharedStorage<Traits>& shared, const CUtensorMap* held,

@@ -119,7 +119,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     probe_columns_sm90(const __grid_constant__ ProbeScoresParams params, const __grid_constant__ CUtensorMap keys,
                        const __grid_constant__ CUtensorMap rows) {
-  auto& shared = shared_storage<Traits>();
+  auto& shared = aligned_shared<SharedStorage<Traits>>();
   begin(shared, &keys, &rows);
   // Through lane 0, so that the compiler knows it to be the same in the whole warp.
   const int warpgroup = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);

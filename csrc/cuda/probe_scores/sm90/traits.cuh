@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/common/ring.cuh"
+#include "cuda/ptx/shared_address.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
 
@@ -13,6 +14,15 @@ constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 constexpr int kUnitRows = 64;     // of a warpgroup: M of its products
+
+// The block's dynamic shared memory from the first multiple of 1,024 bytes on, as the swizzle asks for.
+template <typename Storage>
+__device__ __forceinline__ Storage& aligned_shared() {
+  extern __shared__ unsigned char shared_bytes[];
+  // By an offset: an address made from an integer would no longer be known to be shared memory's.
+  const std::uint32_t offset = (1024 - ptx::shared_address(shared_bytes) % 1024) % 1024;
+  return *reinterpret_cast<Storage*>(shared_bytes + offset);
+}
 
 template <typename ElementType, int HeadDim>
 struct Traits {
