@@ -4,6 +4,7 @@
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/sm80/tiles.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
+#include "cuda/ptx/shared_address.cuh"
 #include "cuda/ptx/sync.cuh"
 
 namespace zipvl::cuda::probe::sm80 {
@@ -13,7 +14,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
     probe_columns_sm80(const __grid_constant__ ProbeScoresParams params) {
   using Element = typename Traits::Element;
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  const auto shared = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_bytes));
+  const std::uint32_t shared = ptx::shared_address(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();

@@ -1,0 +1,372 @@
+// Device code on a CPU: enough of CUDA's language to run kernels of csrc/cuda block by block, a fiber a thread. Fibers
+// of a block take turns in one thread of the host and change only where they wait, in an order drawn anew each round
+// from a fixed seed; shared memory is thread_local, which all of them have in common. Inline assembly is in
+// csrc/cuda/ptx alone, whose files are replaced by those of include/cuda/ptx.
+//
+// What this proves: indices, masks, layouts, who waits for whom. What it cannot: the memory model, races between
+// threads (they never run at once), speed.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __noinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __align__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ thread_local
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+
+namespace emulated {
+
+constexpr int kWarp = 32;
+constexpr std::size_t kStackBytes = 256 * 1024;
+constexpr int kSharedBytes = 232448;  // of a block on Hopper
+
+// Dynamic shared memory, which the test program defines under the name that the kernels declare:
+//   alignas(1024) thread_local unsigned char shared[kSharedBytes];
+//   const emulated::DynamicShared registered(shared);
+// A block finds all ones in it.
+class DynamicShared {
+ public:
+  explicit DynamicShared(unsigned char* bytes) { all().push_back(bytes); }
+  static void poison() {
+    for (unsigned char* bytes : all()) {
+      std::memset(bytes, 0xFF, kSharedBytes);
+    }
+  }
+
+ private:
+  static std::vector<unsigned char*>& all() {
+    static std::vector<unsigned char*> list;
+    return list;
+  }
+};
+
+// Threads that wait for each other: a warp's lanes of one mask, or a barrier. What each brought is kept until the next
+// but one meeting, by when all have read it.
+struct Meeting {
+  int arrived = 0;
+  long generation = 0;
+  alignas(16) unsigned char brought[2][kWarp][64];
+};
+
+class Block {
+ public:
+  Block(int threads, const std::function<void()>& body)
+      : body_(body), fibers_(threads), order_(threads), meetings_(threads / kWarp) {
+    std::iota(order_.begin(), order_.end(), 0);
+    for (Fiber& fiber : fibers_) {
+      fiber.stack.reset(new unsigned char[kStackBytes]);
+    }
+  }
+
+  void run() {
+    current_block = this;
+    for (std::size_t i = 0; i < fibers_.size(); ++i) {
+      Fiber& fiber = fibers_[i];
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = &scheduler_;
+      fiber.done = false;
+      fiber.copies.assign(1, {});
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    for (bool any = true; any;) {
+      any = false;
+      bool moved = false;
+      std::shuffle(order_.begin(), order_.end(), schedule_);
+      for (const int i : order_) {
+        Fiber& fiber = fibers_[i];
+        if (fiber.done) {
+          continue;
+        }
+        any = true;
+        if (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.since) {
+          continue;
+        }
+        fiber.waits_for = nullptr;
+        moved = true;
+        thread = i;
+        swapcontext(&scheduler_, &fiber.context);
+      }
+      if (any && !moved) {
+        std::fprintf(stderr, "every thread waits\n");
+        std::abort();
+      }
+    }
+    meetings_.assign(meetings_.size(), {});
+    barriers_.clear();
+  }
+
+  // What the lanes of `mask` brought; every one of them calls.
+  template <typename T>
+  const T* exchange(unsigned mask, const T& mine) {
+    static_assert(sizeof(T) <= sizeof(Meeting::brought[0][0]));
+    Meeting& meeting = meetings_[thread / kWarp][mask];
+    T* places = reinterpret_cast<T*>(meeting.brought[meeting.generation % 2][0]);
+    places[thread % kWarp] = mine;
+    meet(meeting, __builtin_popcount(mask), true);
+    return places;
+  }
+
+  // Asynchronous copies: done when they are waited for, not before.
+  void copy_later(void* target, const void* source, int bytes) {
+    fibers_[thread].copies.back().push_back({target, source, bytes});
+  }
+  void commit_copies() { fibers_[thread].copies.emplace_back(); }
+  void finish_copies(int pending) {
+    auto& groups = fibers_[thread].copies;
+    while (static_cast<int>(groups.size()) > pending + 1) {
+      for (const Copy& copy : groups.front()) {
+        copy.source != nullptr ? std::memcpy(copy.target, copy.source, copy.bytes)
+                               : std::memset(copy.target, 0, copy.bytes);
+      }
+      groups.pop_front();
+    }
+  }
+
+  // Barrier `id` of so many threads.
+  void barrier(int id, int threads, bool waits) { meet(barriers_[id], threads, waits); }
+
+  int threads() const { return static_cast<int>(fibers_.size()); }
+
+  static inline Block* current_block = nullptr;
+  static inline int thread = 0;
+
+ private:
+  struct Copy {
+    void* target;
+    const void* source;  // null: zeros
+    int bytes;
+  };
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack;
+    Meeting* waits_for = nullptr;
+    long since = 0;
+    bool done = true;
+    std::deque<std::vector<Copy>> copies;  // committed groups, and the one that is not
+  };
+
+  static void enter() {
+    Block& block = *current_block;
+    block.body_();
+    block.fibers_[thread].done = true;
+  }
+
+  void meet(Meeting& meeting, int threads, bool waits) {
+    Fiber& fiber = fibers_[thread];
+    const long generation = meeting.generation;
+    if (++meeting.arrived == threads) {
+      meeting.arrived = 0;
+      ++meeting.generation;
+      return;
+    }
+    if (waits) {
+      fiber.waits_for = &meeting;
+      fiber.since = generation;
+      swapcontext(&fiber.context, &scheduler_);
+    }
+  }
+
+  std::function<void()> body_;
+  std::vector<Fiber> fibers_;
+  std::vector<int> order_;  // in which threads take their turns, another one each round
+  std::mt19937 schedule_{1};
+  std::vector<std::map<unsigned, Meeting>> meetings_;  // by warp and mask
+  std::map<int, Meeting> barriers_;
+  ucontext_t scheduler_;
+};
+
+struct Index {
+  int value;
+  operator unsigned() const { return static_cast<unsigned>(value); }
+};
+struct Index3 {
+  Index x, y, z;
+};
+struct ThreadIndex {
+  struct {
+    operator unsigned() const { return static_cast<unsigned>(Block::thread); }
+  } x;
+};
+inline Index3 block_index, grid_size;
+
+// kernel(): of every thread of every block, one block after the other.
+inline void launch(const dim3& grid, int threads, const std::function<void()>& kernel) {
+  Block block(threads, kernel);
+  grid_size = {static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
+  for (int z = 0; z < grid_size.z.value; ++z) {
+    for (int y = 0; y < grid_size.y.value; ++y) {
+      for (int x = 0; x < grid_size.x.value; ++x) {
+        block_index = {x, y, z};
+        DynamicShared::poison();
+        block.run();
+      }
+    }
+  }
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, int from) {
+  return Block::current_block->exchange(mask, value)[from];
+}
+
+}  // namespace emulated
+
+static const emulated::ThreadIndex threadIdx;
+static const emulated::Index3 &blockIdx = emulated::block_index, &gridDim = emulated::grid_size;
+
+// What host code launches runs at once, to its end.
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
+  emulated::launch(config->gridDim, static_cast<int>(config->blockDim.x), [&] { kernel(args...); });
+  return cudaSuccess;
+}
+template <typename... Params>
+cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+inline void __syncthreads() {
+  emulated::Block& block = *emulated::Block::current_block;
+  block.barrier(0, block.threads(), true);
+}
+inline int __syncthreads_count(bool value) {
+  static int counts[2];
+  static long round = 0;  // both halves of a count see the same one: it moves on between barriers
+  int& count = counts[round % 2];
+  count += value ? 1 : 0;
+  __syncthreads();
+  const int result = count;
+  counts[(round + 1) % 2] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ++round;
+  }
+  __syncthreads();
+  return result;
+}
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFU) { emulated::Block::current_block->exchange(mask, 0); }
+
+inline int lane_of_thread() { return emulated::Block::thread % emulated::kWarp; }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return emulated::shuffle(mask, value, from % emulated::kWarp);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return emulated::shuffle(mask, value, lane_of_thread() ^ bits);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int by) {
+  return emulated::shuffle(mask, value, lane_of_thread() < by ? lane_of_thread() : lane_of_thread() - by);
+}
+template <typename T, typename F>
+T emulated_reduce(unsigned mask, T value, const F& f) {
+  const T* all = emulated::Block::current_block->exchange(mask, value);
+  bool first = true;
+  T result{};
+  for (int lane = 0; lane < emulated::kWarp; ++lane) {
+    if (mask >> lane & 1U) {
+      result = first ? all[lane] : f(result, all[lane]);
+      first = false;
+    }
+  }
+  return result;
+}
+template <typename T>
+T __reduce_add_sync(unsigned mask, T value) {
+  return emulated_reduce(mask, value, [](T a, T b) { return static_cast<T>(a + b); });
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T value) {
+  return emulated_reduce(mask, value, [](T a, T b) { return std::min(a, b); });
+}
+template <typename T>
+T __reduce_max_sync(unsigned mask, T value) {
+  return emulated_reduce(mask, value, [](T a, T b) { return std::max(a, b); });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+  return emulated_reduce(mask, value, [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  const bool* all = emulated::Block::current_block->exchange(mask, value);
+  unsigned bits = 0;
+  for (int lane = 0; lane < emulated::kWarp; ++lane) {
+    bits |= (mask >> lane & 1U) != 0 && all[lane] ? 1U << lane : 0U;
+  }
+  return bits;
+}
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == mask; }
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float __uint_as_float(unsigned x) {
+  float f;
+  std::memcpy(&f, &x, sizeof f);
+  return f;
+}
+inline unsigned __float_as_uint(float f) {
+  unsigned x;
+  std::memcpy(&x, &f, sizeof x);
+  return x;
+}
+inline double __hiloint2double(int high, int low) {
+  const std::uint64_t bits = std::uint64_t{static_cast<unsigned>(high)} << 32 | static_cast<unsigned>(low);
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline double __ull2double_rn(std::uint64_t x) { return static_cast<double>(x); }
+inline std::uint64_t __double2ull_ru(double x) { return x <= 0.0 ? 0 : static_cast<std::uint64_t>(std::ceil(x)); }
+
+template <typename T>
+T __ldcg(const T* at) {
+  return *at;
+}
+inline void __threadfence() {}
+template <typename T, typename U>
+T atomicAdd(T* at, U value) {
+  const T before = *at;
+  *at += static_cast<T>(value);
+  return before;
+}
+
+using std::max;
+using std::min;
+inline unsigned min(unsigned a, int b) { return std::min(a, static_cast<unsigned>(b)); }
+inline unsigned max(unsigned a, int b) { return std::max(a, static_cast<unsigned>(b)); }
+inline unsigned min(int a, unsigned b) { return std::min(static_cast<unsigned>(a), b); }
+inline unsigned max(int a, unsigned b) { return std::max(static_cast<unsigned>(a), b); }

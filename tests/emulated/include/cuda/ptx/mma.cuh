@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/ptx/shared_address.cuh"
+
+namespace zipvl::cuda::ptx {
+
+// Half `half` of two packed elements.
+template <typename Element>
+float unpack(std::uint32_t pair, int half) {
+  const auto bits = static_cast<std::uint16_t>(pair >> 16 * half);
+  Element element;
+  std::memcpy(&element, &bits, sizeof bits);
+  return static_cast<float>(element);
+}
+
+template <typename Element>
+void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  struct Operands {
+    std::uint32_t a[4], b[2];
+  };
+  const Operands* all =
+      emulated::Block::current_block->exchange(0xFFFFFFFFU, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
+  for (int r = 0; r < 4; ++r) {
+    const int row_half = r / 2, column = 2 * j + r % 2;
+    double sum = c[r];
+    for (int k = 0; k < 16; ++k) {
+      const float x = unpack<Element>(all[4 * i + k % 8 / 2].a[row_half + 2 * (k / 8)], k % 2);
+      const float y = unpack<Element>(all[4 * column + k % 8 / 2].b[k / 8], k % 2);
+      sum += static_cast<double>(x) * y;
+    }
+    c[r] = static_cast<float>(sum);
+  }
+}
+
+inline std::uint16_t element_at(std::uint32_t address) {
+  std::uint16_t bits;
+  std::memcpy(&bits, shared_pointer(address), sizeof bits);
+  return bits;
+}
+
+inline void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {
+  const std::uint32_t* rows = emulated::Block::current_block->exchange(0xFFFFFFFFU, address);
+  const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
+  for (int m = 0; m < 4; ++m) {
+    const std::uint32_t row = rows[8 * m + i];
+    x[m] = element_at(row + 4 * j) | static_cast<std::uint32_t>(element_at(row + 4 * j + 2)) << 16;
+  }
+}
+
+inline void ldmatrix_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
+  const std::uint32_t* rows = emulated::Block::current_block->exchange(0xFFFFFFFFU, address);
+  const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
+  for (int m = 0; m < 4; ++m) {
+    x[m] = element_at(rows[8 * m + 2 * j] + 2 * i) |
+           static_cast<std::uint32_t>(element_at(rows[8 * m + 2 * j + 1] + 2 * i)) << 16;
+  }
+}
+
+inline std::uint32_t transpose_8x8(std::uint32_t x) {
+  const std::uint32_t* all = emulated::Block::current_block->exchange(0xFFFFFFFFU, x);
+  const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
+  const auto at = [&](int row, int column) { return all[4 * row + column / 2] >> 16 * (column % 2) & 0xFFFFU; };
+  return at(2 * j, i) | at(2 * j + 1, i) << 16;
+}
+
+}  // namespace zipvl::cuda::ptx

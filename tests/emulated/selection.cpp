@@ -1,0 +1,359 @@
+// The portable kernels before the attention on a CPU: probe_index, probe_scores (mma.sync), select_tokens by one block
+// a row, and pack_kv, each on what the one before it gave, against float64 or exactly.
+//
+//   selection CASES SEED    prints a line a case, and ends with status 1 where one is wrong
+#include "cuda/select_tokens/select_tokens.cu"
+
+#include <cuda_fp16.h>
+
+#include <numeric>
+
+#include "common/probe_draw.h"
+#include "cuda/pack_kv/pack_kv.h"
+#include "cuda/probe_index/probe_index.h"
+#include "cuda/probe_scores/probe_scores.h"
+#include "cuda_on_cpu.h"
+#include "plan/probe_scores_cuda.h"
+#include "reference.h"
+
+namespace zipvl::cuda {
+namespace select {
+namespace {
+alignas(16) thread_local uint4 dynamic_shared[emulated::kSharedBytes / sizeof(uint4)];
+const emulated::DynamicShared registered(reinterpret_cast<unsigned char*>(dynamic_shared));
+}  // namespace
+}  // namespace select
+namespace probe::sm80 {
+alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
+const emulated::DynamicShared registered(shared_bytes);
+}  // namespace probe::sm80
+}  // namespace zipvl::cuda
+
+namespace {
+
+using namespace zipvl;
+using namespace zipvl::cuda;
+using emulated::difference;
+using emulated::uniform;
+
+using Token = __half;
+constexpr int D = 64;
+
+struct Case {
+  int batch, query_heads, kv_heads, tokens, recent, random;
+  bool causal, masked;
+  std::uint64_t seed;
+  double tau, ratio;
+
+  int probes() const { return recent + random; }
+};
+
+Case random_case() {
+  const int kv_heads = uniform(1, 3), groups[] = {1, 2, 3, 7};
+  Case c{uniform(1, 3),
+         kv_heads * groups[uniform(0, 3)],
+         kv_heads,
+         uniform(1, 500),
+         uniform(1, 40),
+         uniform(0, 40),
+         uniform(0, 3) != 0,
+         uniform(0, 1) == 0,
+         static_cast<std::uint64_t>(uniform(0, 1 << 30)),
+         0.5 + 0.1 * uniform(0, 4),
+         0.0};
+  c.ratio = uniform(0, 1) == 0 ? 0.1 * uniform(1, 10) : 0.0;
+  return c;
+}
+
+struct Layer {
+  Case c;
+  std::vector<Token> q, k, v;
+  std::unique_ptr<bool[]> mask;
+  std::vector<std::int32_t> probes;
+  std::vector<float> accumulated, normalized;
+  std::vector<std::int32_t> index, count;
+
+  explicit Layer(const Case& of) : c(of), mask(new bool[c.batch * c.tokens]) {
+    const auto fill = [](std::vector<Token>& rows, std::size_t size) {
+      rows.resize(size);
+      for (Token& x : rows) {
+        x = Token(emulated::normal());
+      }
+    };
+    fill(q, static_cast<std::size_t>(c.batch) * c.query_heads * c.tokens * D);
+    fill(k, static_cast<std::size_t>(c.batch) * c.kv_heads * c.tokens * D);
+    fill(v, k.size());
+    for (int i = 0; i < c.batch * c.tokens; ++i) {
+      mask[i] = !c.masked || uniform(0, 4) != 0;
+    }
+  }
+
+  bool real(int b, int n) const { return mask[b * c.tokens + n]; }
+
+  // Probes: the same positions.
+  bool probe_index() {
+    probes.assign(c.batch * c.probes(), -7);
+    ProbeIndexParams params{};
+    params.out = probes.data();
+    params.token_mask = c.masked ? mask.get() : nullptr;
+    params.mask_stride[0] = c.tokens;
+    params.mask_stride[1] = 1;
+    params.batch = c.batch;
+    params.tokens = c.tokens;
+    params.num_recent = c.recent;
+    params.num_random = c.random;
+    params.seed = c.seed;
+    launch_probe_index(params, nullptr);
+    bool right = true;
+    for (int b = 0; b < c.batch; ++b) {
+      std::vector<int> positions;
+      for (int n = 0; n < c.tokens; ++n) {
+        if (real(b, n)) {
+          positions.push_back(n);
+        }
+      }
+      const ProbeSplit split = split_probes(static_cast<std::int64_t>(positions.size()), c.recent, c.random);
+      for (int slot = 0; slot < c.probes(); ++slot) {
+        const bool there = slot < split.random + split.recent;
+        const int should = there ? positions[probe_rank(split, c.seed, c.random, slot)] : -1;
+        right = right && probes[b * c.probes() + slot] == should;
+      }
+    }
+    return right;
+  }
+
+  // Scores: the largest error, relative to the row's largest score.
+  double probe_scores() {
+    accumulated.assign(c.batch * c.tokens, NAN);
+    normalized.assign(c.batch * c.tokens, NAN);
+    const auto plan = plan::plan_probe_scores_cuda(
+        {c.batch, c.query_heads, c.kv_heads, c.tokens, c.probes(), D, c.masked, /*clusters=*/false});
+    std::vector<unsigned char> workspace(plan.workspace.bytes + 256, 0xFF);
+    auto* bytes =
+        reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(workspace.data()) + 255) / 256 * 256);
+    ProbeScoresParams params{};
+    params.q = q.data();
+    params.k = k.data();
+    const std::int64_t heads[] = {c.query_heads, c.kv_heads};
+    for (auto* strides : {params.q_stride, params.k_stride}) {
+      strides[2] = D;
+      strides[1] = std::int64_t{c.tokens} * D;
+      strides[0] = heads[strides == params.k_stride] * strides[1];
+    }
+    params.probe_index = probes.data();
+    params.probe_stride[0] = c.probes();
+    params.probe_stride[1] = 1;
+    params.token_mask = c.masked ? mask.get() : nullptr;
+    params.mask_stride[0] = c.tokens;
+    params.mask_stride[1] = 1;
+    params.accumulated = accumulated.data();
+    params.normalized = normalized.data();
+    params.probe_rows = bytes + plan.workspace.probe_rows;
+    params.row_limit = reinterpret_cast<std::int32_t*>(bytes + plan.workspace.row_limit);
+    params.unit_range = reinterpret_cast<std::int32_t*>(bytes + plan.workspace.unit_range);
+    params.mask_words = c.masked ? reinterpret_cast<std::uint32_t*>(bytes + plan.workspace.mask_words) : nullptr;
+    params.partial = reinterpret_cast<float*>(bytes + plan.workspace.partial);
+    params.row_lse = reinterpret_cast<float*>(bytes + plan.workspace.row_lse);
+    params.sums = reinterpret_cast<float*>(bytes + plan.workspace.sums);
+    params.element = Element::kFloat16;
+    params.head_dim = D;
+    params.batch = c.batch;
+    params.query_heads = c.query_heads;
+    params.kv_heads = c.kv_heads;
+    params.tokens = c.tokens;
+    params.probes = c.probes();
+    params.rows = static_cast<int>(plan.rows);
+    params.rows_padded = static_cast<int>(plan.rows_padded);
+    params.words = static_cast<int>(plan.words);
+    params.chunk_keys = static_cast<int>(plan.chunk_keys);
+    params.splits = static_cast<int>(plan.splits);
+    params.row_splits = static_cast<int>(plan.row_splits);
+    params.causal = c.causal;
+    params.scale_log2 = 1.4426950408889634F / std::sqrt(static_cast<float>(D));
+    params.multiprocessors = 132;
+    launch_probe_scores_sm80(params, nullptr);
+    double worst = 0.0;
+    for (int b = 0; b < c.batch; ++b) {
+      worst = std::max(worst, score_error(b));
+    }
+    return worst;
+  }
+
+  double score_error(int b) const {
+    std::vector<double> sum(c.tokens, 0.0);
+    std::vector<int> viewers(c.tokens, 0);
+    for (int slot = 0; slot < c.probes(); ++slot) {
+      const int position = probes[b * c.probes() + slot];
+      if (position < 0) {
+        continue;
+      }
+      const auto sees = [&](int n) { return real(b, n) && (!c.causal || n <= position); };
+      for (int n = 0; n < c.tokens; ++n) {
+        viewers[n] += sees(n) ? 1 : 0;
+      }
+      for (int head = 0; head < c.query_heads; ++head) {
+        const Token* query = &q[((static_cast<std::size_t>(b) * c.query_heads + head) * c.tokens + position) * D];
+        const std::size_t kv = static_cast<std::size_t>(b) * c.kv_heads + head / (c.query_heads / c.kv_heads);
+        std::vector<double> weights(c.tokens, 0.0);
+        double total = 0.0;
+        for (int n = 0; n < c.tokens; ++n) {
+          if (sees(n)) {
+            double score = 0.0;
+            for (int d = 0; d < D; ++d) {
+              score += static_cast<double>(static_cast<float>(query[d])) *
+                       static_cast<float>(k[(kv * c.tokens + n) * D + d]);
+            }
+            weights[n] = std::exp(score / std::sqrt(static_cast<double>(D)));
+            total += weights[n];
+          }
+        }
+        for (int n = 0; n < c.tokens && total > 0.0; ++n) {
+          sum[n] += weights[n] / total / c.query_heads;
+        }
+      }
+    }
+    const double largest = std::max(1e-30, *std::max_element(sum.begin(), sum.end()));
+    double worst = 0.0;
+    for (int n = 0; n < c.tokens; ++n) {
+      const double share = viewers[n] > 0 ? sum[n] / viewers[n] : 0.0;
+      worst = std::max({worst, difference(accumulated[b * c.tokens + n], sum[n]) / largest,
+                        difference(normalized[b * c.tokens + n], share) / largest});
+    }
+    return worst;
+  }
+
+  // The selection that those very scores ask for.
+  bool select_tokens() {
+    index.assign(c.batch * c.tokens, -7);
+    count.assign(c.batch, -7);
+    SelectTokensParams params{};
+    params.budget_score = accumulated.data();
+    params.rank_score = normalized.data();
+    params.token_mask = c.masked ? mask.get() : nullptr;
+    params.index = index.data();
+    params.count = count.data();
+    params.budget_stride[0] = params.rank_stride[0] = params.mask_stride[0] = c.tokens;
+    params.budget_stride[1] = params.rank_stride[1] = params.mask_stride[1] = 1;
+    params.batch = c.batch;
+    params.tokens = c.tokens;
+    params.min_tokens = 1;
+    params.tau = c.tau;
+    params.ratio = c.ratio;
+    params.dense_above = 1.0;
+    params.blocks_per_row = 1;
+    params.tokens_per_block = 4096;
+    launch_select_tokens(params, nullptr);
+    bool right = true;
+    for (int b = 0; b < c.batch; ++b) {
+      right = right && selected_rightly(b);
+    }
+    return right;
+  }
+
+  bool selected_rightly(int b) const {
+    std::vector<int> order;
+    for (int n = 0; n < c.tokens; ++n) {
+      if (real(b, n)) {
+        order.push_back(n);
+      }
+    }
+    const auto tokens = static_cast<int>(order.size());
+    const float *budget = &accumulated[b * c.tokens], *rank = &normalized[b * c.tokens];
+    double total = 0.0;
+    std::vector<double> mass;
+    for (const int n : order) {
+      mass.push_back(budget[n]);
+      total += budget[n];
+    }
+    int wanted = c.ratio > 0.0 ? static_cast<int>(std::ceil(c.ratio * tokens)) : tokens;
+    if (c.ratio <= 0.0 && total > 0.0) {
+      std::sort(mass.rbegin(), mass.rend());
+      double reached = 0.0;
+      for (wanted = 0; wanted < tokens && reached < c.tau * total; ++wanted) {
+        reached += mass[wanted];
+      }
+    }
+    wanted = total > 0.0 ? std::clamp(wanted, std::min(1, tokens), tokens) : tokens;
+    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return rank[x] > rank[y]; });
+    order.resize(wanted);
+    std::sort(order.begin(), order.end());
+    return count[b] == wanted && std::equal(order.begin(), order.end(), &index[b * c.tokens]);
+  }
+
+  // The selected rows, bit for bit.
+  bool pack_kv() const {
+    std::vector<Token> k_packed(k.size(), Token(NAN)), v_packed(v.size(), Token(NAN));
+    PackKvParams params{};
+    params.k = k.data();
+    params.v = v.data();
+    params.k_packed = k_packed.data();
+    params.v_packed = v_packed.data();
+    params.index = index.data();
+    params.count = count.data();
+    for (auto* strides : {params.k_stride, params.v_stride, params.k_packed_stride, params.v_packed_stride}) {
+      strides[2] = D;
+      strides[1] = std::int64_t{c.tokens} * D;
+      strides[0] = c.kv_heads * strides[1];
+    }
+    params.index_stride[0] = c.tokens;
+    params.index_stride[1] = params.count_stride = 1;
+    params.batch = c.batch;
+    params.heads = c.kv_heads;
+    params.tokens = params.capacity = c.tokens;
+    params.head_dim = D;
+    params.element_bytes = sizeof(Token);
+    params.tail = 1;
+    params.multiprocessors = 4;
+    launch_pack_kv(params, nullptr);
+    bool right = true;
+    for (int head = 0; head < c.batch * c.kv_heads; ++head) {
+      const int b = head / c.kv_heads;
+      for (int place = 0; place < count[b]; ++place) {
+        const std::size_t to = (static_cast<std::size_t>(head) * c.tokens + place) * D;
+        const std::size_t from = (static_cast<std::size_t>(head) * c.tokens + index[b * c.tokens + place]) * D;
+        right = right && std::memcmp(&k_packed[to], &k[from], D * sizeof(Token)) == 0 &&
+                std::memcmp(&v_packed[to], &v[from], D * sizeof(Token)) == 0;
+      }
+    }
+    return right;
+  }
+};
+
+}  // namespace
+
+// What host code asks of the device.
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+extern "C" cudaError_t cudaMemset2DAsync(void*, std::size_t, int, std::size_t, std::size_t, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+extern "C" cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, std::size_t, cudaStream_t) {
+  return cudaErrorNotSupported;  // blocks that wait for each other
+}
+namespace zipvl::cuda {
+bool runs_hopper_code(int /*device*/) { return false; }
+}  // namespace zipvl::cuda
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 10;
+  emulated::generator().seed(count > 2 ? std::atoi(arguments[2]) : 1);
+  int wrong = 0;
+  for (int i = 0; i < cases; ++i) {
+    Layer layer(random_case());
+    const Case& c = layer.c;
+    const bool probes = layer.probe_index();
+    const double scores = layer.probe_scores();
+    const bool selection = layer.select_tokens(), packed = layer.pack_kv();
+    const bool right = probes && scores < 1e-4 && selection && packed;
+    wrong += right ? 0 : 1;
+    std::printf(
+        "batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s: probes %d scores %.1e selection %d packed %d%s\n",
+        c.batch, c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "",
+        c.masked ? " masked" : "", probes, scores, selection, packed, right ? "" : " WRONG");
+    std::fflush(stdout);
+  }
+  std::printf("%d wrong\n", wrong);
+  return wrong == 0 ? 0 : 1;
+}

@@ -1,0 +1,90 @@
+"""CUDA kernels on a CPU, thread by thread: what can be wrong with them without a GPU (``cuda_on_cpu.h``).
+
+The programs run the library's own launches on random shapes and compare with float64. They need g++ and CUDA's headers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PROGRAMS = {
+    "decode_attn": ["csrc/plan/decode_attn_cuda.cpp"],
+    "selection": [
+        "csrc/plan/probe_scores_cuda.cpp",
+        "csrc/cuda/pack_kv/pack_kv.cu",
+        "csrc/cuda/probe_index/probe_index.cu",
+        "csrc/cuda/probe_scores/rows.cu",
+        "csrc/cuda/probe_scores/sm80/launch.cu",
+        *(f"csrc/cuda/probe_scores/sm80/hdim{D}.cu" for D in (64, 96, 128, 256)),
+    ],
+}
+
+
+def cuda_headers() -> Path | None:
+    """The folder of ``cuda_fp16.h``: the toolkit's, or that of the wheels of a CUDA build of torch."""
+    nvcc = shutil.which("nvcc")
+    site = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    folders = [
+        *([Path(nvcc).resolve().parents[1] / "include"] if nvcc else []),
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",
+        *site.glob("*/include"),
+    ]
+    return next((f for f in folders if (f / "cuda_fp16.h").exists() and (f / "cuda_runtime_api.h").exists()), None)
+
+
+HEADERS = cuda_headers()
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the programs with"),
+    pytest.mark.skipif(HEADERS is None, reason="no headers of CUDA"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="threads of a block are ucontext's"),
+]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a program, once each."""
+    folder, built = tmp_path_factory.mktemp("emulated"), {}
+    # An extern thread_local is shared memory here, and has no initialiser to call.
+    flags = ["-std=c++20", "-O1", "-w", "-fno-extern-tls-init", "-include", "cuda_on_cpu.h"]
+    flags += [f"-I{path}" for path in (HERE / "include", HERE, ROOT / "csrc", HEADERS)]
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{'_'.join(source.relative_to(ROOT).parts)}.o"
+        done = subprocess.run(
+            ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return target
+
+    def build(name: str) -> Path:
+        if name not in built:
+            sources = [HERE / f"{name}.cpp", *(ROOT / source for source in PROGRAMS[name])]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compiled, sources))
+            subprocess.run(["g++", *map(str, objects), "-o", str(folder / name)], check=True)
+            built[name] = folder / name
+        return built[name]
+
+    return build
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels(program: Callable[[str], Path], name: str, seed: int) -> None:
+    done = subprocess.run([program(name), "4", str(seed)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert done.stdout.splitlines()[-1] == "0 wrong"
