@@ -49,16 +49,28 @@ constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr int kSharedBytes = 232448;  // of a block on Hopper
 
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
 // Dynamic shared memory, which the test program defines under the name that the kernels declare:
 //   alignas(1024) thread_local unsigned char shared[kSharedBytes];
 //   const emulated::DynamicShared registered(shared);
-// A block finds all ones in it.
+// A block finds all ones in it, and must leave them where it asked for nothing.
 class DynamicShared {
  public:
   explicit DynamicShared(unsigned char* bytes) { all().push_back(bytes); }
   static void poison() {
     for (unsigned char* bytes : all()) {
       std::memset(bytes, 0xFF, kSharedBytes);
+    }
+  }
+  static void check(std::size_t asked) {
+    for (const unsigned char* bytes : all()) {
+      if (std::any_of(bytes + asked, bytes + kSharedBytes, [](unsigned char x) { return x != 0xFF; })) {
+        fail("a block wrote past the shared memory that it asked for");
+      }
     }
   }
 
@@ -118,8 +130,7 @@ class Block {
         swapcontext(&scheduler_, &fiber.context);
       }
       if (any && !moved) {
-        std::fprintf(stderr, "every thread waits\n");
-        std::abort();
+        fail("every thread waits");
       }
     }
     meetings_.assign(meetings_.size(), {});
@@ -139,6 +150,9 @@ class Block {
 
   // Asynchronous copies: done when they are waited for, not before.
   void copy_later(void* target, const void* source, int bytes) {
+    if ((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) % bytes != 0) {
+      fail("an asynchronous copy is not aligned to its size");
+    }
     fibers_[thread].copies.back().push_back({target, source, bytes});
   }
   void commit_copies() { fibers_[thread].copies.emplace_back(); }
@@ -221,7 +235,10 @@ struct ThreadIndex {
 inline Index3 block_index, grid_size;
 
 // kernel(): of every thread of every block, one block after the other.
-inline void launch(const dim3& grid, int threads, const std::function<void()>& kernel) {
+inline void launch(const dim3& grid, int threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
+  if (shared_bytes > kSharedBytes) {
+    fail("a kernel asks for more shared memory than there is");
+  }
   Block block(threads, kernel);
   grid_size = {static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
   for (int z = 0; z < grid_size.z.value; ++z) {
@@ -230,6 +247,7 @@ inline void launch(const dim3& grid, int threads, const std::function<void()>& k
         block_index = {x, y, z};
         DynamicShared::poison();
         block.run();
+        DynamicShared::check(shared_bytes);
       }
     }
   }
@@ -248,7 +266,8 @@ static const emulated::Index3 &blockIdx = emulated::block_index, &gridDim = emul
 // What host code launches runs at once, to its end.
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
-  emulated::launch(config->gridDim, static_cast<int>(config->blockDim.x), [&] { kernel(args...); });
+  emulated::launch(config->gridDim, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes,
+                   [&] { kernel(args...); });
   return cudaSuccess;
 }
 template <typename... Params>

@@ -11,7 +11,8 @@
 #include "common/probe_draw.h"
 #include "cuda/pack_kv/pack_kv.h"
 #include "cuda/probe_index/probe_index.h"
-#include "cuda/probe_scores/probe_scores.h"
+#include "cuda/probe_scores/passes.h"
+#include "cuda/probe_scores/sm80/launch_passes.cuh"
 #include "cuda_on_cpu.h"
 #include "plan/probe_scores_cuda.h"
 #include "reference.h"
@@ -38,6 +39,19 @@ using emulated::uniform;
 
 using Token = __half;
 constexpr int D = 64;
+
+struct Passes {
+  template <int HeadDim>
+  static constexpr bool kClusters = false;
+  template <typename T, int HeadDim>
+  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
+    return probe::sm80::launch_first_pass<T, HeadDim>(params, stream);
+  }
+  template <typename T, int HeadDim>
+  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
+    return probe::sm80::launch_second_pass<T, HeadDim>(params, stream);
+  }
+};
 
 struct Case {
   int batch, query_heads, kv_heads, tokens, recent, random;
@@ -171,7 +185,7 @@ struct Layer {
     params.causal = c.causal;
     params.scale_log2 = 1.4426950408889634F / std::sqrt(static_cast<float>(D));
     params.multiprocessors = 132;
-    launch_probe_scores_sm80(params, nullptr);
+    launch_passes_of<Passes, Token, D>(params, nullptr);
     double worst = 0.0;
     for (int b = 0; b < c.batch; ++b) {
       worst = std::max(worst, score_error(b));

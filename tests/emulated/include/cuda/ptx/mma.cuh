@@ -36,6 +36,14 @@ void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, s
   }
 }
 
+// Rows of the eight by eight matrices of ldmatrix, an address a lane.
+inline const std::uint32_t* matrix_rows(std::uint32_t address) {
+  if (reinterpret_cast<std::uintptr_t>(shared_pointer(address)) % 16 != 0) {
+    emulated::fail("a row of ldmatrix is not aligned to 16 bytes");
+  }
+  return emulated::Block::current_block->exchange(0xFFFFFFFFU, address);
+}
+
 inline std::uint16_t element_at(std::uint32_t address) {
   std::uint16_t bits;
   std::memcpy(&bits, shared_pointer(address), sizeof bits);
@@ -43,7 +51,7 @@ inline std::uint16_t element_at(std::uint32_t address) {
 }
 
 inline void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {
-  const std::uint32_t* rows = emulated::Block::current_block->exchange(0xFFFFFFFFU, address);
+  const std::uint32_t* rows = matrix_rows(address);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
   for (int m = 0; m < 4; ++m) {
     const std::uint32_t row = rows[8 * m + i];
@@ -52,7 +60,7 @@ inline void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {
 }
 
 inline void ldmatrix_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
-  const std::uint32_t* rows = emulated::Block::current_block->exchange(0xFFFFFFFFU, address);
+  const std::uint32_t* rows = matrix_rows(address);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
   for (int m = 0; m < 4; ++m) {
     x[m] = element_at(rows[8 * m + 2 * j] + 2 * i) |
