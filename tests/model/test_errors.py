@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +24,14 @@ def test_dropout() -> None:
         pytest.raises(ValueError, match=r"LlamaAttention, layer 0\): dropout=0.1 .*model.eval\(\)"),
     ):
         model(**text_inputs(300))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_of_a_model_inside_the_block(copied: Callable[[Any], Any]) -> None:
+    model = make_llama()
+    with zipvl.sparse(model), pytest.raises(TypeError, match="cannot be copied or pickled inside the block"):
+        copied(model)
+    copied(model)
 
 
 @pytest.mark.parametrize("tokens", [40, 300])

@@ -94,18 +94,25 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
         run.assisted = weakref.ref(model_kwargs["past_key_values"]) if assisted else None
         return result
 
-    def note_candidates(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        assisted = None if run.assisted is None else run.assisted()
-        if cache is assisted and isinstance(cache, Cache) and cache.get_seq_length() == 0:
-            expect_candidates(cache, int(kwargs["logits_to_keep"]) - 1)
-
-    undo.callback(generator.register_forward_pre_hook(note_candidates, with_kwargs=True).remove)
+    undo.callback(generator.register_forward_pre_hook(_CandidateNote(run), with_kwargs=True).remove)
     generator.__dict__[name] = prepare
     if before is None:
         undo.callback(generator.__dict__.pop, name)
     else:
         undo.callback(generator.__dict__.__setitem__, name, before)
+
+
+class _CandidateNote:
+    """Forward pre-hook of a generator: tells the cache of assisted generation how many candidates follow a prompt."""
+
+    def __init__(self, run: _runs.Run) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        assisted = None if self.run.assisted is None else self.run.assisted()
+        if cache is assisted and isinstance(cache, Cache) and cache.get_seq_length() == 0:
+            expect_candidates(cache, int(kwargs["logits_to_keep"]) - 1)
 
 
 def _check_assisted(generator: Any, generation_config: Any, config: ZipVLConfig) -> None:

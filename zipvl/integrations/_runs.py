@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -33,6 +33,17 @@ class Run:
         """The cache of the assisted generation that runs."""
         self._warned: set[str] = set()
         self._forward = threading.local()
+
+    def __reduce__(self) -> NoReturn:
+        """Hooks of the model hold the run: a copy of them would stay behind after the block, and record here.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "zipvl.sparse: a model cannot be copied or pickled inside the block; do it before or after, and open a "
+            "block on the copy (state_dict() works anywhere)"
+        )
 
     def start_forward(self) -> None:
         """A forward of the decoder begins, on this thread."""
