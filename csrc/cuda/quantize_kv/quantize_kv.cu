@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <mutex>
 
 #include "common/quantized_block.h"
 #include "cuda/quantize_kv/quantize_kv.h"
@@ -221,6 +222,9 @@ cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
   const int shared = kBlockTokens * (params.head_dim + 1) * static_cast<int>(sizeof(float)) +
                      kBlockTokens * params.head_dim * most_bits / 8;
   const auto kernel = pack_kernel<Element>;
+  // The attribute is the kernel's, and another thread of the host may ask for less between here and the launch.
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       error != cudaSuccess) {
     return error;

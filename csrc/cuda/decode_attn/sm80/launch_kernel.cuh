@@ -1,6 +1,8 @@
 // Launch of the kernels for one head dim and dtype.
 #pragma once
 
+#include <mutex>
+
 #include "cuda/decode_attn/sm80/combine.cuh"
 #include "cuda/decode_attn/sm80/launch.h"
 #include "cuda/decode_attn/sm80/quantized_kernel.cuh"
@@ -33,6 +35,9 @@ __global__ void __launch_bounds__(kCombineThreads)
 template <typename Params>
 cudaError_t launch_one(void (*kernel)(Params), const Params& params, std::int64_t blocks, int threads, int shared,
                        bool dependent, cudaStream_t stream) {
+  // The attributes are the kernel's, and another thread of the host may ask for less between here and the launch.
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error == cudaSuccess) {
     error =
