@@ -403,6 +403,19 @@ T atomicAdd(T* at, U value) {
   return before;
 }
 
+template <typename T, typename U>
+T atomicMax(T* at, U value) {
+  const T before = *at;
+  *at = std::max(*at, static_cast<T>(value));
+  return before;
+}
+template <typename T, typename U>
+T atomicOr(T* at, U value) {
+  const T before = *at;
+  *at |= static_cast<T>(value);
+  return before;
+}
+
 using std::max;
 using std::min;
 inline unsigned min(unsigned a, int b) { return std::min(a, static_cast<unsigned>(b)); }

@@ -22,6 +22,7 @@ ROOT = HERE.parents[1]
 PROGRAMS = {
     "attention": [],
     "decode_attn": ["plan/decode_attn_cuda.cpp"],
+    "quantize_kv": ["cuda/quantize_kv/split_tokens.cu"],
     "selection": [
         "plan/probe_scores_cuda.cpp",
         "cuda/pack_kv/pack_kv.cu",
@@ -97,7 +98,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return build
 
 
-@pytest.mark.parametrize(("name", "cases"), [("attention", 1), ("decode_attn", 1), ("selection", 4)])
+@pytest.mark.parametrize(
+    ("name", "cases"), [("attention", 1), ("decode_attn", 1), ("quantize_kv", 2), ("selection", 4)]
+)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_kernels(program: Callable[[str], Path], name: str, cases: int, seed: int) -> None:
     environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
