@@ -30,7 +30,7 @@ PROGRAMS = {
         "cuda/probe_scores/rows.cu",
     ],
 }
-# What lies outside a tensor, and vectors that are not aligned to their size. Some compilers come without their libraries.
+# What lies outside a tensor, and vectors not aligned to their size. Some compilers come without their libraries.
 SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
 
 
