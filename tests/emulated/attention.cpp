@@ -132,24 +132,16 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? std::atoi(arguments[1]) : 10;
-  emulated::generator().seed(count > 2 ? std::atoi(arguments[2]) : 1);
-  int wrong = 0;
-  const auto report = [&](const char* name, const Case& c, double error, double most) {
-    const bool right = error <= most;
-    wrong += right ? 0 : 1;
-    std::printf("%s batch %d heads %2d/%d tokens %3d%s%s: error %.5f%s\n", name, c.batch, c.query_heads, c.kv_heads,
-                c.tokens, c.causal ? " causal" : "", c.all_queries ? " all queries" : "", error, right ? "" : " WRONG");
-    std::fflush(stdout);
-  };
-  for (int i = 0; i < cases; ++i) {
+  return emulated::run_cases(count, arguments, [](emulated::Report& report) {
+    const auto check = [&](const char* name, const Case& c, double error, double most) {
+      report(error <= most, "%s batch %d heads %2d/%d tokens %3d%s%s: error %.5f", name, c.batch, c.query_heads,
+             c.kv_heads, c.tokens, c.causal ? " causal" : "", c.all_queries ? " all queries" : "", error);
+    };
     Case c = random_case();
-    report("bf16 128", c, error_of<__nv_bfloat16, 128>(c), 0.03);
+    check("bf16 128", c, error_of<__nv_bfloat16, 128>(c), 0.03);
     c = random_case();
-    report("fp16  64", c, error_of<__half, 64>(c), 0.004);
+    check("fp16  64", c, error_of<__half, 64>(c), 0.004);
     c = random_case();
-    report("fp16  96", c, error_of<__half, 96>(c), 0.004);
-  }
-  std::printf("%d wrong\n", wrong);
-  return wrong == 0 ? 0 : 1;
+    check("fp16  96", c, error_of<__half, 96>(c), 0.004);
+  });
 }

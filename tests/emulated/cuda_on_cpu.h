@@ -136,7 +136,8 @@ class Block {
       }
     }
     meetings_.assign(meetings_.size(), {});
-    barriers_.clear();
+    barrier_ = {};
+    counts_[0] = counts_[1] = 0;
   }
 
   // What the lanes of `mask` brought; every one of them calls.
@@ -146,7 +147,7 @@ class Block {
     Meeting& meeting = meetings_[thread / kWarp][mask];
     T* places = reinterpret_cast<T*>(meeting.brought[meeting.generation % 2][0]);
     places[thread % kWarp] = mine;
-    meet(meeting, __builtin_popcount(mask), true);
+    meet(meeting, __builtin_popcount(mask));
     return places;
   }
 
@@ -174,10 +175,18 @@ class Block {
     }
   }
 
-  // Barrier `id` of so many threads.
-  void barrier(int id, int threads, bool waits) { meet(barriers_[id], threads, waits); }
-
-  int threads() const { return static_cast<int>(fibers_.size()); }
+  // All threads of the block; how many brought true.
+  int synchronize(bool value) {
+    const long generation = barrier_.generation;
+    const int threads = static_cast<int>(fibers_.size());
+    if (barrier_.arrived + 1 == threads) {
+      counts_[(generation + 1) % 2] = 0;  // of the barrier before, which all have read
+    }
+    int& count = counts_[generation % 2];
+    count += value ? 1 : 0;
+    meet(barrier_, threads);
+    return count;
+  }
 
   static inline Block* current_block = nullptr;
   static inline int thread = 0;
@@ -205,7 +214,7 @@ class Block {
     block.fibers_[thread].done = true;
   }
 
-  void meet(Meeting& meeting, int threads, bool waits) {
+  void meet(Meeting& meeting, int threads) {
     Fiber& fiber = fibers_[thread];
     const long generation = meeting.generation;
     if (++meeting.arrived == threads) {
@@ -213,11 +222,9 @@ class Block {
       ++meeting.generation;
       return;
     }
-    if (waits) {
-      fiber.waits_for = &meeting;
-      fiber.since = generation;
-      swapcontext(&fiber.context, &scheduler_);
-    }
+    fiber.waits_for = &meeting;
+    fiber.since = generation;
+    swapcontext(&fiber.context, &scheduler_);
   }
 
   std::function<void()> body_;
@@ -225,7 +232,8 @@ class Block {
   std::vector<int> order_;  // in which threads take their turns, another one each round
   std::mt19937 schedule_{1};
   std::vector<std::map<unsigned, Meeting>> meetings_;  // by warp and mask
-  std::map<int, Meeting> barriers_;
+  Meeting barrier_;
+  int counts_[2] = {0, 0};  // of the barrier before and the next one, in turn
   ucontext_t scheduler_{};
   alignas(4096) static inline unsigned char not_a_stack_[4096];
 };
@@ -291,25 +299,8 @@ cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-inline void __syncthreads() {
-  emulated::Block& block = *emulated::Block::current_block;
-  block.barrier(0, block.threads(), true);
-}
-inline int __syncthreads_count(bool value) {
-  static int counts[2];
-  static long round = 0;  // both halves of a count see the same one: it moves on between barriers
-  int& count = counts[round % 2];
-  count += value ? 1 : 0;
-  __syncthreads();
-  const int result = count;
-  counts[(round + 1) % 2] = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    ++round;
-  }
-  __syncthreads();
-  return result;
-}
+inline void __syncthreads() { emulated::Block::current_block->synchronize(false); }
+inline int __syncthreads_count(bool value) { return emulated::Block::current_block->synchronize(value); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFU) { emulated::Block::current_block->exchange(mask, 0); }
 
 inline int lane_of_thread() { return emulated::Block::thread % emulated::kWarp; }
@@ -363,7 +354,6 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   return bits;
 }
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
-inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == mask; }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

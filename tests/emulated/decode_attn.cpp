@@ -192,18 +192,6 @@ struct Segment {
       std::memcpy(block + at + 2 * i, &element, 2);
       return static_cast<double>(static_cast<float>(element));
     };
-    const auto put_code = [&](std::int64_t at, quantized::CodePlace place, unsigned code) {
-      const auto put_bits = [&](int word, unsigned part) {
-        std::uint32_t x;
-        std::memcpy(&x, block + at + 4 * word, 4);
-        x = (x & ~(((1U << place.width) - 1U) << place.shift)) | part << place.shift;
-        std::memcpy(block + at + 4 * word, &x, 4);
-      };
-      put_bits(place.word, code & ((1U << place.width) - 1U));
-      if (bits == 8) {
-        put_bits(place.word + quantized::kUpperHalf, code >> 4);
-      }
-    };
     std::vector<double> scale, zero;
     for (int d = 0; d < D; ++d) {
       scale.push_back(put(layout.k_scale, quantized::parameter_place(d), step * (0.5F + 0.1F * uniform(0, 5))));
@@ -216,8 +204,8 @@ struct Segment {
       for (int d = 0; d < D; ++d) {
         const auto k = static_cast<unsigned>(uniform(0, (1 << bits) - 1));
         const auto v = static_cast<unsigned>(uniform(0, (1 << bits) - 1));
-        put_code(layout.k_codes, quantized::key_code_place(bits, t, d), k);
-        put_code(layout.v_codes, quantized::value_code_place(bits, t, d), v);
+        emulated::put_code(block + layout.k_codes, quantized::key_code_place(bits, t, d), k, bits);
+        emulated::put_code(block + layout.v_codes, quantized::value_code_place(bits, t, d), v, bits);
         key.push_back(scale[d] * k + zero[d]);
         value.push_back(token_scale * v + token_zero);
       }
@@ -281,26 +269,18 @@ double decode_quantized(const Shape& shape) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? std::atoi(arguments[1]) : 10;
-  emulated::generator().seed(count > 2 ? std::atoi(arguments[2]) : 1);
-  int wrong = 0;
-  const auto report = [&](const char* name, const Shape& shape, double error, double most) {
-    const bool right = error <= most;
-    wrong += right ? 0 : 1;
-    std::printf("%-28s batch %2d heads %2d/%d multiprocessors %2d error %.5f%s\n", name, shape.batch, shape.query_heads,
-                shape.kv_heads, shape.multiprocessors, error, right ? "" : " WRONG");
-    std::fflush(stdout);
-  };
-  for (int i = 0; i < cases; ++i) {
+  return emulated::run_cases(count, arguments, [](emulated::Report& report) {
+    const auto check = [&](const char* name, const Shape& shape, double error, double most) {
+      report(error <= most, "%-30s batch %2d heads %2d/%d multiprocessors %2d error %.5f", name, shape.batch,
+             shape.query_heads, shape.kv_heads, shape.multiprocessors, error);
+    };
     Shape shape = random_shape();
-    report("decode_attn bf16 128", shape, decode<__nv_bfloat16, 128>(shape), 0.03);
+    check("decode_attn bf16 128", shape, decode<__nv_bfloat16, 128>(shape), 0.03);
     shape = random_shape();
-    report("decode_attn fp16 64", shape, decode<__half, 64>(shape), 0.004);
+    check("decode_attn fp16 64", shape, decode<__half, 64>(shape), 0.004);
     shape = random_shape();
-    report("decode_attn_quantized bf16 128", shape, decode_quantized<__nv_bfloat16, 128>(shape), 0.1);
+    check("decode_attn_quantized bf16 128", shape, decode_quantized<__nv_bfloat16, 128>(shape), 0.1);
     shape = random_shape();
-    report("decode_attn_quantized fp16 96", shape, decode_quantized<__half, 96>(shape), 0.01);
-  }
-  std::printf("%d wrong\n", wrong);
-  return wrong == 0 ? 0 : 1;
+    check("decode_attn_quantized fp16 96", shape, decode_quantized<__half, 96>(shape), 0.01);
+  });
 }

@@ -41,22 +41,6 @@ Case random_case() {
           uniform(0, 1) == 0};
 }
 
-void put(Bytes& bytes, std::size_t at, quantized::CodePlace place, unsigned code) {
-  std::uint32_t word;
-  std::memcpy(&word, &bytes[at + 4 * place.word], 4);
-  word |= code << place.shift;
-  std::memcpy(&bytes[at + 4 * place.word], &word, 4);
-}
-
-void put_code(Bytes& bytes, std::size_t at, quantized::CodePlace place, unsigned code, int bits) {
-  if (bits == 8) {
-    put(bytes, at, place, code & 15U);
-    place.word += quantized::kUpperHalf;
-    code >>= 4;
-  }
-  put(bytes, at, place, code);
-}
-
 // A block of rows `keys` and `values` [tokens][head_dim]; what has no token is 0.
 template <typename Element>
 Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vector<float>> values, const float* factor,
@@ -80,8 +64,8 @@ Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vec
     const std::size_t place = quantized::parameter_place(d) * sizeof(Element);
     const auto [scale, zero] = range(column, layout.k_scale + place, layout.k_zero + place);
     for (int t = 0; t < tokens; ++t) {
-      put_code(bytes, layout.k_codes, quantized::key_code_place(bits, t, d),
-               quantized::code_of(column[t], scale, zero, bits), bits);
+      emulated::put_code(&bytes[layout.k_codes], quantized::key_code_place(bits, t, d),
+                         quantized::code_of(column[t], scale, zero, bits), bits);
     }
   }
   for (int t = 0; t < tokens; ++t) {
@@ -91,8 +75,8 @@ Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vec
     const auto [scale, zero] =
         range(values[t], layout.v_scale + t * sizeof(Element), layout.v_zero + t * sizeof(Element));
     for (int d = 0; d < head_dim; ++d) {
-      put_code(bytes, layout.v_codes, quantized::value_code_place(bits, t, d),
-               quantized::code_of(values[t][d], scale, zero, bits), bits);
+      emulated::put_code(&bytes[layout.v_codes], quantized::value_code_place(bits, t, d),
+                         quantized::code_of(values[t][d], scale, zero, bits), bits);
     }
   }
   return bytes;
@@ -212,23 +196,16 @@ bool run(const Case& c, QuantizedElement element) {
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? std::atoi(arguments[1]) : 10;
-  emulated::generator().seed(count > 2 ? std::atoi(arguments[2]) : 1);
-  int wrong = 0;
-  const auto report = [&](const char* name, const Case& c, bool right) {
-    wrong += right ? 0 : 1;
-    std::printf("%s batch %d heads %d tokens %4d channels %3d bits %d %d%s: %s\n", name, c.batch, c.heads, c.tokens,
-                c.head_dim, c.bits[0], c.bits[1], c.masked ? " masked" : "", right ? "the same bytes" : "WRONG");
-    std::fflush(stdout);
-  };
-  for (int i = 0; i < cases; ++i) {
+  return emulated::run_cases(count, arguments, [](emulated::Report& report) {
+    const auto check = [&](const char* name, const Case& c, bool right) {
+      report(right, "%s batch %d heads %d tokens %4d channels %3d bits %d %d%s", name, c.batch, c.heads, c.tokens,
+             c.head_dim, c.bits[0], c.bits[1], c.masked ? " masked" : "");
+    };
     Case c = random_case();
-    report("fp16", c, run<__half>(c, QuantizedElement::kFloat16));
+    check("fp16", c, run<__half>(c, QuantizedElement::kFloat16));
     c = random_case();
-    report("bf16", c, run<__nv_bfloat16>(c, QuantizedElement::kBFloat16));
+    check("bf16", c, run<__nv_bfloat16>(c, QuantizedElement::kBFloat16));
     c = random_case();
-    report("fp32", c, run<float>(c, QuantizedElement::kFloat32));
-  }
-  std::printf("%d wrong\n", wrong);
-  return wrong == 0 ? 0 : 1;
+    check("fp32", c, run<float>(c, QuantizedElement::kFloat32));
+  });
 }

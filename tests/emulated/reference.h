@@ -1,11 +1,17 @@
-// What the tests of emulated kernels share: random numbers, and attention in float64.
+// What the tests of emulated kernels share: cases and their report, random numbers, attention in float64, and codes of
+// a quantised cache.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
+
+#include "common/quantized_block.h"
 
 namespace emulated {
 
@@ -57,6 +63,50 @@ inline double difference(double is, double should) {
   }
   const double error = std::abs(is - should);
   return error == error ? error : INFINITY;
+}
+
+// Sets a code of `bits` bits, whatever stood there.
+inline void put_code(std::uint8_t* codes, zipvl::quantized::CodePlace place, unsigned code, int bits) {
+  const unsigned mask = (1U << place.width) - 1U;
+  const auto put = [&](int word, unsigned part) {
+    std::uint32_t x;
+    std::memcpy(&x, codes + 4 * word, 4);
+    x = (x & ~(mask << place.shift)) | part << place.shift;
+    std::memcpy(codes + 4 * word, &x, 4);
+  };
+  put(place.word, code & mask);
+  if (bits == 8) {
+    put(place.word + zipvl::quantized::kUpperHalf, code >> 4);
+  }
+}
+
+// A line for each thing checked.
+struct Report {
+  int wrong = 0;
+
+  template <typename... Args>
+  void operator()(bool right, const char* format, Args... args) {
+    std::printf(format, args...);
+    std::printf("%s\n", right ? "" : " WRONG");
+    std::fflush(stdout);
+    wrong += right ? 0 : 1;
+  }
+};
+
+// What main() of a program does with its arguments CASES and SEED: check(report) so often. Its exit status.
+template <typename Check>
+int run_cases(int count, char** arguments, const Check& check) {
+  if (count != 3) {
+    std::fprintf(stderr, "usage: %s CASES SEED\n", arguments[0]);
+    return 2;
+  }
+  generator().seed(static_cast<unsigned>(std::atoi(arguments[2])));
+  Report report;
+  for (int i = std::atoi(arguments[1]); i > 0; --i) {
+    check(report);
+  }
+  std::printf("%d wrong\n", report.wrong);
+  return report.wrong == 0 ? 0 : 1;
 }
 
 }  // namespace emulated

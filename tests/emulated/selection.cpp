@@ -6,15 +6,13 @@
 
 #include <cuda_fp16.h>
 
-#include <numeric>
-
 #include "common/probe_draw.h"
 #include "cuda/pack_kv/pack_kv.h"
 #include "cuda/probe_index/probe_index.h"
 #include "cuda/probe_scores/passes.h"
+#include "cuda/probe_scores/planned.h"
 #include "cuda/probe_scores/sm80/launch_passes.cuh"
 #include "cuda_on_cpu.h"
-#include "plan/probe_scores_cuda.h"
 #include "reference.h"
 
 namespace zipvl::cuda {
@@ -39,19 +37,6 @@ using emulated::uniform;
 
 using Token = __half;
 constexpr int D = 64;
-
-struct Passes {
-  template <int HeadDim>
-  static constexpr bool kClusters = false;
-  template <typename T, int HeadDim>
-  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm80::launch_first_pass<T, HeadDim>(params, stream);
-  }
-  template <typename T, int HeadDim>
-  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm80::launch_second_pass<T, HeadDim>(params, stream);
-  }
-};
 
 struct Case {
   int batch, query_heads, kv_heads, tokens, recent, random;
@@ -162,13 +147,8 @@ struct Layer {
     params.mask_stride[1] = 1;
     params.accumulated = accumulated.data();
     params.normalized = normalized.data();
-    params.probe_rows = bytes + plan.workspace.probe_rows;
-    params.row_limit = reinterpret_cast<std::int32_t*>(bytes + plan.workspace.row_limit);
-    params.unit_range = reinterpret_cast<std::int32_t*>(bytes + plan.workspace.unit_range);
-    params.mask_words = c.masked ? reinterpret_cast<std::uint32_t*>(bytes + plan.workspace.mask_words) : nullptr;
-    params.partial = reinterpret_cast<float*>(bytes + plan.workspace.partial);
-    params.row_lse = reinterpret_cast<float*>(bytes + plan.workspace.row_lse);
-    params.sums = reinterpret_cast<float*>(bytes + plan.workspace.sums);
+    place_workspace(params, plan.workspace, bytes);
+    take_plan(params, plan);
     params.element = Element::kFloat16;
     params.head_dim = D;
     params.batch = c.batch;
@@ -176,16 +156,10 @@ struct Layer {
     params.kv_heads = c.kv_heads;
     params.tokens = c.tokens;
     params.probes = c.probes();
-    params.rows = static_cast<int>(plan.rows);
-    params.rows_padded = static_cast<int>(plan.rows_padded);
-    params.words = static_cast<int>(plan.words);
-    params.chunk_keys = static_cast<int>(plan.chunk_keys);
-    params.splits = static_cast<int>(plan.splits);
-    params.row_splits = static_cast<int>(plan.row_splits);
     params.causal = c.causal;
     params.scale_log2 = 1.4426950408889634F / std::sqrt(static_cast<float>(D));
     params.multiprocessors = 132;
-    launch_passes_of<Passes, Token, D>(params, nullptr);
+    launch_passes_of<probe::sm80::Passes, Token, D>(params, nullptr);
     double worst = 0.0;
     for (int b = 0; b < c.batch; ++b) {
       worst = std::max(worst, score_error(b));
@@ -351,23 +325,15 @@ bool runs_hopper_code(int /*device*/) { return false; }
 }  // namespace zipvl::cuda
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? std::atoi(arguments[1]) : 10;
-  emulated::generator().seed(count > 2 ? std::atoi(arguments[2]) : 1);
-  int wrong = 0;
-  for (int i = 0; i < cases; ++i) {
+  return emulated::run_cases(count, arguments, [](emulated::Report& report) {
     Layer layer(random_case());
     const Case& c = layer.c;
     const bool probes = layer.probe_index();
     const double scores = layer.probe_scores();
     const bool selection = layer.select_tokens(), packed = layer.pack_kv();
-    const bool right = probes && scores < 1e-4 && selection && packed;
-    wrong += right ? 0 : 1;
-    std::printf(
-        "batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s: probes %d scores %.1e selection %d packed %d%s\n",
-        c.batch, c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "",
-        c.masked ? " masked" : "", probes, scores, selection, packed, right ? "" : " WRONG");
-    std::fflush(stdout);
-  }
-  std::printf("%d wrong\n", wrong);
-  return wrong == 0 ? 0 : 1;
+    report(probes && scores < 1e-4 && selection && packed,
+           "batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s: probes %d scores %.1e selection %d packed %d",
+           c.batch, c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "",
+           c.masked ? " masked" : "", probes, scores, selection, packed);
+  });
 }

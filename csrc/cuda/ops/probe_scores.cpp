@@ -9,6 +9,7 @@
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
+#include "cuda/probe_scores/planned.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
 
@@ -59,16 +60,6 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const Tensor&
   return params;
 }
 
-void take_plan(ProbeScoresParams& params, const plan::ProbeScoresCudaPlan& plan) {
-  params.rows = static_cast<int>(plan.rows);
-  params.rows_padded = static_cast<int>(plan.rows_padded);
-  params.words = static_cast<int>(plan.words);
-  params.cluster_blocks = static_cast<int>(plan.cluster_blocks);
-  params.chunk_keys = static_cast<int>(plan.chunk_keys);
-  params.splits = static_cast<int>(plan.splits);
-  params.row_splits = static_cast<int>(plan.row_splits);
-}
-
 // The device's family, where its copies can read k; null where none can.
 ProbeScoresStep::Launch launch_for(const ProbeScoresParams& params, [[maybe_unused]] int device) {
 #ifdef ZIPVL_HAS_SM90
@@ -88,17 +79,6 @@ bool takes_clusters([[maybe_unused]] ProbeScoresStep::Launch launch) {
 }
 
 }  // namespace
-
-void place_workspace(ProbeScoresParams& params, const plan::ProbeScoresWorkspace& space, unsigned char* bytes) {
-  params.probe_rows = bytes + space.probe_rows;
-  params.row_limit = reinterpret_cast<std::int32_t*>(bytes + space.row_limit);
-  params.unit_range = reinterpret_cast<std::int32_t*>(bytes + space.unit_range);
-  params.mask_words =
-      params.token_mask == nullptr ? nullptr : reinterpret_cast<std::uint32_t*>(bytes + space.mask_words);
-  params.partial = reinterpret_cast<float*>(bytes + space.partial);
-  params.row_lse = reinterpret_cast<float*>(bytes + space.row_lse);
-  params.sums = reinterpret_cast<float*>(bytes + space.sums);
-}
 
 ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
                                   std::int64_t probes, double scale, bool causal,

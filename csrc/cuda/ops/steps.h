@@ -35,9 +35,6 @@ ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Ten
                                   std::int64_t probes, double scale, bool causal,
                                   const std::optional<Tensor>& token_mask);
 
-// bytes: device memory of space.bytes bytes, aligned to 256.
-void place_workspace(ProbeScoresParams& params, const plan::ProbeScoresWorkspace& space, unsigned char* bytes);
-
 // What a device offers to select_tokens.
 plan::SelectTokensPlan select_tokens_plan(std::int64_t batch, std::int64_t tokens, int device);
 

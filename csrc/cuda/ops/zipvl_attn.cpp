@@ -6,6 +6,7 @@
 
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
+#include "cuda/probe_scores/planned.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"

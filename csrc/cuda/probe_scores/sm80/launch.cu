@@ -6,22 +6,6 @@
 #include "cuda/probe_scores/passes.h"
 
 namespace zipvl::cuda {
-namespace {
-
-struct Sm80Passes {
-  template <int HeadDim>
-  static constexpr bool kClusters = false;
-  template <typename ElementType, int HeadDim>
-  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm80::launch_first_pass<ElementType, HeadDim>(params, stream);
-  }
-  template <typename ElementType, int HeadDim>
-  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm80::launch_second_pass<ElementType, HeadDim>(params, stream);
-  }
-};
-
-}  // namespace
 
 bool probe_scores_fits_sm80(const ProbeScoresParams& params) {
   constexpr std::int64_t kPieceElements = 8;  // of the 16 bytes that cp.async copies
@@ -31,7 +15,7 @@ bool probe_scores_fits_sm80(const ProbeScoresParams& params) {
 }
 
 cudaError_t launch_probe_scores_sm80(const ProbeScoresParams& params, cudaStream_t stream) {
-  return launch_passes<Sm80Passes>(params, stream);
+  return launch_passes<probe::sm80::Passes>(params, stream);
 }
 
 }  // namespace zipvl::cuda

@@ -11,4 +11,18 @@ cudaError_t launch_first_pass(const ProbeScoresParams& params, cudaStream_t stre
 template <typename ElementType, int HeadDim>
 cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t stream);
 
+// The family, for launch_passes of passes.h.
+struct Passes {
+  template <int HeadDim>
+  static constexpr bool kClusters = false;
+  template <typename ElementType, int HeadDim>
+  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
+    return launch_first_pass<ElementType, HeadDim>(params, stream);
+  }
+  template <typename ElementType, int HeadDim>
+  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
+    return launch_second_pass<ElementType, HeadDim>(params, stream);
+  }
+};
+
 }  // namespace zipvl::cuda::probe::sm80
