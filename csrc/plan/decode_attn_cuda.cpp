@@ -16,6 +16,10 @@ std::int64_t items(const DecodeAttnCudaProblem& problem, const DecodeAttnCudaPla
   return problem.batch * problem.kv_heads * plan.head_chunks;
 }
 
+bool holds(const DecodeAttnCudaProblem& problem, std::int64_t bytes_of_warps) {
+  return bytes_of_warps + decode_shape::kBlockBytes <= problem.shared_bytes;
+}
+
 std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAttnCudaPlan& plan, std::int64_t tiles) {
   if (!problem.half_precision) {
     return "the kernels take float16 and bfloat16";
@@ -29,13 +33,17 @@ std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAtt
   if (items(problem, plan) * tiles > kMostTiles || problem.batch * problem.query_heads > kMostTiles) {
     return join("the kernels take at most ", kMostTiles, " tiles of tokens");
   }
-  if (plan.shared_bytes > problem.shared_bytes) {
+  if (!holds(problem, plan.shared_bytes)) {
     return join("the kernel needs ", plan.shared_bytes, " bytes of shared memory, the GPU has ", problem.shared_bytes);
   }
   return "";
 }
 
-void size_workspace(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan) {
+// Blocks for as many items as there are, each with `tiles` tiles, of which a block is started for `least`.
+void set_blocks(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan, std::int64_t tiles,
+                std::int64_t least) {
+  plan.blocks = static_cast<int>(
+      std::clamp<std::int64_t>(items(problem, plan) * ceil_div(tiles, least), 1, problem.multiprocessors));
   // Each step from block to block or from item to item starts one partial result.
   plan.places = plan.blocks + items(problem, plan);
   constexpr std::int64_t kFloatBytes = 4;
@@ -53,33 +61,30 @@ DecodeAttnCudaPlan common_plan(const DecodeAttnCudaProblem& problem) {
 DecodeAttnCudaPlan plan_decode_attn_cuda(const DecodeAttnCudaProblem& problem) {
   DecodeAttnCudaPlan plan = common_plan(problem);
   plan.warps = decode_shape::most_warps(problem.head_dim);
-  if (decode_shape::ring_bytes(problem.head_dim, plan.warps) > problem.shared_bytes) {
+  if (!holds(problem, plan.warps * decode_shape::warp_bytes(problem.head_dim))) {
     plan.warps /= 2;  // 8.6 and 8.9 have 99 KB
   }
-  plan.shared_bytes = decode_shape::ring_bytes(problem.head_dim, plan.warps);
+  plan.shared_bytes = plan.warps * decode_shape::warp_bytes(problem.head_dim);
   const std::int64_t tiles = ceil_div(problem.slots, decode_shape::kTileTokens);
   plan.reason = why_not_native(problem, plan, tiles);
-  const std::int64_t most = std::min<std::int64_t>(problem.multiprocessors, decode_shape::kMostBlocks);
-  plan.blocks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(items(problem, plan) * tiles, plan.warps), 1, most));
-  size_workspace(problem, plan);
+  set_blocks(problem, plan, tiles, plan.warps);
   return plan;
 }
 
 DecodeAttnCudaPlan plan_decode_attn_quantized_cuda(const DecodeAttnCudaProblem& problem,
                                                    const QuantizedSegments& segments) {
   DecodeAttnCudaPlan plan = common_plan(problem);
-  plan.warps = decode_shape::kQuantizedWarps;
-  plan.shared_bytes =
-      plan.warps * (decode_shape::quantized_query_bytes(problem.head_dim) +
-                    decode_shape::quantized_ring_bytes(problem.head_dim, segments.high_bits, segments.low_bits));
+  const std::int64_t warp_bytes =
+      decode_shape::quantized_warp_bytes(problem.head_dim, segments.high_bits, segments.low_bits);
+  plan.warps = decode_shape::quantized_warps(problem.head_dim);
+  if (!holds(problem, plan.warps * warp_bytes)) {
+    plan.warps = decode_shape::kLeastQuantizedWarps;
+  }
+  plan.shared_bytes = plan.warps * warp_bytes;
   const std::int64_t tiles =
       ceil_div(problem.slots, decode_shape::kTileTokens) + segments.high_blocks + segments.low_blocks;
   plan.reason = why_not_native(problem, plan, tiles);
-  const std::int64_t resident = std::clamp<std::int64_t>(problem.shared_bytes / plan.shared_bytes, 1,
-                                                         decode_shape::quantized_blocks(problem.head_dim));
-  const std::int64_t most = std::min<std::int64_t>(resident * problem.multiprocessors, decode_shape::kMostBlocks);
-  plan.blocks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(items(problem, plan) * tiles, plan.warps), 1, most));
-  size_workspace(problem, plan);
+  set_blocks(problem, plan, tiles, decode_shape::kLeastQuantizedWarps);
   return plan;
 }
 

@@ -19,13 +19,14 @@ def test_one_block_a_multiprocessor() -> None:
     plan = _plan.plan_decode_attn_cuda(**SIZES, **HOPPER)
     assert plan.reason == "" and (plan.blocks, plan.warps, plan.head_chunks) == (132, 8, 1)
     assert plan.places == 132 + 4 and plan.workspace_bytes == plan.places * 8 * 129 * 4
-    assert plan.shared_bytes == 8 * 2 * 16 * 128 * 4
+    assert plan.shared_bytes == 8 * (8 * (2 * 128 + 16) + 2 * 16 * 128 * 4)
 
 
 def test_short_caches_take_fewer_blocks() -> None:
-    """A block is started for a tile of 16 tokens a warp."""
+    """A block is started for a tile of 16 tokens a warp, and one at least for each of four key/value heads."""
     assert _plan.plan_decode_attn_cuda(**{**SIZES, "slots": 1024}, **HOPPER).blocks == 4 * 64 // 8
-    assert _plan.plan_decode_attn_cuda(**{**SIZES, "slots": 1}, **HOPPER).blocks == 1
+    assert _plan.plan_decode_attn_cuda(**{**SIZES, "slots": 129}, **HOPPER).blocks == 4 * 2
+    assert _plan.plan_decode_attn_cuda(**{**SIZES, "slots": 1}, **HOPPER).blocks == 4
 
 
 @pytest.mark.parametrize(("group", "chunks"), [(1, 1), (8, 1), (9, 2), (64, 8)])
@@ -77,10 +78,21 @@ def test_a_place_for_every_partial_result(
         low_bits=bits[1],
         **HOPPER,
     )
-    assert 1 <= plan.blocks <= 3 * HOPPER["multiprocessors"]
+    assert 1 <= plan.blocks <= HOPPER["multiprocessors"]
+    assert plan.blocks >= min(HOPPER["multiprocessors"], batch * kv_heads * plan.head_chunks * (slots + high + low > 0))
     assert plan.places == plan.blocks + batch * kv_heads * plan.head_chunks
     assert plan.shared_bytes <= HOPPER["shared_bytes"]
     assert (plan.reason == "") == (batch * kv_heads * plan.head_chunks * (-(-slots // 16) + high + low) < 2**31)
+
+
+def test_warps_of_quantised_segments() -> None:
+    """12 a multiprocessor (8 with 256 channels), or the least number where shared memory does not hold their rings."""
+    sizes = {**SIZES, "slots": 128, "high_blocks": 512, "low_blocks": 1536}
+    for head_dim, high_bits, warps in ((64, 8, 12), (128, 4, 12), (128, 8, 12), (256, 4, 8), (256, 8, 4)):
+        changes = {"head_dim": head_dim, "high_bits": high_bits}
+        plan = _plan.plan_decode_attn_quantized_cuda(**{**sizes, **changes}, **HOPPER)
+        assert plan.reason == "" and (plan.blocks, plan.warps) == (132, warps)
+    assert _plan.plan_decode_attn_quantized_cuda(**sizes, **SMALL).warps == 4
 
 
 def test_all_but_wide_heads_at_8_bits_fit_the_smallest_gpu() -> None:

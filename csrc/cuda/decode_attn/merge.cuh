@@ -8,27 +8,19 @@
 
 namespace zipvl::cuda::decode {
 
-// Shared memory of the merge, in floats: outputs [warps][heads][D + 4] (4: rows of heads 2 j fall on different banks),
-// maxima, sums and weights [heads][warps].
+// What a warp leaves in its own shared memory, in floats: outputs [heads][D + 4] (4: rows of heads 2 j fall on
+// different banks), then the heads' maxima and sums.
 template <int D>
 constexpr int kMergeRow = D + 4;
 template <int D>
-constexpr int merge_floats(int warps) {
-  return warps * kDecodeHeads * (kMergeRow<D> + 3);
-}
+constexpr int kMergeBytes = kDecodeHeads * (kMergeRow<D> + 2) * static_cast<int>(sizeof(float));
 
-// Every thread of the block calls; `shared` is free before and after. `place`: of the partial result.
-template <int D, int Warps>
-__device__ __forceinline__ void merge_warps(WarpState<D>& state, float* shared, const DecodePartials& partials,
-                                            std::int64_t place) {
-  constexpr int kPairs = Warps * kDecodeHeads;
-  static_assert(32 % Warps == 0);
-  constexpr unsigned kActive = kPairs < 32 ? (1U << kPairs % 32) - 1 : 0xFFFFFFFFU;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int i = lane / 4, j = lane % 4;
-  float* maxima = shared + kPairs * kMergeRow<D>;
-  float *sums = maxima + kPairs, *weights = sums + kPairs;
-  float* own = shared + warp * kDecodeHeads * kMergeRow<D>;
+// `own`: kMergeBytes of the calling warp's, which has nothing under way there. A barrier of the block must follow.
+template <int D>
+__device__ __forceinline__ void leave_state(const WarpState<D>& state, float* own) {
+  const int lane = static_cast<int>(threadIdx.x % 32), i = lane / 4, j = lane % 4;
+  float* sums = own + kDecodeHeads * kMergeRow<D>;
+  __syncwarp();
 #pragma unroll
   for (int m = 0; m < D / 16; ++m) {
 #pragma unroll
@@ -40,40 +32,49 @@ __device__ __forceinline__ void merge_warps(WarpState<D>& state, float* shared, 
   for (int h = 0; h < 2; ++h) {
     const float total = column_sum(state.sum[h]);
     if (i == 0) {
-      maxima[(2 * j + h) * Warps + warp] = state.most[h];
-      sums[(2 * j + h) * Warps + warp] = total;
+      sums[2 * j + h] = state.most[h];
+      sums[2 * j + h + kDecodeHeads] = total;
     }
   }
-  __syncthreads();
-  // What a warp's outputs of a head count: a thread a pair of them, the warps of a head side by side.
-  for (int pair = thread; pair < kPairs; pair += Warps * 32) {
-    float most = maxima[pair];
-#pragma unroll
-    for (int offset = 1; offset < Warps; offset *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(kActive, most, offset));
-    }
-    const float weight = ptx::exp2(maxima[pair] - (most == kNone ? 0.0F : most));
-    float sum = weight * sums[pair];
-#pragma unroll
-    for (int offset = 1; offset < Warps; offset *= 2) {
-      sum += __shfl_xor_sync(kActive, sum, offset);
-    }
-    weights[pair] = weight / sum;
-    if (pair % Warps == 0) {
-      partials.lse[place * kDecodeHeads + pair / Warps] = most + log2f(sum);
-    }
-  }
-  __syncthreads();
-  for (int at = thread; at < kDecodeHeads * D; at += Warps * 32) {
-    const int head = at / D, d = at % D;
-    float value = 0.0F;
+}
+
+// Writes partial result `place` of `heads` heads. Every thread of the block calls; `first`: of the first warp's shared
+// memory, `stride` floats before the next one's.
+template <int D, int Warps>
+__device__ __forceinline__ void merge_states(const float* first, int stride, int heads, const DecodePartials& partials,
+                                             std::int64_t place) {
+  constexpr int kLanes = D / 4;  // of a head, four channels each
+#pragma unroll 1
+  for (int at = static_cast<int>(threadIdx.x); at < heads * kLanes; at += Warps * 32) {
+    const int head = at / kLanes, lane = at % kLanes;
+    const float* sums = first + kDecodeHeads * kMergeRow<D> + head;
+    const float* row = first + head * kMergeRow<D> + 4 * lane;
+    float weights[Warps], most = kNone, total = 0.0F;
 #pragma unroll
     for (int w = 0; w < Warps; ++w) {
-      value += weights[head * Warps + w] * shared[(w * kDecodeHeads + head) * kMergeRow<D> + d];
+      weights[w] = sums[w * stride];
+      most = fmaxf(most, weights[w]);
     }
-    partials.out[place * kDecodeHeads * D + at] = value;
+    const float shift = most == kNone ? 0.0F : most;
+    float4 sum{};
+#pragma unroll
+    for (int w = 0; w < Warps; ++w) {
+      weights[w] = ptx::exp2(weights[w] - shift);
+      total += weights[w] * sums[w * stride + kDecodeHeads];
+      const float4 values = *reinterpret_cast<const float4*>(row + w * stride);
+      sum.x += weights[w] * values.x;
+      sum.y += weights[w] * values.y;
+      sum.z += weights[w] * values.z;
+      sum.w += weights[w] * values.w;
+    }
+    const float factor = 1.0F / total;
+    const std::int64_t row_out = place * kDecodeHeads + head;
+    reinterpret_cast<float4*>(partials.out)[row_out * kLanes + lane] = {sum.x * factor, sum.y * factor, sum.z * factor,
+                                                                        sum.w * factor};
+    if (lane == 0) {
+      partials.lse[row_out] = most + log2f(total);
+    }
   }
-  __syncthreads();
 }
 
 }  // namespace zipvl::cuda::decode

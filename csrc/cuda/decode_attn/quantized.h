@@ -25,7 +25,6 @@ struct DecodeAttnQuantizedParams {
   QuantizedSegment segments[2];
   const float* v_factor;  // [batch, kv_heads, head_dim]
   std::int64_t v_factor_stride[3];
-  int ring_bytes;  // of a warp's buffers: decode_shape::quantized_ring_bytes
 };
 
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream);

@@ -5,7 +5,10 @@
 
 #include <cstdint>
 
+#include "common/decode_shape.h"
 #include "cuda/common/quad.cuh"
+#include "cuda/decode_attn/decode_attn.h"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/exp2.cuh"
 #include "cuda/ptx/mma.cuh"
 
@@ -95,19 +98,33 @@ __device__ __forceinline__ void weights_operand(std::uint32_t (&b)[2], const flo
   b[1] = ptx::transpose_8x8(pack_pair<Element>(p[2], p[3]));
 }
 
-// Queries of a chunk of heads as B operands, channels by heads; heads past `heads` are 0. q: the first head's row.
+// Queries of up to eight heads in a warp's shared memory, a row each.
 template <typename Element, int D>
-__device__ __forceinline__ void load_queries(std::uint32_t (&b)[D / 16][2], const Element* q, std::int64_t head_stride,
-                                             int heads) {
-  const int lane = static_cast<int>(threadIdx.x % 32), i = lane / 4, j = lane % 4;
-  const Element* row = q + i * head_stride;
+struct Queries {
+  // 16 bytes more than the channels: the eight rows that ldmatrix reads at once fall on different banks.
+  static constexpr int kRowBytes = decode_shape::query_bytes(D) / kDecodeHeads;
+
+  // Starts copying rows q, q + head_stride, ...; those past `heads` become 0 and are not read.
+  static __device__ __forceinline__ void fetch(std::uint32_t target, const Element* q, std::int64_t head_stride,
+                                               int heads, int lane) {
+    constexpr int kChunks = D / 8;  // of 16 bytes in a row
 #pragma unroll
-  for (int k = 0; k < D / 16; ++k) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      b[k][half] = i < heads ? *reinterpret_cast<const std::uint32_t*>(row + 16 * k + 8 * half + 2 * j) : 0;
+    for (int at = lane; at < kDecodeHeads * kChunks; at += 32) {
+      const int head = at / kChunks, chunk = at % kChunks;
+      const bool valid = head < heads;
+      ptx::cp_async_16(target + head * kRowBytes + chunk * 16, q + (valid ? head : 0) * head_stride + chunk * 8, valid);
     }
   }
-}
+
+  // B operands, channels by heads, of channel tiles 2 pair (registers 0 and 1) and 2 pair + 1 (2 and 3).
+  static __device__ __forceinline__ void load_tiles(std::uint32_t (&b)[4], std::uint32_t rows, int pair, int lane) {
+    ptx::ldmatrix(b, rows + lane % 8 * kRowBytes + (4 * pair + lane / 8) * 16);
+  }
+  // The same by halves of a tile: channels 0 to 7 of both (registers 0 and 1), then 8 to 15 of both.
+  static __device__ __forceinline__ void load_halves(std::uint32_t (&b)[4], std::uint32_t rows, int pair, int lane) {
+    const int matrix = lane / 8;
+    ptx::ldmatrix(b, rows + lane % 8 * kRowBytes + (4 * pair + matrix % 2 * 2 + matrix / 2) * 16);
+  }
+};
 
 }  // namespace zipvl::cuda::decode

@@ -71,6 +71,7 @@ struct Launch {
     params.head_chunks = plan.head_chunks;
     params.blocks = plan.blocks;
     params.warps = plan.warps;
+    params.shared_bytes = static_cast<int>(plan.shared_bytes);
     params.scale_log2 = static_cast<float>(scale) * kLog2E;
     params.bfloat16 = q.scalar_type() == aten::ScalarType::BFloat16;
     params.dependent_launch = runs_hopper_code(q.get_device_index());
@@ -151,8 +152,6 @@ std::tuple<Tensor, Tensor> decode_attn_quantized(
   params.segments[1] = segment_of(low, low_blocks, low_bits);
   params.v_factor = v_factor.const_data_ptr<float>();
   copy_strides(v_factor, params.v_factor_stride);
-  params.ring_bytes = static_cast<int>(
-      decode_shape::quantized_ring_bytes(sizes.head_dim, static_cast<int>(high_bits), static_cast<int>(low_bits)));
   check_launch(kOp, launch_decode_attn_quantized(params, stream_of(q)));
   return launch.result();
 }

@@ -13,7 +13,11 @@
 
 namespace zipvl::cuda::decode {
 
-constexpr int kCombineThreads = 256;
+// Threads of a block. Few heads leave multiprocessors free, and every partial result is loaded at once; many are all
+// resident beside the kernel before only if they are small.
+constexpr int kCombineThreads = 256, kCombineThreadsOfMany = 128;
+constexpr int kManyHeads = 256;
+constexpr int kCombineRegisters = 64;
 
 __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
@@ -36,98 +40,106 @@ struct PlaceRange {
   int count;
 };
 
-// Every thread of a warp calls.
-template <typename Rows>
-__device__ __forceinline__ PlaceRange place_range(const Rows& tiles, int blocks, int least, const OutputHead& head) {
-  const Share share = make_share(tiles, blocks, least);
-  const std::uint32_t before = row_first(tiles, head.b);
-  const auto of_row = static_cast<std::uint32_t>(tiles.tiles(head.b));
+// Every lane of a warp calls. By the arithmetic of walk().
+template <int Least, typename Rows>
+__device__ __forceinline__ PlaceRange place_range(const Rows& rows, int blocks, const OutputHead& head) {
+  const auto counts = rows.count(head.b);
+  const auto of_row = static_cast<std::uint32_t>(rows.tiles(counts));
+  const Load load = measure(rows, counts);
+  const int of_item = blocks_of_item(rows, blocks);
+  const int item = head.b * rows.items_per_row + head.in_row;
   if (of_row == 0) {
     return {0, 0};
   }
-  const std::uint32_t first = before + static_cast<std::uint32_t>(head.in_row) * of_row;
-  const auto low = static_cast<int>(share.owner(first)), high = static_cast<int>(share.owner(first + of_row - 1));
-  return {low + static_cast<std::int64_t>(head.b) * tiles.items_per_row + head.in_row, high - low + 1};
+  if (stay_apart(load, blocks, of_item, Least)) {
+    const Shares shares(of_row, static_cast<std::uint32_t>(of_item), Least);
+    return {static_cast<std::int64_t>(item) * of_item, static_cast<int>(shares.count)};
+  }
+  const Shares shares(load.total, static_cast<std::uint32_t>(blocks), Least);
+  const std::uint32_t first = row_first(rows, head.b) + static_cast<std::uint32_t>(head.in_row) * of_row;
+  const auto low = static_cast<int>(shares.owner(first)), high = static_cast<int>(shares.owner(first + of_row - 1));
+  return {std::int64_t{low} + item, high - low + 1};
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, offset));
-  }
-  return x;
-}
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(0xFFFFFFFFU, x, offset);
-  }
-  return x;
-}
+// Rows with their log-sum-exps, summed by a thread's four channels.
+struct WeightedSum {
+  float most = kNone, total = 0.0F;
+  float4 sum{};
 
-template <typename Element, int D>
+  template <int Rows>
+  __device__ __forceinline__ void add(const float (&lse)[Rows], const float4 (&rows)[Rows]) {
+    float now = most;
+#pragma unroll
+    for (int k = 0; k < Rows; ++k) {
+      now = fmaxf(now, lse[k]);
+    }
+    const float shift = now == kNone ? 0.0F : now, factor = ptx::exp2(most - shift);
+    most = now;
+    total *= factor;
+    sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+#pragma unroll
+    for (int k = 0; k < Rows; ++k) {
+      const float weight = ptx::exp2(lse[k] - shift);
+      total += weight;
+      sum.x += weight * rows[k].x;
+      sum.y += weight * rows[k].y;
+      sum.z += weight * rows[k].z;
+      sum.w += weight * rows[k].w;
+    }
+  }
+};
+
+template <typename Element, int D, int Threads>
 __device__ __forceinline__ void combine(const PlaceRange& range, const OutputHead& head, const DecodePartials& partials,
                                         Element* out, float* lse) {
   constexpr int kLanes = D / 4;  // threads of a row, 4 channels each
-  constexpr int kGroups = kCombineThreads / kLanes;
-  constexpr int kAhead = 8;  // rows of a group that are loaded before their weights are known
-  __shared__ float4 sums[kCombineThreads];
-  __shared__ float weights[decode_shape::kMostBlocks];
+  constexpr int kGroups = Threads / kLanes;
+  constexpr int kAhead = 9;  // rows of a group loaded at once: 132 blocks for 4 heads leave 33, of 8 or 4 groups
+  __shared__ float4 sums[kGroups][kLanes];
+  __shared__ float maxima[kGroups], totals[kGroups];
   const int thread = static_cast<int>(threadIdx.x), group = thread / kLanes, lane = thread % kLanes;
-  const auto row_of = [&](int i) { return (range.first + i) * kDecodeHeads + head.in_chunk; };
-  const auto part = [&](int i) {
-    const bool valid = group < kGroups && i < range.count;
-    return valid ? *reinterpret_cast<const float4*>(partials.out + row_of(i) * D + 4 * lane) : float4{};
-  };
-  for (int i = thread; i < range.count; i += kCombineThreads) {
-    weights[i] = partials.lse[row_of(i)];
-  }
-  float4 ahead[kAhead];
+  WeightedSum mine;
+  if (group < kGroups) {
+#pragma unroll 1
+    for (int first = group; first < range.count; first += kAhead * kGroups) {
+      float lse_of[kAhead];
+      float4 rows[kAhead];
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
-    ahead[k] = part(group + k * kGroups);
-  }
-  __syncthreads();
-  // Every warp finds the maximum and the sum for itself: cheaper than another barrier.
-  float most = kNone;
-  for (int i = thread % 32; i < range.count; i += 32) {
-    most = fmaxf(most, weights[i]);
-  }
-  most = warp_max(most);
-  const float shift = most == kNone ? 0.0F : most;
-  float total = 0.0F;
-  for (int i = thread % 32; i < range.count; i += 32) {
-    total += ptx::exp2(weights[i] - shift);
-  }
-  total = warp_sum(total);
-  float4 sum{};
-  const auto add = [&](int i, const float4& values) {
-    if (i < range.count) {
-      const float weight = ptx::exp2(weights[i] - shift);
-      sum.x += weight * values.x;
-      sum.y += weight * values.y;
-      sum.z += weight * values.z;
-      sum.w += weight * values.w;
+      for (int k = 0; k < kAhead; ++k) {
+        const bool valid = first + k * kGroups < range.count;
+        const std::int64_t row = (range.first + first + k * kGroups) * kDecodeHeads + head.in_chunk;
+        lse_of[k] = valid ? partials.lse[row] : kNone;
+        rows[k] = valid ? reinterpret_cast<const float4*>(partials.out)[row * kLanes + lane] : float4{};
+      }
+      mine.add(lse_of, rows);
     }
-  };
-#pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
-    add(group + k * kGroups, ahead[k]);
+    sums[group][lane] = mine.sum;
+    if (lane == 0) {
+      maxima[group] = mine.most;
+      totals[group] = mine.total;
+    }
   }
-#pragma unroll 8
-  for (int i = group + kAhead * kGroups; i < range.count; i += kGroups) {
-    add(i, part(i));
-  }
-  sums[thread] = sum;
   __syncthreads();
   if (group == 0) {
+    float most = kNone;
 #pragma unroll
-    for (int g = 1; g < kGroups; ++g) {
-      const float4 other = sums[g * kLanes + lane];
-      sum.x += other.x;
-      sum.y += other.y;
-      sum.z += other.z;
-      sum.w += other.w;
+    for (int g = 0; g < kGroups; ++g) {
+      most = fmaxf(most, maxima[g]);
     }
-    const float factor = total > 0.0F ? 1.0F / total : 0.0F;
+    const float shift = most == kNone ? 0.0F : most;
+    float total = 0.0F;
+    float4 sum{};
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float weight = ptx::exp2(maxima[g] - shift);
+      const float4 other = sums[g][lane];
+      total += weight * totals[g];
+      sum.x += weight * other.x;
+      sum.y += weight * other.y;
+      sum.z += weight * other.z;
+      sum.w += weight * other.w;
+    }
+    const float factor = range.count > 0 ? 1.0F / total : 0.0F;
     store(out + 4 * lane, sum.x * factor);
     store(out + 4 * lane + 1, sum.y * factor);
     store(out + 4 * lane + 2, sum.z * factor);

@@ -9,26 +9,28 @@
 
 namespace zipvl::cuda::decode {
 
-template <typename Element, int D, int Warps>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ DecodeAttnParams params) {
+template <typename Element, int D, int Least, int Threads>
+__global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
+    combine_kernel(const __grid_constant__ DecodeAttnParams params) {
   ptx::let_next_kernel_start();
   const OutputHead head = output_head(params);
-  const PlaceRange range = place_range(row_tiles(params), params.blocks, Warps, head);
+  const PlaceRange range = place_range<Least>(row_tiles(params), params.blocks, head);
   ptx::wait_for_previous_kernel();
   const std::int64_t at = blockIdx.x;
-  combine<Element, D>(range, head, params.partials, static_cast<Element*>(params.out) + at * D, params.lse + at);
+  combine<Element, D, Threads>(range, head, params.partials, static_cast<Element*>(params.out) + at * D,
+                               params.lse + at);
 }
 
-template <typename Element, int D, int Warps>
-__global__ void __launch_bounds__(kCombineThreads)
+template <typename Element, int D, int Threads>
+__global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
     combine_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
   const DecodeAttnParams& attn = params.attn;
   ptx::let_next_kernel_start();
   const OutputHead head = output_head(attn);
-  const PlaceRange range = place_range(LineOfTiles(params), attn.blocks, Warps, head);
+  const PlaceRange range = place_range<decode_shape::kLeastQuantizedWarps>(LineOfTiles(params), attn.blocks, head);
   ptx::wait_for_previous_kernel();
   const std::int64_t at = blockIdx.x;
-  combine<Element, D>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
+  combine<Element, D, Threads>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
 }
 
 // One kernel of the pair. Both prefer shared memory over L1 to the full, as changing that between kernels stalls.
@@ -59,24 +61,26 @@ cudaError_t launch_one(void (*kernel)(Params), const Params& params, std::int64_
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-// `kernel` with its shared memory, then `combined`; the start of each overlaps the end of what is before it.
+// `kernel`, then the combining one; the start of each overlaps the end of what is before it.
 template <typename Params>
-cudaError_t launch_pair(void (*kernel)(Params), void (*combined)(Params), const Params& params,
-                        const DecodeAttnParams& attn, int warps, int shared, cudaStream_t stream) {
+cudaError_t launch_pair(void (*kernel)(Params), void (*of_few)(Params), void (*of_many)(Params), const Params& params,
+                        const DecodeAttnParams& attn, cudaStream_t stream) {
   if (const cudaError_t error =
-          launch_one(kernel, params, attn.blocks, warps * 32, shared, attn.dependent_launch, stream);
+          launch_one(kernel, params, attn.blocks, attn.warps * 32, attn.shared_bytes, attn.dependent_launch, stream);
       error != cudaSuccess) {
     return error;
   }
-  return launch_one(combined, params, attn.batch * attn.query_heads, kCombineThreads, 0, attn.dependent_launch, stream);
+  const std::int64_t heads = attn.batch * attn.query_heads;
+  const bool many = heads > kManyHeads;
+  return launch_one(many ? of_many : of_few, params, heads, many ? kCombineThreadsOfMany : kCombineThreads, 0,
+                    attn.dependent_launch, stream);
 }
 
 template <typename Element, int D, int Warps>
 cudaError_t launch_with_warps(const DecodeAttnParams& params, cudaStream_t stream) {
-  constexpr auto kRing = static_cast<int>(decode_shape::ring_bytes(D, Warps));
-  static_assert(kRing >= merge_floats<D>(Warps) * static_cast<int>(sizeof(float)));
-  return launch_pair(decode_attn_kernel<Element, D, Warps, decode_shape::stages(D)>, combine_kernel<Element, D, Warps>,
-                     params, params, Warps, kRing, stream);
+  return launch_pair(decode_attn_kernel<Element, D, Warps, decode_shape::stages(D)>,
+                     combine_kernel<Element, D, Warps, kCombineThreads>,
+                     combine_kernel<Element, D, Warps, kCombineThreadsOfMany>, params, params, stream);
 }
 
 template <typename Element, int D>
@@ -88,12 +92,11 @@ cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stre
 
 template <typename Element, int D>
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream) {
-  constexpr int kWarps = decode_shape::kQuantizedWarps;
-  static_assert(kWarps * decode_shape::quantized_ring_bytes(D, 2, 2) >=
-                merge_floats<D>(kWarps) * static_cast<int>(sizeof(float)));
-  return launch_pair(decode_attn_quantized_kernel<Element, D, kWarps>, combine_quantized_kernel<Element, D, kWarps>,
-                     params, params.attn, kWarps, kWarps * (decode_shape::quantized_query_bytes(D) + params.ring_bytes),
-                     stream);
+  constexpr int kMost = decode_shape::quantized_warps(D), kLeast = decode_shape::kLeastQuantizedWarps;
+  return launch_pair(params.attn.warps == kMost ? decode_attn_quantized_kernel<Element, D, kMost>
+                                                : decode_attn_quantized_kernel<Element, D, kLeast>,
+                     combine_quantized_kernel<Element, D, kCombineThreads>,
+                     combine_quantized_kernel<Element, D, kCombineThreadsOfMany>, params, params.attn, stream);
 }
 
 // The one place that names a dtype and head dim: a file each.

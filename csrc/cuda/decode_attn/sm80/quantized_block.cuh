@@ -39,6 +39,15 @@ __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::ui
   return reinterpret_cast<const std::uint32_t&>(product);
 }
 
+template <typename Element>
+__device__ __forceinline__ float2 unpack_pair(std::uint32_t x) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(x));
+  } else {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
+  }
+}
+
 // Codes of a word as the four registers of an operand. Rows 8 to 15 of it (registers 1 and 3) need no shift of their
 // own where the mantissa holds two codes: they stay where they are, kUpper times as much as they stand for.
 template <typename Element, int Bits>
@@ -101,15 +110,15 @@ struct QuantizedTile {
   // and they would be spilled.
   static __device__ __forceinline__ void hold_loads_back() { __syncwarp(); }
 
-  // Scores of all 64 tokens, base 2. queries: of channel tile k and lane l at [32 k + l].
-  static __device__ __forceinline__ void scores(float (&s)[kTokenTiles][4], const uint2* queries,
+  // Scores of all 64 tokens, base 2. queries: as fetched by Queries.
+  static __device__ __forceinline__ void scores(float (&s)[kTokenTiles][4], std::uint32_t queries,
                                                 const unsigned char* block, float scale_log2, int lane) {
     const int j = lane % 4;
     const auto* scales = reinterpret_cast<const uint4*>(block + kLayout.k_scale);
     const auto* zeros = reinterpret_cast<const uint4*>(block + kLayout.k_zero);
     const unsigned char* codes = block + kLayout.k_codes;
     // What all tokens of the block have in common: the zeros', the same in every row, and what the set bits add.
-    float common[4] = {}, set[4] = {};
+    float lower_zeros[4] = {}, upper_zeros[4] = {}, set[4] = {};
     std::uint32_t bits = Code::kBits;
     if constexpr (Code::kBits != 0) {
       bits = static_cast<std::uint32_t>(ptx::opaque(static_cast<int>(Code::kBits)));
@@ -123,16 +132,18 @@ struct QuantizedTile {
       hold_loads_back();
       const uint4 scale = scales[pair * 4 + j], zero = zeros[pair * 4 + j];
       const std::uint32_t scale_of[2][2] = {{scale.x, scale.y}, {scale.z, scale.w}};
-      const std::uint32_t zero_of[2][2] = {{zero.x, zero.y}, {zero.z, zero.w}};
       uint4 word = words(codes, lane, 2 * pair);
+      std::uint32_t q[4];
+      Queries<Element, D>::load_halves(q, queries, pair, lane);
+      // As they were loaded: rows 0 to 7 are the zeros of channels 0 to 7 of both tiles, rows 8 to 15 of 8 to 15.
+      const std::uint32_t zeros_of[4] = {zero.x, zero.y, zero.z, zero.w};
+      ptx::mma_16x8x16<Element>(lower_zeros, zeros_of, q[0], q[1]);
+      ptx::mma_16x8x16<Element>(upper_zeros, zeros_of, q[2], q[3]);
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int k = 2 * pair + odd;
-        const uint2 q = queries[32 * k + lane];
-        const std::uint32_t zero_row[4] = {zero_of[odd][0], zero_of[odd][0], zero_of[odd][1], zero_of[odd][1]};
-        ptx::mma_16x8x16<Element>(common, zero_row, q.x, q.y);
-        const std::uint32_t low = multiply_pairs<Element>(q.x, scale_of[odd][0]);
-        const std::uint32_t high = multiply_pairs<Element>(q.y, scale_of[odd][1]);
+        const std::uint32_t low = multiply_pairs<Element>(q[odd], scale_of[odd][0]);
+        const std::uint32_t high = multiply_pairs<Element>(q[odd + 2], scale_of[odd][1]);
         if (kBits != 2 && odd == 1) {
           word = words(codes, lane, k);
         }
@@ -145,6 +156,7 @@ struct QuantizedTile {
       }
     }
     const float lower = Code::kUnit * scale_log2, upper = lower / Keys::kUpper;
+    const float common[2] = {lower_zeros[0] + upper_zeros[2], lower_zeros[1] + upper_zeros[3]};
     const float shared[2] = {(common[0] - set[0] * Code::kUnit) * scale_log2,
                              (common[1] - set[1] * Code::kUnit) * scale_log2};
     const float shared_upper[2] = {(common[0] - set[0] * (Code::kUnit / Keys::kUpper)) * scale_log2,
@@ -178,9 +190,8 @@ struct QuantizedTile {
   // Scores become the weights of the value codes. They hold the tokens' scales and are float16 whatever the model's
   // dtype: they are at most the scale, which is at most 2 / 3 of the square root of the largest value.
   static __device__ __forceinline__ void weigh(std::uint32_t (&weights)[kTokenTiles][2], WarpState<D>& state,
-                                               const uint2* queries, const unsigned char* block, float scale_log2,
+                                               std::uint32_t queries, const unsigned char* block, float scale_log2,
                                                int lane) {
-    const int i = lane / 4;
     float s[kTokenTiles][4];
     scores(s, queries, block, scale_log2, lane);
     if (const int tokens = *reinterpret_cast<const int*>(block); tokens < quantized::kBlockTokens) {
@@ -188,28 +199,33 @@ struct QuantizedTile {
       for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          s[t][c] = 16 * t + i + c / 2 * 8 < tokens ? s[t][c] : kNone;
+          s[t][c] = 16 * t + lane / 4 + c / 2 * 8 < tokens ? s[t][c] : kNone;
         }
       }
     }
     state.weigh(s);
-    const auto* scales = reinterpret_cast<const Element*>(block + kLayout.v_scale);
-    const auto* zeros = reinterpret_cast<const Element*>(block + kLayout.v_zero);
+    std::uint32_t scales[kTokenTiles], zeros[kTokenTiles];
+    load_by_token(scales, block + kLayout.v_scale, lane);
+    load_by_token(zeros, block + kLayout.v_zero, lane);
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
+      const float2 scale = unpack_pair<Element>(scales[t]), zero = unpack_pair<Element>(zeros[t]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = 16 * t + i + half * 8;
-        const float zero = static_cast<float>(zeros[token]), scale = static_cast<float>(scales[token]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float& weight = s[t][2 * half + h];
-          state.offset[h] += weight * zero;
-          weight *= scale;
-        }
+      for (int h = 0; h < 2; ++h) {
+        state.offset[h] += s[t][h] * zero.x;
+        state.offset[h] += s[t][h + 2] * zero.y;
+        s[t][h] *= scale.x;
+        s[t][h + 2] *= scale.y;
       }
       weights_operand<__half>(weights[t], s[t]);
     }
+  }
+
+  // Of the 64 elements at `values`, those of tokens 16 t + i and 16 t + 8 + i: eight tokens are a row, and a transposed
+  // matrix of two rows, each four times, gives a lane the same column of both.
+  static __device__ __forceinline__ void load_by_token(std::uint32_t (&x)[kTokenTiles], const unsigned char* values,
+                                                       int lane) {
+    ptx::ldmatrix_transposed(x, ptx::shared_address(values) + (lane / 8 * 2 + lane % 2) * 16);
   }
 
   // Adds the weighted value codes, in units of 2**-24, and kValueUpper times too much of channels 16 m + 8 + i.
@@ -255,11 +271,21 @@ struct QuantizedTile {
   }
 };
 
-// Turns what the codes summed to into values. upper: how many times too large channels 16 m + 8 + i are; factor: of the
-// head's channels.
+// The factors of a head's channels, channel 32 r + lane in register r: early, so that they are there at the end.
 template <int D>
-__device__ __forceinline__ void finish_codes(WarpState<D>& state, float upper, const float* factor,
-                                             std::int64_t factor_stride, int lane) {
+__device__ __forceinline__ void load_factors(float (&factors)[D / 32], const float* factor, std::int64_t stride,
+                                             int lane) {
+#pragma unroll
+  for (int r = 0; r < D / 32; ++r) {
+    factors[r] = factor[(32 * r + lane) * stride];
+  }
+}
+
+// Turns what the codes summed to into values. upper: how many times too large channels 16 m + 8 + i are; factors: of
+// load_factors. Every lane of a warp calls.
+template <int D>
+__device__ __forceinline__ void finish_codes(WarpState<D>& state, float upper, const float (&factors)[D / 32],
+                                             int lane) {
   const int i = lane / 4;
   constexpr float kUnit = CodeElement<__half>::kUnit;
   const float units[2] = {kUnit, kUnit / upper};
@@ -267,9 +293,13 @@ __device__ __forceinline__ void finish_codes(WarpState<D>& state, float upper, c
 #pragma unroll
   for (int m = 0; m < D / 16; ++m) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      state.out[m][c] =
-          factor[(16 * m + i + c / 2 * 8) * factor_stride] * (state.out[m][c] * units[c / 2] + offset[c % 2]);
+    for (int half = 0; half < 2; ++half) {
+      const float factor = __shfl_sync(0xFFFFFFFFU, factors[m / 2], m % 2 * 16 + half * 8 + i);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& out = state.out[m][2 * half + h];
+        out = factor * (out * units[half] + offset[h]);
+      }
     }
   }
 }

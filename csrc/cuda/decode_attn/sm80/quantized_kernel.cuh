@@ -22,23 +22,26 @@ struct LineOfTiles {
         batch(static_cast<int>(all.attn.batch)),
         items_per_row(static_cast<int>(all.attn.kv_heads) * all.attn.head_chunks) {}
 
+  struct Counts {
+    int blocks[2], recent;
+  };
+
   __device__ __forceinline__ int blocks(int kind, int b) const {
     const QuantizedSegment& segment = params.segments[kind];
     return min(max(segment.blocks[b * segment.blocks_stride], 0), segment.capacity);
   }
-  __device__ __forceinline__ int recent(int b) const {
-    return params.attn.slots > 0 ? row_tiles(params.attn).count(b) : 0;
+  __device__ __forceinline__ Counts count(int b) const {
+    return {{blocks(0, b), blocks(1, b)}, params.attn.slots > 0 ? row_tiles(params.attn).count(b) : 0};
   }
-  __device__ __forceinline__ int tiles(int b) const {
-    return blocks(0, b) + blocks(1, b) + (recent(b) + kTileTokens - 1) / kTileTokens;
+  __device__ __forceinline__ int tiles(const Counts& counts) const {
+    return counts.blocks[0] + counts.blocks[1] + (counts.recent + kTileTokens - 1) / kTileTokens;
   }
 };
 
 // A warp's tiles `at`, at + Warps, ... before `end` of a segment whose first tile is at `head`. Keys and values of a
-// tile come in parts of its buffer: each is fetched anew as soon as it has been used. q: the queries, of channel tile k
-// and lane l at [32 k + l].
+// tile come in parts of its buffer: each is fetched anew as soon as it has been used. queries: the warp's.
 template <typename Tile, int Warps, int D>
-__device__ __forceinline__ void stream_segment(WarpState<D>& state, const uint2* q, unsigned char* ring,
+__device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_t queries, unsigned char* ring,
                                                const std::uint8_t* head, std::int64_t stride, int at, int end,
                                                float scale_log2) {
   constexpr int kStages = decode_shape::quantized_stages(Tile::kBits);
@@ -69,7 +72,7 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, const uint2*
     std::uint32_t weights[Tile::kTokenTiles][2];
     ptx::cp_async_wait<2 * kStages - 1>();
     __syncwarp();
-    Tile::weigh(weights, state, q, block, scale_log2, lane);
+    Tile::weigh(weights, state, queries, block, scale_log2, lane);
     __syncwarp();
     fetch_keys(slot, at + kStages * Warps);
     ptx::cp_async_wait<2 * kStages - 1>();
@@ -84,16 +87,19 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, const uint2*
 
 // What a warp attends to in a piece of the line: its tiles of all three kinds, in this order.
 template <typename Element, int D, int Warps>
-__device__ __forceinline__ void attend_piece(WarpState<D>& state, const uint2* q,
-                                             const DecodeAttnQuantizedParams& params, const LineOfTiles& line,
-                                             const Piece& piece, unsigned char* ring) {
+__device__ __forceinline__ void attend_piece(WarpState<D>& state, std::uint32_t queries,
+                                             const DecodeAttnQuantizedParams& params,
+                                             const Piece<LineOfTiles::Counts>& piece, unsigned char* ring) {
   const DecodeAttnParams& attn = params.attn;
   int at = piece.first + static_cast<int>(threadIdx.x / 32), before = 0;
-  float unit = 1.0F;
+  float unit = 1.0F, factors[D / 32];
+  load_factors<D>(factors,
+                  params.v_factor + piece.b * params.v_factor_stride[0] + piece.head * params.v_factor_stride[1],
+                  params.v_factor_stride[2], static_cast<int>(threadIdx.x % 32));
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind) {
     const QuantizedSegment& segment = params.segments[kind];
-    const int tiles = line.blocks(kind, piece.b), end = min(piece.end - before, tiles);
+    const int tiles = kind == 0 ? piece.counts.blocks[0] : piece.counts.blocks[1], end = min(piece.end - before, tiles);
     const int mine = at - before;
     if (mine < end) {
       const std::uint8_t* head = segment.packed + piece.b * segment.stride[0] + piece.head * segment.stride[1];
@@ -101,7 +107,7 @@ __device__ __forceinline__ void attend_piece(WarpState<D>& state, const uint2* q
         using Tile = decltype(tile);
         state.scale_upper(Tile::kValueUpper / unit);
         unit = Tile::kValueUpper;
-        stream_segment<Tile, Warps>(state, q, ring, head, segment.stride[2], mine, end, attn.scale_log2);
+        stream_segment<Tile, Warps>(state, queries, ring, head, segment.stride[2], mine, end, attn.scale_log2);
       };
       switch (segment.bits) {
         case 2:
@@ -119,13 +125,11 @@ __device__ __forceinline__ void attend_piece(WarpState<D>& state, const uint2* q
     before += tiles;
   }
   if (piece.first < before) {
-    finish_codes(state, unit,
-                 params.v_factor + piece.b * params.v_factor_stride[0] + piece.head * params.v_factor_stride[1],
-                 params.v_factor_stride[2], ptx::opaque(static_cast<int>(threadIdx.x % 32)));
+    finish_codes(state, unit, factors, ptx::opaque(static_cast<int>(threadIdx.x % 32)));
   }
   if (at < piece.end) {
     using Tile = KvTile<Element, D>;
-    const HeadRows<Element> rows = head_rows<Element>(attn, piece, line.recent(piece.b));
+    const HeadRows<Element> rows = head_rows<Element>(attn, piece, piece.counts.recent);
     const std::uint32_t buffer = ptx::shared_address(ring);
     const int lane = ptx::opaque(static_cast<int>(threadIdx.x % 32));
     for (; at < piece.end; at += Warps) {
@@ -135,37 +139,32 @@ __device__ __forceinline__ void attend_piece(WarpState<D>& state, const uint2* q
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncwarp();
-      std::uint32_t registers[D / 16][2];
+      std::uint32_t q[D / 32][4];
 #pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        const uint2 pair = q[32 * k + lane];
-        registers[k][0] = pair.x, registers[k][1] = pair.y;
+      for (int pair = 0; pair < D / 32; ++pair) {
+        Queries<Element, D>::load_tiles(q[pair], queries, pair, lane);
       }
-      Tile::attend(state, registers, buffer, rows.length - first, attn.scale_log2, lane);
+      Tile::attend(state, q, buffer, rows.length - first, attn.scale_log2, lane);
     }
   }
 }
 
 template <typename Element, int D, int Warps>
-__global__ void __launch_bounds__(Warps * 32, decode_shape::quantized_blocks(D))
+__global__ void __launch_bounds__(Warps * 32, 1)
     decode_attn_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
+  static_assert(decode_shape::quantized_warp_bytes(D, 2, 2) >= kMergeBytes<D>);
   extern __shared__ __align__(128) unsigned char shared[];
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();  // after the wait: what starts then reads counts that earlier kernels wrote
   const LineOfTiles line(params);
-  walk<Element, D, Warps>(
-      params.attn, line, reinterpret_cast<float*>(shared),
-      [&](WarpState<D>& state, const std::uint32_t (&q)[D / 16][2], const Piece& piece) {
+  const int warp_bytes = params.attn.shared_bytes / Warps;
+  walk<D, Warps, decode_shape::kLeastQuantizedWarps>(
+      params.attn, line, shared, warp_bytes, [&](WarpState<D>& state, const auto& piece) {
         // A warp's queries, which there are no registers for, then its ring.
-        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-        unsigned char* own = shared + warp * (decode_shape::quantized_query_bytes(D) + params.ring_bytes);
-        uint2* queries = reinterpret_cast<uint2*>(own);
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
-          queries[32 * k + lane] = {q[k][0], q[k][1]};
+        unsigned char* own = shared + threadIdx.x / 32 * warp_bytes;
+        const std::uint32_t queries = ptx::shared_address(own);
+        if (piece.first + static_cast<int>(threadIdx.x / 32) < piece.end) {
+          fetch_queries<Element, D>(queries, params.attn, piece, static_cast<int>(threadIdx.x % 32));
         }
-        attend_piece<Element, D, Warps>(state, queries, params, line, piece,
-                                        own + decode_shape::quantized_query_bytes(D));
+        attend_piece<Element, D, Warps>(state, queries, params, piece, own + decode_shape::query_bytes(D));
       });
 }
 

@@ -38,18 +38,34 @@ struct KvTile {
   // Starts copying rows [first, first + 16) of keys and values; rows past the length become zeros and are not read.
   static __device__ __forceinline__ void fetch(std::uint32_t target, const HeadRows<Element>& rows, int first,
                                                int lane) {
+    if constexpr (32 % kChunks == 0) {  // a lane has the same chunk of every row
+      constexpr int kStep = 32 / kChunks;
+      const int row = lane / kChunks, chunk = lane % kChunks;
+      const Element* k = rows.k + (first + row) * rows.k_stride + chunk * 8;
+      const Element* v = rows.v + (first + row) * rows.v_stride + chunk * 8;
 #pragma unroll
-    for (int at = lane; at < kTileTokens * kChunks; at += 32) {
-      const int row = at / kChunks, chunk = at % kChunks;
-      const bool valid = first + row < rows.length;
-      const std::int64_t source = valid ? first + row : 0;
-      ptx::cp_async_16(target + place(row, chunk), rows.k + source * rows.k_stride + chunk * 8, valid);
-      ptx::cp_async_16(target + kRowsBytes + place(row, chunk), rows.v + source * rows.v_stride + chunk * 8, valid);
+      for (int step = 0; step < kTileTokens; step += kStep) {
+        fetch_chunk(target + place(row + step, chunk), k + step * rows.k_stride, v + step * rows.v_stride,
+                    first + row + step < rows.length);
+      }
+    } else {
+#pragma unroll
+      for (int at = lane; at < kTileTokens * kChunks; at += 32) {
+        const int row = at / kChunks, chunk = at % kChunks;
+        fetch_chunk(target + place(row, chunk), rows.k + (first + row) * rows.k_stride + chunk * 8,
+                    rows.v + (first + row) * rows.v_stride + chunk * 8, first + row < rows.length);
+      }
     }
   }
 
-  // `valid`: how many of the tile's tokens there are; at least one.
-  static __device__ __forceinline__ void attend(WarpState<D>& state, const std::uint32_t (&q)[D / 16][2],
+  static __device__ __forceinline__ void fetch_chunk(std::uint32_t target, const Element* k, const Element* v,
+                                                     bool valid) {
+    ptx::cp_async_16(target, k, valid);
+    ptx::cp_async_16(target + kRowsBytes, v, valid);
+  }
+
+  // q: as of Queries::load_tiles. `valid`: how many of the tile's tokens there are; at least one.
+  static __device__ __forceinline__ void attend(WarpState<D>& state, const std::uint32_t (&q)[D / 32][4],
                                                 std::uint32_t tile, int valid, float scale_log2, int lane) {
     const int matrix = lane / 8;
     float s[1][4] = {};
@@ -57,7 +73,7 @@ struct KvTile {
     for (int k = 0; k < D / 16; ++k) {
       std::uint32_t keys[4];
       ptx::ldmatrix(keys, tile + place(lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
-      ptx::mma_16x8x16<Element>(s[0], keys, q[k][0], q[k][1]);
+      ptx::mma_16x8x16<Element>(s[0], keys, q[k / 2][k % 2 * 2], q[k / 2][k % 2 * 2 + 1]);
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) {

@@ -1,4 +1,4 @@
-// A block's share of the tiles, item by item.
+// A block's pieces, one after the other.
 #pragma once
 
 #include <cstdint>
@@ -7,52 +7,114 @@
 #include "cuda/decode_attn/merge.cuh"
 #include "cuda/decode_attn/schedule.cuh"
 #include "cuda/decode_attn/warp_state.cuh"
+#include "cuda/ptx/sync.cuh"
 
 namespace zipvl::cuda::decode {
 
-// Tiles [first, end) of batch row b and key/value head `head`.
-struct Piece {
-  int b, head, first, end;
+// Query heads [first_head, first_head + heads) of batch row b, of key/value head `head`.
+struct Item {
+  int b, in_row, head, first_head, heads;
+
+  __device__ __forceinline__ Item(const DecodeAttnParams& params, int row, int item)
+      : b(row), in_row(item), head(item / params.head_chunks) {
+    const int group = static_cast<int>(params.query_heads) / static_cast<int>(params.kv_heads);
+    const int before = (item - head * params.head_chunks) * kDecodeHeads;
+    first_head = head * group + before;
+    heads = min(group - before, kDecodeHeads);
+  }
 };
 
-// attend(state, q, piece): the calling warp's part of a piece.
-template <typename Element, int D, int Warps, typename Rows, typename Attend>
-__device__ __forceinline__ void walk(const DecodeAttnParams& params, const Rows& tiles, float* shared,
-                                     const Attend& attend) {
-  const auto block = static_cast<int>(blockIdx.x);
-  const int group = static_cast<int>(params.query_heads) / static_cast<int>(params.kv_heads);
-  const Share share = make_share(tiles, params.blocks, Warps);
-  if (block >= static_cast<int>(share.blocks)) {
-    return;
-  }
-  __shared__ volatile std::uint32_t kept[3];  // what would cost registers through attend()
-  std::uint32_t at = share.first(static_cast<std::uint32_t>(block));
-  std::uint32_t last = share.first(static_cast<std::uint32_t>(block) + 1);
-  do {
-    const RowPlace row = find_row(tiles, at);
-    const auto of_row = static_cast<std::uint32_t>(tiles.tiles(row.b));
-    const int in_row = static_cast<int>((at - row.first) / of_row);
-    const std::uint32_t first_tile = (at - row.first) % of_row, tiles_here = min(of_row - first_tile, last - at);
-    const int first = static_cast<int>(first_tile), end = static_cast<int>(first_tile + tiles_here);
-    const int head = in_row / params.head_chunks, chunk = in_row % params.head_chunks;
-    const int first_head = head * group + chunk * kDecodeHeads;
-    if (threadIdx.x == 0) {
-      kept[0] = at + tiles_here;
-      kept[1] = last;
-      kept[2] = static_cast<std::uint32_t>(block + row.b * tiles.items_per_row + in_row);
-    }
+// Tiles [first, end) of an item. Counts: of its row.
+template <typename Counts>
+struct Piece {
+  int b, head, first_head, heads, first, end;
+  Counts counts;
+};
 
-    std::uint32_t q[D / 16][2];
-    load_queries<Element, D>(
-        q, static_cast<const Element*>(params.q) + row.b * params.q_stride[0] + first_head * params.q_stride[1],
-        params.q_stride[1], group - chunk * kDecodeHeads);
+// Waits for the kernel before this one, then works. attend(state, piece): the calling warp's part of a piece; it may
+// use `warp_bytes` of `shared`, the warp's own, and leaves no copy to it under way. Least: as in Shares.
+template <int D, int Warps, int Least, typename Rows, typename Attend>
+__device__ __forceinline__ void walk(const DecodeAttnParams& params, const Rows& rows, unsigned char* shared,
+                                     int warp_bytes, const Attend& attend) {
+  // What attend() has no registers for. First what is known before any count is, a block's item if items stay apart:
+  // found while the kernel before this one ends, and through shared memory, or the compiler would find it afterwards.
+  __shared__ volatile struct Kept {
+    int b, head, first_head, heads, of_item, part, place;
+    std::uint32_t at, last;
+  } kept;
+  static_assert(sizeof(kept) <= decode_shape::kBlockBytes);
+  const auto block = static_cast<int>(blockIdx.x);
+  if (threadIdx.x == 0) {
+    const int items = rows.batch * rows.items_per_row, of_item = blocks_of_item(rows, params.blocks);
+    const int number = min(block / max(of_item, 1), items - 1), row = number / rows.items_per_row;
+    const Item item(params, row, number - row * rows.items_per_row);
+    kept.b = item.b;
+    kept.head = item.head;
+    kept.first_head = item.first_head;
+    kept.heads = item.heads;
+    kept.of_item = of_item;
+    kept.part = block - number * of_item;
+    kept.place = block;
+    kept.at = 0;
+    kept.last = 0;
+  }
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();  // after the wait: what starts then reads counts that earlier kernels wrote
+
+  Piece<typename Rows::Counts> piece{kept.b, kept.head, kept.first_head, kept.heads, 0, 0, {}};
+  piece.counts = rows.count(piece.b);
+  const int of_item = kept.of_item;
+  const Load load = measure(rows, piece.counts);
+  std::uint32_t at = 0, last = 0;  // in the line
+  if (stay_apart(load, params.blocks, of_item, Least)) {
+    const auto part = static_cast<std::uint32_t>(kept.part);
+    const Shares shares(static_cast<std::uint32_t>(rows.tiles(piece.counts)), static_cast<std::uint32_t>(of_item),
+                        Least);
+    if (part >= shares.count) {
+      return;
+    }
+    piece.first = static_cast<int>(shares.first(part));
+    piece.end = static_cast<int>(shares.first(part + 1));
+  } else {
+    const Shares shares(load.total, static_cast<std::uint32_t>(params.blocks), Least);
+    if (static_cast<std::uint32_t>(block) >= shares.count) {
+      return;
+    }
+    at = shares.first(static_cast<std::uint32_t>(block));
+    last = shares.first(static_cast<std::uint32_t>(block) + 1);
+  }
+  do {
+    if (at < last) {
+      const RowPlace row = find_row(rows, at);
+      piece.counts = rows.count(row.b);
+      const auto of_row = static_cast<std::uint32_t>(rows.tiles(piece.counts));
+      const std::uint32_t in_row = (at - row.first) / of_row, first = at - row.first - in_row * of_row;
+      const Item item(params, row.b, static_cast<int>(in_row));
+      piece = {item.b,
+               item.head,
+               item.first_head,
+               item.heads,
+               static_cast<int>(first),
+               static_cast<int>(min(of_row, first + last - at)),
+               piece.counts};
+      at += static_cast<std::uint32_t>(piece.end - piece.first);
+      __syncthreads();  // the piece before has been merged
+      if (threadIdx.x == 0) {
+        kept.heads = item.heads;
+        kept.place = block + row.b * rows.items_per_row + item.in_row;
+        kept.at = at;
+        kept.last = last;
+      }
+    }
     WarpState<D> state;
-    attend(state, q, Piece{row.b, head, first, end});
+    attend(state, piece);
+    leave_state(state, reinterpret_cast<float*>(shared + threadIdx.x / 32 * warp_bytes));
     __syncthreads();
-    at = kept[0];
-    last = kept[1];
-    // Its barriers come before the next write to `kept`.
-    merge_warps<D, Warps>(state, shared, params.partials, kept[2]);
+    at = kept.at;
+    last = kept.last;
+    merge_states<D, Warps>(reinterpret_cast<const float*>(shared), warp_bytes / static_cast<int>(sizeof(float)),
+                           kept.heads, params.partials, kept.place);
   } while (at < last);
 }
 
