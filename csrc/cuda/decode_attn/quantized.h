@@ -25,6 +25,7 @@ struct DecodeAttnQuantizedParams {
   QuantizedSegment segments[2];
   const float* v_factor;  // [batch, kv_heads, head_dim]
   std::int64_t v_factor_stride[3];
+  std::uint32_t code_bits;  // of the dtype's codes as elements; set by the launch
 };
 
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream);

@@ -93,10 +93,12 @@ cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stre
 template <typename Element, int D>
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream) {
   constexpr int kMost = decode_shape::quantized_warps(D), kLeast = decode_shape::kLeastQuantizedWarps;
+  DecodeAttnQuantizedParams with_bits = params;
+  with_bits.code_bits = CodeElement<Element>::kBits;
   return launch_pair(params.attn.warps == kMost ? decode_attn_quantized_kernel<Element, D, kMost>
                                                 : decode_attn_quantized_kernel<Element, D, kLeast>,
                      combine_quantized_kernel<Element, D, kCombineThreads>,
-                     combine_quantized_kernel<Element, D, kCombineThreadsOfMany>, params, params.attn, stream);
+                     combine_quantized_kernel<Element, D, kCombineThreadsOfMany>, with_bits, params.attn, stream);
 }
 
 // The one place that names a dtype and head dim: a file each.

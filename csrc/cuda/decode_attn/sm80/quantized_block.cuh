@@ -10,7 +10,6 @@
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/ptx/opaque.cuh"
 
 namespace zipvl::cuda::decode {
 
@@ -110,19 +109,18 @@ struct QuantizedTile {
   // and they would be spilled.
   static __device__ __forceinline__ void hold_loads_back() { __syncwarp(); }
 
-  // Scores of all 64 tokens, base 2. queries: as fetched by Queries.
+  // Scores of all 64 tokens, base 2. queries: as fetched by Queries. code_bits: Code::kBits, unknown to the compiler:
+  // of two constants it would make two instructions, one that masks and one that sets.
   static __device__ __forceinline__ void scores(float (&s)[kTokenTiles][4], std::uint32_t queries,
-                                                const unsigned char* block, float scale_log2, int lane) {
+                                                const unsigned char* block, float scale_log2, std::uint32_t code_bits,
+                                                int lane) {
     const int j = lane % 4;
     const auto* scales = reinterpret_cast<const uint4*>(block + kLayout.k_scale);
     const auto* zeros = reinterpret_cast<const uint4*>(block + kLayout.k_zero);
     const unsigned char* codes = block + kLayout.k_codes;
     // What all tokens of the block have in common: the zeros', the same in every row, and what the set bits add.
     float lower_zeros[4] = {}, upper_zeros[4] = {}, set[4] = {};
-    std::uint32_t bits = Code::kBits;
-    if constexpr (Code::kBits != 0) {
-      bits = static_cast<std::uint32_t>(ptx::opaque(static_cast<int>(Code::kBits)));
-    }
+    const std::uint32_t bits = Code::kBits == 0 ? 0 : code_bits;
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0F;
@@ -191,9 +189,9 @@ struct QuantizedTile {
   // dtype: they are at most the scale, which is at most 2 / 3 of the square root of the largest value.
   static __device__ __forceinline__ void weigh(std::uint32_t (&weights)[kTokenTiles][2], WarpState<D>& state,
                                                std::uint32_t queries, const unsigned char* block, float scale_log2,
-                                               int lane) {
+                                               std::uint32_t code_bits, int lane) {
     float s[kTokenTiles][4];
-    scores(s, queries, block, scale_log2, lane);
+    scores(s, queries, block, scale_log2, code_bits, lane);
     if (const int tokens = *reinterpret_cast<const int*>(block); tokens < quantized::kBlockTokens) {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {

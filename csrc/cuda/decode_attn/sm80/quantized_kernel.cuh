@@ -43,7 +43,7 @@ struct LineOfTiles {
 template <typename Tile, int Warps, int D>
 __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_t queries, unsigned char* ring,
                                                const std::uint8_t* head, std::int64_t stride, int at, int end,
-                                               float scale_log2) {
+                                               float scale_log2, std::uint32_t code_bits) {
   constexpr int kStages = decode_shape::quantized_stages(Tile::kBits);
   // Opaque: or what is computed from it, for every number of bits, is computed before the first piece, and spilled.
   const int lane = ptx::opaque(static_cast<int>(threadIdx.x % 32));
@@ -72,7 +72,7 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_
     std::uint32_t weights[Tile::kTokenTiles][2];
     ptx::cp_async_wait<2 * kStages - 1>();
     __syncwarp();
-    Tile::weigh(weights, state, queries, block, scale_log2, lane);
+    Tile::weigh(weights, state, queries, block, scale_log2, code_bits, lane);
     __syncwarp();
     fetch_keys(slot, at + kStages * Warps);
     ptx::cp_async_wait<2 * kStages - 1>();
@@ -107,7 +107,8 @@ __device__ __forceinline__ void attend_piece(WarpState<D>& state, std::uint32_t 
         using Tile = decltype(tile);
         state.scale_upper(Tile::kValueUpper / unit);
         unit = Tile::kValueUpper;
-        stream_segment<Tile, Warps>(state, queries, ring, head, segment.stride[2], mine, end, attn.scale_log2);
+        stream_segment<Tile, Warps>(state, queries, ring, head, segment.stride[2], mine, end, attn.scale_log2,
+                                    params.code_bits);
       };
       switch (segment.bits) {
         case 2:
