@@ -87,6 +87,17 @@ def test_many_ragged_rows() -> None:
     check(*case(70, 6, 2, 200, 64, torch.bfloat16), [min(n, 200) for n in lengths])
 
 
+@pytest.mark.parametrize(
+    ("B", "Hq", "Hkv", "S"), [(1, 7, 1, 30000), (2, 14, 2, 9000), (5, 64, 32, 300), (33, 28, 4, 600)]
+)
+def test_rows_of_about_the_same_length(B: int, Hq: int, Hkv: int, S: int) -> None:
+    """Items with blocks of their own and, on 132 multiprocessors, more items than that; more partial results of a head
+    than are loaded at once, and more heads than have large combining blocks."""
+    q, k, v = case(B, Hq, Hkv, S, 128, torch.bfloat16)
+    check(q, k, v, [S] * B)
+    check(q, k, v, [S - 7 * b % 20 for b in range(B)])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [None, 0.9, 0.0, -0.3])
 def test_layouts_and_scales(scale: float | None, layout: str) -> None:
