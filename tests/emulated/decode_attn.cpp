@@ -96,6 +96,7 @@ struct Call {
     params.head_chunks = plan.head_chunks;
     params.blocks = plan.blocks;
     params.warps = plan.warps;
+    params.shared_bytes = static_cast<int>(plan.shared_bytes);
     params.scale_log2 = 1.4426950408889634F / std::sqrt(static_cast<float>(D));
   }
 
@@ -244,7 +245,6 @@ double decode_quantized(const Shape& shape) {
   params.v_factor_stride[0] = shape.kv_heads * D;
   params.v_factor_stride[1] = D;
   params.v_factor_stride[2] = 1;
-  params.ring_bytes = static_cast<int>(decode_shape::quantized_ring_bytes(D, high.bits, low.bits));
   decode::launch_decode_attn_quantized<Element, D>(params, nullptr);
   return call.error([&](int b, int h) {
     std::pair<Rows, Rows> tokens;
