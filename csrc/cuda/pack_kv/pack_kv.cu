@@ -49,8 +49,9 @@ __device__ void read_index(int (&entry)[kRowsInFlight], const PackKvParams& para
 template <typename Vector>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     pack_kv_kernel(const __grid_constant__ PackKvParams params, int lanes, int row_vectors) {
-  ptx::let_next_kernel_start();
+  // In this order: once the next kernel starts, whatever came before this one is done and may be read.
   ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   const int rows_at_once = kThreads / lanes, lane = threadIdx.x % lanes, first = threadIdx.x / lanes;
   const int tile_rows = rows_at_once * kRowsInFlight;
   for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {

@@ -77,10 +77,12 @@ __device__ void add_key(std::uint32_t key, const Cut& cut, int shift, MassBins* 
 __device__ inline int shift_of(const Cut& cut) { return max(0, 32 - __clz(cut.span) - kBinBits); }
 
 // Narrows the cut to one key: level by level over the block's keys while they are many, then over a list of all blocks'
-// candidates, and once those are few by comparing each with each. The bins are empty before, and after.
+// candidates, which saves meetings, and once those are few by comparing each with each. A block alone meets nobody, and
+// lists no more than it compares: its threads list one after the other. The bins are empty before, and after.
 template <bool kMass, int kItems, typename Team>
 __device__ Cut resolve(Team& team, const std::uint32_t (&keys)[kItems], Cut cut, MassBins* mass, Shared& shared) {
-  while (cut.span > 0 && cut.inside > kMostListed) {
+  const std::uint32_t most_listed = team.size() > 1 ? kMostListed : kMostPaired;
+  while (cut.span > 0 && cut.inside > most_listed) {
     const int shift = shift_of(cut);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {

@@ -74,7 +74,8 @@ __device__ __forceinline__ void consume(const AttnParams& params, SharedStorage<
         const std::int64_t token =
             params.all_queries
                 ? place
-                : min(max(params.index[tile.batch * params.index_stride[0] + place * params.index_stride[1]], 0),
+                : min(max(__ldcg(params.index + tile.batch * params.index_stride[0] + place * params.index_stride[1]),
+                          0),
                       params.tokens - 1);
         places.output[i] =
             ((tile.batch * static_cast<std::int64_t>(params.tokens) + token) * params.query_heads + tile.head) *
@@ -100,6 +101,9 @@ __device__ __forceinline__ void consume(const AttnParams& params, SharedStorage<
   }
 }
 
+// Launched right after pack_kv, which lets it start once all kernels before pack_kv itself are done: only the packed
+// keys and values are waited for. What those kernels wrote is read past the first-level cache, which may still hold
+// what was there before.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     sparse_attn_sm90(const __grid_constant__ AttnParams params, const __grid_constant__ CUtensorMap k_map,
@@ -112,7 +116,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::tma_prefetch(&k_map);
     ptx::tma_prefetch(&v_map);
   }
-  ptx::wait_for_previous_kernel();
   if (threadIdx.x / kWarpThreads == 1) {
     constexpr int kKeyBytes = 2 * Traits::kHeadDim * sizeof(typename Traits::Element);
     make_tile_table<Traits::kBlockM>(params, shared.table, kKeyBytes, threadIdx.x % kWarpThreads);

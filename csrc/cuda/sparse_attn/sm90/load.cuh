@@ -6,6 +6,7 @@
 
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
 
@@ -17,6 +18,7 @@ __device__ __forceinline__ void load_keys_values(const AttnParams& params, const
                                                  const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
   constexpr int kBlockN = Traits::kBlockN;
   StageParity k_parity, v_parity;
+  ptx::wait_for_previous_kernel();  // it packs what is loaded here
   const auto load = [&](const CUtensorMap* map, typename Traits::Element* target, std::uint64_t* full,
                         std::uint64_t* empty, StageParity& parity, int stage, const Tile& tile, int block) {
     ptx::mbarrier_wait(&empty[stage], parity.of(stage) ^ 1);
@@ -68,7 +70,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
       const int row = tile.block * Traits::kBlockM + warp * kRows + i * kWarpThreads + lane;
       position[i] = 0;
       if (row < rows) {
-        position[i] = params.all_queries ? row : min(max(index[row * params.index_stride[1]], 0), params.tokens - 1);
+        position[i] = params.all_queries ? row : min(max(__ldcg(index + row * params.index_stride[1]), 0), params.tokens - 1);
       }
     }
     ptx::mbarrier_wait(&shared.q_empty[place.stage], place.parity ^ 1);
@@ -96,7 +98,7 @@ __device__ __forceinline__ int places_before(const std::int32_t* index, std::int
   while (low < high) {
     const int step = (high - low + kWarpThreads - 1) / kWarpThreads;
     const int probe = low + lane * step + step - 1;
-    const bool before = probe < high && index[probe * stride] < token;
+    const bool before = probe < high && __ldcg(index + probe * stride) < token;
     low += __popc(__ballot_sync(0xFFFFFFFFU, before)) * step;
     high = min(low + step - 1, high);
   }
@@ -126,7 +128,7 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
     for (int first = begin; first < end; first += kWarpThreads) {
       // At most 32 places name one of these tokens, and they follow each other.
       const bool there = place + lane < count;
-      const int token = there ? index[(place + lane) * params.index_stride[1]] : 0;
+      const int token = there ? __ldcg(index + (place + lane) * params.index_stride[1]) : 0;
       const bool passed = there && token < first + kWarpThreads;
       const unsigned named = passed && token >= first ? 1U << (token - first) : 0;
       const unsigned selected_here = __reduce_or_sync(0xFFFFFFFFU, named);

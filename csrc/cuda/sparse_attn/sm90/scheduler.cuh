@@ -14,7 +14,7 @@ struct Tile {
 
 // Selected tokens of a batch row, whatever stands in `count`.
 __device__ __forceinline__ int selected(const AttnParams& params, int batch) {
-  return min(max(params.count[batch * params.count_stride], 0), params.tokens);
+  return min(max(__ldcg(params.count + batch * params.count_stride), 0), params.tokens);
 }
 
 __device__ __forceinline__ int query_rows(const AttnParams& params, int batch) {
@@ -121,7 +121,8 @@ __device__ __forceinline__ KeyRange keys_seen(const AttnParams& params, const Ti
     return {min(begin + row + 1, count), min(begin + BlockM, count)};
   }
   const std::int32_t* seen = params.seen + static_cast<std::int64_t>(tile.batch) * params.tokens;
-  return {seen[min(begin + row, params.tokens - 1)], seen[min(begin + BlockM, params.tokens) - 1]};
+  return {__ldcg(seen + min(begin + row, params.tokens - 1)),
+          __ldcg(seen + min(begin + BlockM, params.tokens) - 1)};
 }
 
 }  // namespace zipvl::cuda::attn::sm90
