@@ -1,7 +1,8 @@
 """Compiles the CUDA library for every architecture and checks what came out; needs nvcc, no GPU.
 
 Checked: every symbol the library needs is in torch (a CPU torch lacks a known few); it holds machine code for every
-architecture asked for and PTX for later ones; no kernel spills registers or has a stack frame.
+architecture asked for and PTX for later ones; no kernel but those of ``SPILLS`` spills registers or has a stack frame
+beyond the return address of a function that it calls.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ BUILD = ROOT / "build" / "cuda-check"
 ARCHS = os.environ.get("ZIPVL_CUDA_ARCHS", "80;90a")
 # The shims of torch/csrc/inductor/aoti_torch/c/shim.h that exist where torch was built with CUDA.
 OF_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
+# Part of a kernel's name, and the bytes of its stack frame at most. select_tokens with 16,384 tokens a block, which is for
+# inputs beyond 262,144 tokens or without clusters: the keys of a thread are 64 of its 128 registers.
+SPILLS = {"by_blockILi32E": 64, "by_gridILi32E": 64}
+RETURN_ADDRESS = 8  # bytes
 _KERNEL = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'")
+_PROPERTIES = re.compile(r"Function properties for (?P<name>\S+)")
 _FRAME = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 
@@ -50,9 +56,13 @@ def resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
     """``{(kernel, architecture): {registers, stack, stores, loads}}`` out of ``ptxas -v``."""
     kernels: dict[tuple[str, str], dict[str, int]] = {}
     current: dict[str, int] = {}
+    kernel = ""
     for line in log.splitlines():
         if found := _KERNEL.search(line):
-            current = kernels.setdefault((found["name"], found["arch"]), {})
+            kernel = found["name"]
+            current = kernels.setdefault((kernel, found["arch"]), {})
+        elif found := _PROPERTIES.search(line):  # of the kernel, then of the functions that it calls
+            current = current if found["name"] == kernel else {}
         for pattern in (_FRAME, _USED):
             if found := pattern.search(line):
                 current.update({name: int(value) for name, value in found.groupdict().items()})
@@ -99,10 +109,12 @@ def main() -> None:
     for (name, arch), used in sorted(kernels.items()):
         print(f"{arch:8} {used['registers']:4} registers  {used['stack']:5} B stack  "
               f"{used['stores'] + used['loads']:5} B spilled  {name}")  # fmt: skip
-        spilled |= used["stack"] + used["stores"] + used["loads"] > 0
+        allowed = max((size for part, size in SPILLS.items() if part in name), default=RETURN_ADDRESS)
+        may_spill = allowed > RETURN_ADDRESS
+        spilled |= used["stack"] > allowed or (used["stores"] + used["loads"] > 0 and not may_spill)
     if spilled:
         sys.exit("cuda-check: a kernel spills registers or keeps a stack frame")
-    print(f"cuda-check: {len(kernels)} kernel builds, no spills")
+    print(f"cuda-check: {len(kernels)} kernel builds, none with spills that it should not have")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ struct ZipvlAttnWorkspace {
   // Until index and count are written:
   std::int64_t probe_index;              // [B, P] int32
   std::int64_t keep_from;                // [B] int32
-  std::int64_t accumulated, normalized;  // [B, N] float32
+  std::int64_t accumulated, normalized;  // [B, N] float32; unused where the selection reads sums
   std::int64_t probe_scores;             // ProbeScoresWorkspace
   std::int64_t select_tokens;            // SelectTokensPlan's
   // From then on:
@@ -31,7 +31,8 @@ struct ZipvlAttnWorkspace {
 };
 
 struct ZipvlAttnPlan {
-  bool native;  // every step has a kernel
+  bool native;        // every step has a kernel
+  bool selects_sums;  // the selection makes the scores of the sums that probe_scores' one kernel leaves
   ZipvlAttnWorkspace workspace;
   std::int64_t selection_bytes, attention_bytes;  // of the two phases that share the workspace
 

@@ -179,6 +179,7 @@ PYBIND11_MODULE(_plan, m) {
 
   py::class_<ZipvlAttnPlan>(m, "ZipvlAttnPlan")
       .def_readonly("native", &ZipvlAttnPlan::native)
+      .def_readonly("selects_sums", &ZipvlAttnPlan::selects_sums)
       .def_readonly("selection_bytes", &ZipvlAttnPlan::selection_bytes)
       .def_readonly("attention_bytes", &ZipvlAttnPlan::attention_bytes)
       .def_property_readonly("workspace_bytes", [](const ZipvlAttnPlan& plan) { return plan.workspace.bytes; })

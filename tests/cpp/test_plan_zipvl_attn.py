@@ -30,12 +30,14 @@ def sizes(tokens: int, **changes: Any) -> dict[str, int]:
     select = _plan.plan_select_tokens(
         batch=B, tokens=tokens, multiprocessors=132, shared_bytes=232448, clusters=shape.get("hopper", True)
     )
+    clustered = scores.cluster_blocks > 0 and select.team == _plan.SelectTeam.BLOCK
+    summed = clustered and 4 * Hkv * scores.row_splits * tokens <= 160 * 1024
     packed = 0 if shape["returns_packed"] or not shape.get("hopper", True) else 2 * B * Hkv * tokens * D
     return {
         "probe_index": 4 * B * P,
         "keep_from": 4 * B,
-        "accumulated": 4 * B * tokens,
-        "normalized": 4 * B * tokens,
+        "accumulated": 0 if summed else 4 * B * tokens,
+        "normalized": 0 if summed else 4 * B * tokens,
         "probe_scores": scores.workspace_bytes,
         "select_tokens": select.workspace_bytes,
         "k_packed": packed,
@@ -61,6 +63,7 @@ def test_parts_do_not_overlap_within_a_phase(tokens: int, changes: dict[str, Any
     plan = _plan.plan_zipvl_attn(**LONGVA | changes, tokens=tokens)
     need = sizes(tokens, **changes)
     assert plan.native
+    assert plan.selects_sums == (need["accumulated"] == 0)
     for phase, end in ((SELECTION, plan.selection_bytes), (ATTENTION, plan.attention_bytes)):
         begins = [plan.offsets[name] for name in phase]
         assert begins[0] == 0 and all(begin % 256 == 0 for begin in begins)
@@ -76,6 +79,27 @@ def test_the_phases_share_their_bytes() -> None:
     assert returned.attention_bytes == 0 and returned.workspace_bytes == plan.selection_bytes
 
 
+@pytest.mark.parametrize(
+    ("changes", "selects_sums"),
+    [
+        ({"tokens": 128}, False),  # one block's keys: no cluster
+        ({"tokens": 129}, True),
+        ({"tokens": 2048}, True),
+        ({"tokens": 2048, "batch": 16, "masked": True}, True),
+        ({"tokens": 4096}, False),  # more sums than one block should read
+        ({"tokens": 4096, "query_heads": 8, "kv_heads": 8}, True),
+        ({"tokens": 4097, "query_heads": 8, "kv_heads": 8}, False),  # no one kernel for both passes
+        ({"tokens": 2048, "hopper": False}, False),
+        ({"tokens": 2048, "query_heads": 32, "kv_heads": 32}, False),  # more clusters than the chip holds
+    ],
+    ids=str,
+)
+def test_when_the_selection_reads_the_probes_sums(changes: dict[str, int], selects_sums: bool) -> None:
+    plan = _plan.plan_zipvl_attn(**LONGVA | changes)
+    assert plan.selects_sums == selects_sums
+    assert ("selection from the probes' sums" in str(plan)) == selects_sums
+
+
 def test_steps_without_a_kernel() -> None:
     for changes in ({"half_precision": False}, {"head_dim": 80}, {"hopper": False, "shared_bytes": 1024}):
         plan = _plan.plan_zipvl_attn(**LONGVA | changes, tokens=100000)
@@ -83,8 +107,8 @@ def test_steps_without_a_kernel() -> None:
 
 
 def test_printed() -> None:
-    assert str(_plan.plan_zipvl_attn(**LONGVA, tokens=4096)).startswith(
-        "zipvl_attn on CUDA: 8388608 bytes of workspace"
+    assert str(_plan.plan_zipvl_attn(**LONGVA, tokens=2048)).startswith(
+        "zipvl_attn on CUDA: selection from the probes' sums; 4194304 bytes of workspace"
     )
 
 

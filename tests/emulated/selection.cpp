@@ -1,8 +1,10 @@
 // The portable kernels before the attention on a CPU: probe_index, probe_scores (mma.sync), select_tokens by one block
-// a row, and pack_kv, each on what the one before it gave, against float64 or exactly.
+// a row, by their scores and by their sums, and pack_kv, each on what the one before it gave, against float64 or
+// exactly.
 //
 //   selection CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "cuda/select_tokens/select_tokens.cu"
+#include "cuda/select_tokens/sm90/select_sums.cu"
 
 #include <cuda_fp16.h>
 
@@ -71,6 +73,8 @@ struct Layer {
   std::vector<std::int32_t> probes;
   std::vector<float> accumulated, normalized;
   std::vector<std::int32_t> index, count;
+  std::vector<unsigned char> workspace;
+  ProbeScoresParams scores{};
 
   explicit Layer(const Case& of) : c(of), mask(new bool[c.batch * c.tokens]) {
     const auto fill = [](std::vector<Token>& rows, std::size_t size) {
@@ -127,10 +131,10 @@ struct Layer {
     normalized.assign(c.batch * c.tokens, NAN);
     const auto plan = plan::plan_probe_scores_cuda(
         {c.batch, c.query_heads, c.kv_heads, c.tokens, c.probes(), D, c.masked, /*clusters=*/false});
-    std::vector<unsigned char> workspace(plan.workspace.bytes + 256, 0xFF);
+    workspace.assign(plan.workspace.bytes + 256, 0xFF);
     auto* bytes =
         reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(workspace.data()) + 255) / 256 * 256);
-    ProbeScoresParams params{};
+    ProbeScoresParams& params = scores;
     params.q = q.data();
     params.k = k.data();
     const std::int64_t heads[] = {c.query_heads, c.kv_heads};
@@ -231,7 +235,12 @@ struct Layer {
     params.blocks_per_row = 1;
     params.tokens_per_block = 4096;
     launch_select_tokens(params, nullptr);
-    bool right = true;
+    std::vector<std::int32_t> of_sums(index.size(), -7), count_of_sums(count.size(), -7);
+    params.budget_score = params.rank_score = nullptr;
+    params.index = of_sums.data();
+    params.count = count_of_sums.data();
+    launch_select_sums(params, scores, nullptr);
+    bool right = of_sums == index && count_of_sums == count;
     for (int b = 0; b < c.batch; ++b) {
       right = right && selected_rightly(b);
     }

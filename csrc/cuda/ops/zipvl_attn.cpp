@@ -73,8 +73,10 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   scores.probe_index = draw.out;
   scores.probe_stride[0] = call.num_recent + call.num_random;
   scores.probe_stride[1] = 1;
-  scores.accumulated = row(at.accumulated);
-  scores.normalized = row(at.normalized);
+  if (!steps.plan.selects_sums) {
+    scores.accumulated = row(at.accumulated);
+    scores.normalized = row(at.normalized);
+  }
   place_workspace(scores, steps.scores.plan.workspace, space + at.probe_scores);
   check_launch(call.op, steps.scores.launch(scores, stream));
 
@@ -89,6 +91,12 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   select.index = result.index.mutable_data_ptr<std::int32_t>();
   select.count = result.count.mutable_data_ptr<std::int32_t>();
   select.workspace = steps.select.workspace_bytes > 0 ? space + at.select_tokens : nullptr;
+#ifdef ZIPVL_HAS_SM90
+  if (steps.plan.selects_sums) {
+    check_launch(call.op, launch_select_sums(select, scores, stream));
+    return;
+  }
+#endif
   check_launch(call.op, launch_select_tokens(select, steps.select.team, stream));
 }
 

@@ -13,7 +13,7 @@ cudaError_t launch_passes_of(const ProbeScoresParams& params, cudaStream_t strea
   if constexpr (Passes::template kClusters<HeadDim>) {
     if (params.cluster_blocks > 0) {
       const cudaError_t error = Passes::template both<ElementType, HeadDim>(params, stream);
-      return error != cudaSuccess ? error : launch_finish_scores(params, stream);
+      return error != cudaSuccess || params.accumulated == nullptr ? error : launch_finish_scores(params, stream);
     }
   }
   if (const cudaError_t error = launch_gather_rows(params, stream); error != cudaSuccess) {

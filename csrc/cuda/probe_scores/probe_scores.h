@@ -22,8 +22,9 @@ struct ProbeScoresParams {
   std::int64_t probe_stride[2];     // in elements
   const bool* token_mask;           // [batch, tokens], or null: every token is real
   std::int64_t mask_stride[2];      // in elements
-  float* accumulated;               // [batch, tokens], contiguous
-  float* normalized;                // [batch, tokens], contiguous
+  // [batch, tokens], contiguous; or null where cluster_blocks > 0: the sums are all that is wanted
+  float* accumulated;
+  float* normalized;  // [batch, tokens], contiguous
 
   // Workspace, each aligned to 256 bytes and contiguous (plan/probe_scores_cuda.h). One kernel for both passes has only
   // `sums`.

@@ -5,6 +5,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/probes.cuh"
+#include "cuda/probe_scores/scores.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
 #include "cuda/ptx/sync.cuh"
 
@@ -19,7 +20,6 @@ constexpr int kWordsPerWarp = 8;  // of the packed mask
 constexpr int kWordsPerBlock = kWarps * kWordsPerWarp;
 constexpr int kCombineGroups = 8;  // threads that share a row's partial sums
 constexpr int kCombineRows = kThreads / kCombineGroups;
-constexpr int kPartsAtOnce = 16;  // loads of a token's sums under way: as many as 28/4 heads have at 4,096 tokens
 
 struct GatherRoles {
   int gather_blocks, limit_blocks, mask_blocks_each;
@@ -165,25 +165,6 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParam
   params.row_lse[head * params.rows_padded + row] = log_sum_exp(base_of(stats.max, params.scale_log2), stats.sum, sees);
 }
 
-// A token's weights, the parts of every head added up in their order.
-__device__ __forceinline__ float sum_of_parts(const ProbeScoresParams& params, int b, int token) {
-  const int parts = params.kv_heads * params.row_splits;
-  const float* sums = params.sums + static_cast<std::int64_t>(b) * parts * params.tokens + token;
-  float total = 0.0F;
-  for (int first = 0; first < parts; first += kPartsAtOnce) {
-    float part[kPartsAtOnce];
-#pragma unroll
-    for (int i = 0; i < kPartsAtOnce; ++i) {
-      part[i] = first + i < parts ? sums[static_cast<std::int64_t>(first + i) * params.tokens] : 0.0F;
-    }
-#pragma unroll
-    for (int i = 0; i < kPartsAtOnce; ++i) {
-      total += part[i];
-    }
-  }
-  return total;
-}
-
 // A block takes 256 tokens of one batch row, a thread each.
 __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresParams params, int blocks_each) {
   __shared__ std::int32_t near_limit[kMostProbes];
@@ -203,7 +184,9 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
       static_cast<int>(threadIdx.x) < params.probes ? limit_of(params, probe_position(params, b, threadIdx.x)) : -1;
   const bool real = valid && (params.token_mask == nullptr ||
                               params.token_mask[b * params.mask_stride[0] + token * params.mask_stride[1]]);
-  const float sum = valid ? sum_of_parts(params, b, token) : 0.0F;
+  const int parts = params.kv_heads * params.row_splits;
+  const float* sums = params.sums + static_cast<std::int64_t>(b) * parts * params.tokens + token;
+  const float sum = valid ? sum_of_parts(sums, parts, params.tokens) : 0.0F;
   // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
   if (limit >= first && limit < first + kThreads - 1) {
     near_limit[atomicAdd(&near_count, 1)] = limit;
@@ -218,10 +201,10 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
   if (!real) {
     viewers = 0;
   }
-  const float total = viewers > 0 ? sum / static_cast<float>(params.query_heads) : 0.0F;
+  const TokenScores scores = scores_of(sum, viewers, params.query_heads);
   const std::int64_t at = static_cast<std::int64_t>(b) * params.tokens + token;
-  params.accumulated[at] = total;
-  params.normalized[at] = viewers > 0 ? total / static_cast<float>(viewers) : 0.0F;
+  params.accumulated[at] = scores.accumulated;
+  params.normalized[at] = scores.normalized;
 }
 
 int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }

@@ -60,60 +60,84 @@ __device__ inline bool aligned(const void* row, std::int64_t stride, int bytes) 
   return stride == 1 && reinterpret_cast<std::uintptr_t>(row) % bytes == 0;
 }
 
+// Scores as they are given.
+struct GivenScores {
+  static constexpr bool kSigned = true;
+
+  const float *budget, *rank;
+  std::int64_t budget_stride, rank_stride;
+  bool budget_vectors, rank_vectors;
+
+  __device__ GivenScores(const SelectTokensParams& params, std::int64_t b)
+      : budget(params.budget_score + b * params.budget_stride[0]),
+        rank(params.rank_score + b * params.rank_stride[0]),
+        budget_stride(params.budget_stride[1]),
+        rank_stride(params.rank_stride[1]),
+        budget_vectors(aligned(budget, budget_stride, 16)),
+        rank_vectors(aligned(rank, rank_stride, 16)) {}
+
+  // The bits of the scores of the tokens before `tokens` among the block's, the first of which is `first`.
+  template <int kItems>
+  __device__ void load(Keys<kItems>& keys, int first, int tokens) const {
+#pragma unroll
+    for (int quad = 0; quad < kItems / 4; ++quad) {
+      const int n = first + Keys<kItems>::place(quad);
+      load_scores(keys.budget + 4 * quad, budget, budget_stride, budget_vectors, n, tokens);
+      load_scores(keys.rank + 4 * quad, rank, rank_stride, rank_vectors, n, tokens);
+    }
+  }
+};
+
 // What a lane knows of its tokens.
 struct Seen {
   std::uint32_t flags;  // bit i: bin kNotFiniteBin + i counts it
   std::uint32_t real;   // tokens
 };
 
-constexpr std::uint32_t kAllReal = 0x01010101U;  // of a quad
+// Four masks, a byte each, as a bit each.
+__device__ inline std::uint32_t bits_of(std::uint32_t bytes) { return (bytes * 0x01020408U) >> 24 & 15U; }
 
 // The keys of the block's tokens, the first of which is `first`; clear() runs while scores are on their way.
-template <int kItems, typename Clear>
-__device__ Seen load(Keys<kItems>& keys, const SelectTokensParams& params, std::int64_t b, int first,
-                     const Clear& clear) {
-  const float* budget = params.budget_score + b * params.budget_stride[0];
-  const float* rank = params.rank_score + b * params.rank_stride[0];
+template <int kItems, typename Scores, typename Clear>
+__device__ Seen load(Keys<kItems>& keys, const Scores& scores, const SelectTokensParams& params, std::int64_t b,
+                     int first, const Clear& clear) {
+  static_assert(kItems <= 32, "a bit a token");
   const bool* real_mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
   const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];
-  const bool budget_vectors = aligned(budget, params.budget_stride[1], 16);
-  const bool rank_vectors = aligned(rank, params.rank_stride[1], 16);
   const bool real_vectors = aligned(real_mask, params.mask_stride[1], 4);
   const bool keep_vectors = aligned(keep_mask, params.keep_stride[1], 4);
   const int keep_from = params.keep_from == nullptr ? params.tokens : params.keep_from[b];
-  std::uint32_t real[kItems / 4], kept[kItems / 4];
+  std::uint32_t all_real = 0, all_kept = 0;  // a bit a token
+  scores.load(keys, first, params.tokens);
 #pragma unroll
   for (int quad = 0; quad < kItems / 4; ++quad) {
     const int n = first + Keys<kItems>::place(quad);
-    load_scores(keys.budget + 4 * quad, budget, params.budget_stride[1], budget_vectors, n, params.tokens);
-    load_scores(keys.rank + 4 * quad, rank, params.rank_stride[1], rank_vectors, n, params.tokens);
-    const int there = min(max(params.tokens - n, 0), 4);
-    real[quad] = there == 4 ? kAllReal : kAllReal & ((1U << (8 * there)) - 1U);
-    kept[quad] = 0;
+    std::uint32_t real = (1U << min(max(params.tokens - n, 0), 4)) - 1U, kept = 0;
     if (real_mask != nullptr) {
-      real[quad] = load_masks(real_mask, params.mask_stride[1], real_vectors, n, params.tokens);
+      real = bits_of(load_masks(real_mask, params.mask_stride[1], real_vectors, n, params.tokens));
     }
     if (keep_mask != nullptr) {
-      kept[quad] = load_masks(keep_mask, params.keep_stride[1], keep_vectors, n, params.tokens);
+      kept = bits_of(load_masks(keep_mask, params.keep_stride[1], keep_vectors, n, params.tokens));
     }
     if (n + 3 >= keep_from) {
-      kept[quad] |= kAllReal << (8 * max(keep_from - n, 0));
+      kept |= 15U << max(keep_from - n, 0) & 15U;
     }
+    all_real |= real << (4 * quad);
+    all_kept |= kept << (4 * quad);
   }
   clear();
   std::uint32_t largest = 0, budget_bits = 0, rank_bits = 0;
-  Seen seen{};
 #pragma unroll
   for (int quad = 0; quad < kItems / 4; ++quad) {
-    if (real[quad] != kAllReal) {
+    const std::uint32_t real = all_real >> (4 * quad) & 15U, kept = all_kept >> (4 * quad) & 15U;
+    if (real != 15U) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const bool is_real = (real[quad] >> (8 * c) & 1U) != 0;
+        const bool is_real = (real >> c & 1U) != 0;
         keys.budget[4 * quad + c] = is_real ? keys.budget[4 * quad + c] : 0U;
         keys.rank[4 * quad + c] = is_real ? keys.rank[4 * quad + c] : 0U;
       }
     }
-    seen.real += (real[quad] * kAllReal) >> 24;
 #pragma unroll
     for (int i = 4 * quad; i < 4 * quad + 4; ++i) {
       const std::uint32_t b_bits = keys.budget[i];
@@ -125,18 +149,18 @@ __device__ Seen load(Keys<kItems>& keys, const SelectTokensParams& params, std::
       const std::uint32_t ordered = r_bits ^ (static_cast<std::uint32_t>(static_cast<int>(r_bits) >> 31) | kSignBit);
       keys.rank[i] = min(ordered, kLargestRank);
     }
-    if (real[quad] != kAllReal || kept[quad] != 0) {
+    if (real != 15U || kept != 0) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const bool is_real = (real[quad] >> (8 * c) & 1U) != 0, is_kept = (kept[quad] >> (8 * c) & 1U) != 0;
+        const bool is_real = (real >> c & 1U) != 0, is_kept = (kept >> c & 1U) != 0;
         keys.rank[4 * quad + c] = !is_real ? kNotReal : is_kept ? kKept : keys.rank[4 * quad + c];
       }
     }
   }
   // A budget of -0 counts as negative, which costs a pass and changes nothing.
-  seen.flags = (largest >= kInfinityBits ? 1U : 0U) | ((budget_bits & ~kSignBit) != 0 ? 2U : 0U) |
-               ((rank_bits & ~kSignBit) != 0 ? 4U : 0U) | ((budget_bits | rank_bits) >> 31 << 3);
-  return seen;
+  return {(largest >= kInfinityBits ? 1U : 0U) | ((budget_bits & ~kSignBit) != 0 ? 2U : 0U) |
+              ((rank_bits & ~kSignBit) != 0 ? 4U : 0U) | ((budget_bits | rank_bits) >> 31 << 3),
+          static_cast<std::uint32_t>(__popc(all_real))};
 }
 
 }  // namespace zipvl::cuda::select

@@ -96,14 +96,15 @@ __device__ inline Cut rank_cut(Four& four, const Survey& row, int target, Shared
 //   merge<kMass, kRank>(mass, shared)  the sums of the blocks' bins, four a thread; the bins are 0 afterwards
 //   gather_list(shared, all)           shared.list of every block becomes the lists of all, `all` keys in any order
 //   gather(slot, mine, n, use)         use(value) of each block of rank below n, in that order; each slot once a row
-template <int kItems, typename Team>
-__device__ void select_row(Team& team, std::int64_t b, const SelectTokensParams& params, MassBins* bins,
-                           Shared& shared) {
+// Scores load the bits of the block's scores; kSigned: they may be negative, and are those of params.
+template <int kItems, typename Team, typename Scores>
+__device__ void select_row(Team& team, const Scores& scores, std::int64_t b, const SelectTokensParams& params,
+                           MassBins* bins, Shared& shared) {
   constexpr int kCopies = kItems / 8;
   const int first = team.rank() * (kThreads * kItems);
   const bool by_mass = params.ratio <= 0 && params.tau < 1;
   Keys<kItems> keys;
-  const Seen seen = load(keys, params, b, first, [&] {
+  const Seen seen = load(keys, scores, params, b, first, [&] {
     constexpr int kEach = kCopies * static_cast<int>(sizeof(MassBins) / sizeof(uint4)) / kThreads;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -121,7 +122,7 @@ __device__ void select_row(Team& team, std::int64_t b, const SelectTokensParams&
   const Survey row = survey(four, shared);
   bool usable = row.usable;
   Sums sums{};
-  if (row.some_negative) {
+  if (Scores::kSigned && row.some_negative) {
     sums = signed_sums(team, params, b, keys, first, shared);
     usable = sums.budget != 0 && sums.rank != 0 && (!by_mass || sums.budget > 0);  // no share of a negative sum
   }
@@ -130,7 +131,8 @@ __device__ void select_row(Team& team, std::int64_t b, const SelectTokensParams&
     if (params.ratio > 0) {
       target = static_cast<int>(ceil(params.ratio * row.real));
     } else if (by_mass) {
-      target = budget_by_mass(team, keys, four, row.top, row.some_negative ? &sums : nullptr, params, bins, shared);
+      target = budget_by_mass(team, keys, four, row.top, Scores::kSigned && row.some_negative ? &sums : nullptr, params,
+                              bins, shared);
     }
     target = min(max(max(target, row.kept), params.min_tokens), row.real);
     target = target > params.dense_above * row.real ? row.real : target;

@@ -3,32 +3,12 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/ptx/sync.cuh"
+#include "cuda/select_tokens/block_team.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
 namespace select {
 namespace {
-
-template <int kCopies>
-struct BlockTeam {
-  __device__ int rank() const { return 0; }
-  __device__ int size() const { return 1; }
-
-  template <bool kMass, bool kRank>
-  __device__ Four merge(MassBins* mass, Shared& shared) const {
-    __syncthreads();
-    return take_bins<kMass, kRank, kCopies>(mass, shared);
-  }
-
-  __device__ void gather_list(Shared& /*shared*/, int /*all*/) const { __syncthreads(); }
-
-  template <typename T, typename Use>
-  __device__ void gather(int /*slot*/, const T& mine, int n, const Use& use) const {
-    if (n > 0) {
-      use(mine);
-    }
-  }
-};
 
 // A row's workspace. Zero before the launch: the meeting point and the first histogram.
 struct Meeting {
@@ -166,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1) by_block(const __grid_constant__ 
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   BlockTeam<kItems / 8> team;
-  select_row<kItems>(team, blockIdx.x, params, reinterpret_cast<MassBins*>(&shared + 1), shared);
+  select_row<kItems>(team, GivenScores(params, blockIdx.x), blockIdx.x, params,
+                     reinterpret_cast<MassBins*>(&shared + 1), shared);
 }
 
 template <int kItems>
@@ -176,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) by_grid(const __grid_constant__ S
   const int rank = static_cast<int>(blockIdx.x) % params.blocks_per_row;
   for (std::int64_t b = group; b < params.batch; b += params.row_groups) {
     GridTeam<kItems / 8> team(params, b, rank);
-    select_row<kItems>(team, b, params, reinterpret_cast<MassBins*>(&shared + 1), shared);
+    select_row<kItems>(team, GivenScores(params, b), b, params, reinterpret_cast<MassBins*>(&shared + 1), shared);
     __syncthreads();  // the next row reuses shared memory
   }
 }

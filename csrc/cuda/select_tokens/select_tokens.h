@@ -7,6 +7,8 @@
 
 namespace zipvl::cuda {
 
+struct ProbeScoresParams;
+
 // Strides are in elements. csrc/plan/select_tokens.h gives the last group of fields.
 struct SelectTokensParams {
   const float* budget_score;  // [batch, tokens]
@@ -36,7 +38,12 @@ struct SelectTokensParams {
 // blocks of the launch must fit the device at once.
 cudaError_t launch_select_tokens(const SelectTokensParams& params, cudaStream_t stream);
 
-// A cluster of blocks_per_row blocks a row, sm_90.
+// A cluster of blocks_per_row blocks a row, of at most 8,192 tokens each; sm_90.
 cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaStream_t stream);
+
+// A block a row, which makes the scores of `from.sums` (budget_score and rank_score are not read); sm_90. To be
+// launched right after the kernel that writes them, and that kernel right after the one that draws the probes. At most
+// plan::kSelectTokensPerCopy tokens.
+cudaError_t launch_select_sums(const SelectTokensParams& params, const ProbeScoresParams& from, cudaStream_t stream);
 
 }  // namespace zipvl::cuda

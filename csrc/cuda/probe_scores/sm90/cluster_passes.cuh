@@ -183,8 +183,9 @@ __device__ __forceinline__ void begin(ClusterShared<Traits>& shared, const Probe
   }
   __syncthreads();
   ptx::cluster_arrive();  // waited for before the first store into another block
-  ptx::let_next_kernel_start();
+  // In this order: once the next kernel starts, whatever came before this one is done and may be read.
   ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
 }
 
 template <typename Traits>

@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(kThreads, 1) by_cluster(const __grid_constant_
   ClusterTeam<kItems / 8> team(shared);
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
-  select_row<kItems>(team, blockIdx.x / team.size(), params, reinterpret_cast<MassBins*>(&shared + 1), shared.block);
+  const std::int64_t b = blockIdx.x / team.size();
+  select_row<kItems>(team, GivenScores(params, b), b, params, reinterpret_cast<MassBins*>(&shared + 1), shared.block);
 }
 
 template <int kItems>
@@ -247,8 +248,6 @@ cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaS
       return select::launch_cluster<8>(params, stream);
     case 16:
       return select::launch_cluster<16>(params, stream);
-    case 32:
-      return select::launch_cluster<32>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }
