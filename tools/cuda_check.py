@@ -22,8 +22,8 @@ BUILD = ROOT / "build" / "cuda-check"
 ARCHS = os.environ.get("ZIPVL_CUDA_ARCHS", "80;90a")
 # The shims of torch/csrc/inductor/aoti_torch/c/shim.h that exist where torch was built with CUDA.
 OF_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
-# Part of a kernel's name, and the bytes of its stack frame at most. select_tokens with 16,384 tokens a block, which is for
-# inputs beyond 262,144 tokens or without clusters: the keys of a thread are 64 of its 128 registers.
+# Part of a kernel's name, and the bytes of its stack frame at most. select_tokens with 16,384 tokens a block, which is
+# for inputs beyond 262,144 tokens or without clusters: the keys of a thread are 64 of its 128 registers.
 SPILLS = {"by_blockILi32E": 64, "by_gridILi32E": 64}
 RETURN_ADDRESS = 8  # bytes
 _KERNEL = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'")
