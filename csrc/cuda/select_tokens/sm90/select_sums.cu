@@ -13,6 +13,7 @@ namespace select {
 namespace {
 
 constexpr int kItems = plan::kSelectTokensPerCopy / kThreads;
+
 // Every thread makes the scores of quads of tokens, one of each `kThreads` in a row, so that short rows keep every warp
 // busy; then it takes those of its own tokens.
 struct SummedScores {

@@ -70,7 +70,8 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
       const int row = tile.block * Traits::kBlockM + warp * kRows + i * kWarpThreads + lane;
       position[i] = 0;
       if (row < rows) {
-        position[i] = params.all_queries ? row : min(max(__ldcg(index + row * params.index_stride[1]), 0), params.tokens - 1);
+        position[i] =
+            params.all_queries ? row : min(max(__ldcg(index + row * params.index_stride[1]), 0), params.tokens - 1);
       }
     }
     ptx::mbarrier_wait(&shared.q_empty[place.stage], place.parity ^ 1);

@@ -121,8 +121,7 @@ __device__ __forceinline__ KeyRange keys_seen(const AttnParams& params, const Ti
     return {min(begin + row + 1, count), min(begin + BlockM, count)};
   }
   const std::int32_t* seen = params.seen + static_cast<std::int64_t>(tile.batch) * params.tokens;
-  return {__ldcg(seen + min(begin + row, params.tokens - 1)),
-          __ldcg(seen + min(begin + BlockM, params.tokens) - 1)};
+  return {__ldcg(seen + min(begin + row, params.tokens - 1)), __ldcg(seen + min(begin + BlockM, params.tokens) - 1)};
 }
 
 }  // namespace zipvl::cuda::attn::sm90
