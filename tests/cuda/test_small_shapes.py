@@ -37,6 +37,7 @@ LAUNCHED_BY = {
     "probe_cluster_sm90": "test_probe_scores",
     "finish_scores_kernel": "test_probe_scores",
     "by_block": "test_select_tokens",
+    "by_block_of_sums": "test_zipvl_attn",
     "by_cluster": "test_select_tokens",
     "by_grid": "test_select_tokens",
     "pack_kv_kernel": "test_pack_kv",

@@ -339,12 +339,14 @@ def test_on_a_side_stream() -> None:
     index, count = make_selection(2000, [900])
     expected = ops.sparse_attn(q, k, v, index, count)
     side = torch.cuda.Stream()
-    late = torch.zeros_like(q)
+    late = [torch.zeros_like(x) for x in (q, k, v, index, count)]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        ops.sparse_attn(*late)  # whose lines a multiprocessor's cache may keep
         torch.cuda._sleep(20_000_000)
-        late.copy_(q)  # the op must run after this, on the same stream
-        out = ops.sparse_attn(late, k, v, index, count)
+        for target, source in zip(late, (q, k, v, index, count), strict=True):
+            target.copy_(source)  # the op must run after these, on the same stream
+        out = ops.sparse_attn(*late)
     torch.cuda.current_stream().wait_stream(side)
     assert torch.equal(out, expected)
 
