@@ -316,6 +316,88 @@ struct Layer {
   }
 };
 
+// Rows as long as they are selected from sums: what the scores' last kernel and the selection give of the same ones.
+struct Sums {
+  int batch, parts, tokens, probes;
+  bool causal, masked;
+  double tau, ratio;
+  std::vector<float> sums, accumulated, normalized;
+  std::vector<std::int32_t> positions;
+  std::unique_ptr<bool[]> mask;
+
+  Sums()
+      : batch(uniform(1, 2)),
+        parts(uniform(1, 20)),
+        tokens(uniform(1, 3413)),
+        probes(uniform(1, 160)),
+        causal(uniform(0, 3) != 0),
+        masked(uniform(0, 1) == 0),
+        tau(0.5 + 0.1 * uniform(0, 4)),
+        ratio(uniform(0, 1) == 0 ? 0.1 * uniform(1, 10) : 0.0),
+        sums(static_cast<std::size_t>(batch) * parts * tokens),
+        accumulated(batch * tokens, NAN),
+        normalized(batch * tokens, NAN),
+        positions(batch * probes),
+        mask(new bool[batch * tokens]) {
+    tokens -= uniform(0, 1) == 0 && tokens > 4 ? tokens % 4 : 0;
+    const int values = uniform(0, 1) == 0 ? 3 : 1 << 20;  // few: ties
+    for (float& sum : sums) {
+      sum = uniform(0, 5) == 0 ? 0.0F : static_cast<float>(uniform(1, values)) / static_cast<float>(values);
+    }
+    for (int i = 0; i < batch * probes; ++i) {
+      const int recent = tokens - 1 - i % probes;
+      positions[i] = uniform(0, 9) == 0 ? -1 : uniform(0, 1) == 0 ? std::max(recent, 0) : uniform(0, tokens - 1);
+    }
+    for (int i = 0; i < batch * tokens; ++i) {
+      mask[i] = !masked || uniform(0, 4) != 0;
+    }
+  }
+
+  bool selected_alike() {
+    ProbeScoresParams from{};
+    from.probe_index = positions.data();
+    from.probe_stride[0] = probes;
+    from.probe_stride[1] = 1;
+    from.token_mask = masked ? mask.get() : nullptr;
+    from.mask_stride[0] = tokens;
+    from.mask_stride[1] = 1;
+    from.accumulated = accumulated.data();
+    from.normalized = normalized.data();
+    from.sums = sums.data();
+    from.batch = batch;
+    from.query_heads = 7 * parts;
+    from.kv_heads = parts;
+    from.row_splits = 1;
+    from.tokens = tokens;
+    from.probes = probes;
+    from.causal = causal;
+    launch_finish_scores(from, nullptr);
+    SelectTokensParams params{};
+    params.token_mask = from.token_mask;
+    params.mask_stride[0] = params.budget_stride[0] = params.rank_stride[0] = tokens;
+    params.mask_stride[1] = params.budget_stride[1] = params.rank_stride[1] = 1;
+    params.batch = batch;
+    params.tokens = tokens;
+    params.min_tokens = 1;
+    params.tau = tau;
+    params.ratio = ratio;
+    params.dense_above = 1.0;
+    params.blocks_per_row = 1;
+    params.tokens_per_block = plan::kSelectTokensPerCopy;
+    std::vector<std::int32_t> index[2], count[2];
+    for (const bool by_sums : {false, true}) {
+      index[by_sums].assign(batch * tokens, -7);
+      count[by_sums].assign(batch, -7);
+      params.index = index[by_sums].data();
+      params.count = count[by_sums].data();
+      params.budget_score = by_sums ? nullptr : accumulated.data();
+      params.rank_score = by_sums ? nullptr : normalized.data();
+      by_sums ? launch_select_sums(params, from, nullptr) : launch_select_tokens(params, nullptr);
+    }
+    return index[0] == index[1] && count[0] == count[1] && count[0][0] >= 0;
+  }
+};
+
 }  // namespace
 
 // What host code asks of the device.
@@ -340,6 +422,9 @@ int main(int count, char** arguments) {
     const bool probes = layer.probe_index();
     const double scores = layer.probe_scores();
     const bool selection = layer.select_tokens(), packed = layer.pack_kv();
+    Sums sums;
+    report(sums.selected_alike(), "%d rows of %d tokens, %d probes, %d parts%s", sums.batch, sums.tokens, sums.probes,
+           sums.parts, sums.masked ? ", masked" : "");
     report(probes && scores < 1e-4 && selection && packed,
            "batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s: probes %d scores %.1e selection %d packed %d",
            c.batch, c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "",
