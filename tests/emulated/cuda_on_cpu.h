@@ -1,7 +1,8 @@
 // Device code on a CPU: enough of CUDA's language to run kernels of csrc/cuda block by block, a fiber a thread. Fibers
 // of a block take turns in one thread of the host and change only where they wait, in an order drawn anew each round
 // from a fixed seed; shared memory is thread_local, which all of them have in common. Inline assembly is in
-// csrc/cuda/ptx alone, whose files are replaced by those of include/cuda/ptx.
+// csrc/cuda/ptx alone, whose files are replaced by those of include/cuda/ptx. What is asynchronous there (copies,
+// matrix products of a warpgroup) happens at once or as late as it may, as chance will have it.
 //
 // What this proves: indices, masks, layouts, who waits for whom. What it cannot: the memory model, races between
 // threads (they never run at once), speed.
@@ -48,6 +49,7 @@ namespace emulated {
 constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr int kSharedBytes = 232448;  // of a block on Hopper
+constexpr int kNamedBarriers = 16;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "%s\n", what);
@@ -111,6 +113,8 @@ class Block {
       fiber.context.uc_link = &scheduler_;
       fiber.done = false;
       fiber.copies.assign(1, {});
+      fiber.stores.assign(1, {});
+      fiber.products.assign(1, {});
       makecontext(&fiber.context, &Block::enter, 0);
     }
     for (bool any = true; any;) {
@@ -123,18 +127,27 @@ class Block {
           continue;
         }
         any = true;
-        if (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.since) {
+        if ((fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.since) ||
+            (fiber.until && !fiber.until())) {
           continue;
         }
         fiber.waits_for = nullptr;
+        fiber.until = nullptr;
         moved = true;
         thread = i;
         swapcontext(&scheduler_, &fiber.context);
       }
-      if (any && !moved) {
+      if (any && !moved && events_.empty()) {
         fail("every thread waits");
       }
+      if (!events_.empty() && (!moved || schedule_() % 4 == 0)) {
+        finish_event(schedule_() % events_.size());
+      }
     }
+    while (!events_.empty()) {
+      finish_event(0);
+    }
+    std::fill_n(named_, kNamedBarriers, Meeting{});
     meetings_.assign(meetings_.size(), {});
     barrier_ = {};
     counts_[0] = counts_[1] = 0;
@@ -165,13 +178,74 @@ class Block {
     }
   }
   void commit_copies() { fibers_[thread].copies.emplace_back(); }
-  void finish_copies(int pending) {
-    auto& groups = fibers_[thread].copies;
-    while (static_cast<int>(groups.size()) > pending + 1) {
-      for (const Copy& copy : groups.front()) {
+  void finish_copies(int pending) { finish_copies(fibers_[thread].copies, pending); }
+
+  // What happens at once or later, in any order: while others work, or when nothing else can.
+  void start_event(std::function<void()> event) {
+    if (schedule_() % 2 == 0) {
+      event();
+    } else {
+      events_.push_back(std::move(event));
+    }
+  }
+  // Once this thread's copies so far are done, wherever they stand.
+  void after_copies(const std::function<void()>& then) {
+    std::vector<Copy> all;
+    for (auto& group : fibers_[thread].copies) {
+      all.insert(all.end(), group.begin(), group.end());
+      group.clear();
+    }
+    start_event([all, then] {
+      for (const Copy& copy : all) {
         copy.finish();
       }
+      then();
+    });
+  }
+  void wait_until(const std::function<bool()>& true_now) {
+    Fiber& fiber = fibers_[thread];
+    while (!true_now()) {
+      fiber.until = true_now;
+      swapcontext(&fiber.context, &scheduler_);
+    }
+  }
+
+  // Copies out of shared memory, in groups of their own.
+  void start_store(void* target, const void* source, int bytes) {
+    const Copy copy{target, source, bytes};
+    if (schedule_() % 2 == 0) {
+      copy.finish();
+    } else {
+      fibers_[thread].stores.back().push_back(copy);
+    }
+  }
+  void commit_stores() { fibers_[thread].stores.emplace_back(); }
+  void finish_stores(int pending) { finish_copies(fibers_[thread].stores, pending); }
+
+  // Matrix products of a warpgroup, in groups. Whether one is late: after a late one all are, until they are finished.
+  bool product_is_late() {
+    const auto& groups = fibers_[thread].products;
+    return std::any_of(groups.begin(), groups.end(), [](const auto& group) { return !group.empty(); }) ||
+           schedule_() % 2 == 0;
+  }
+  void start_product(std::function<void()> product) { fibers_[thread].products.back().push_back(std::move(product)); }
+  void commit_products() { fibers_[thread].products.emplace_back(); }
+  void finish_products(int pending) {
+    auto& groups = fibers_[thread].products;
+    while (static_cast<int>(groups.size()) > pending + 1) {
+      for (const auto& product : groups.front()) {
+        product();
+      }
       groups.pop_front();
+    }
+  }
+
+  // Barriers by number: `threads` arrivals, of which those of synchronize_named wait.
+  void synchronize_named(int id, int threads) { meet(named_[id], threads); }
+  void arrive_named(int id, int threads) {
+    if (++named_[id].arrived == threads) {
+      named_[id].arrived = 0;
+      ++named_[id].generation;
     }
   }
 
@@ -205,13 +279,38 @@ class Block {
     Meeting* waits_for = nullptr;
     long since = 0;
     bool done = true;
-    std::deque<std::vector<Copy>> copies;  // committed groups, and the one that is not
+    std::function<bool()> until;
+    // Committed groups, and the one that is not.
+    std::deque<std::vector<Copy>> copies, stores;
+    std::deque<std::vector<std::function<void()>>> products;
   };
 
   static void enter() {
     Block& block = *current_block;
     block.body_();
-    block.fibers_[thread].done = true;
+    Fiber& fiber = block.fibers_[thread];
+    const auto any = [](const auto& groups) {
+      return std::any_of(groups.begin(), groups.end(), [](const auto& group) { return !group.empty(); });
+    };
+    if (any(fiber.stores) || any(fiber.products)) {
+      fail("a thread ends before what it stores has been read, or before a product is done");
+    }
+    fiber.done = true;
+  }
+
+  static void finish_copies(std::deque<std::vector<Copy>>& groups, int pending) {
+    while (static_cast<int>(groups.size()) > pending + 1) {
+      for (const Copy& copy : groups.front()) {
+        copy.finish();
+      }
+      groups.pop_front();
+    }
+  }
+
+  void finish_event(std::size_t i) {
+    const std::function<void()> event = std::move(events_[i]);
+    events_.erase(events_.begin() + static_cast<std::ptrdiff_t>(i));
+    event();
   }
 
   void meet(Meeting& meeting, int threads) {
@@ -233,7 +332,9 @@ class Block {
   std::mt19937 schedule_{1};
   std::vector<std::map<unsigned, Meeting>> meetings_;  // by warp and mask
   Meeting barrier_;
-  int counts_[2] = {0, 0};  // of the barrier before and the next one, in turn
+  Meeting named_[kNamedBarriers];
+  std::vector<std::function<void()>> events_;  // that have not happened yet
+  int counts_[2] = {0, 0};                     // of the barrier before and the next one, in turn
   ucontext_t scheduler_{};
   alignas(4096) static inline unsigned char not_a_stack_[4096];
 };

@@ -1,0 +1,102 @@
+// Hopper's kernel of sparse_attn (wgmma, TMA) on a CPU, behind pack_kv and seen_tokens as the op launches them, against
+// float64.
+//
+//   attention_sm90 CASES SEED    prints a line a case, and ends with status 1 where one is wrong
+#include "attention_reference.h"
+#include "cuda/pack_kv/pack_kv.h"
+#include "cuda/sparse_attn/seen_tokens.h"
+#include "cuda/sparse_attn/sm90/launch_kernel.cuh"
+#include "cuda_on_cpu.h"
+
+namespace zipvl::cuda {
+namespace attn::sm90 {
+alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
+const emulated::DynamicShared registered(shared_bytes);
+}  // namespace attn::sm90
+
+// A map is the view itself (include/cuda/ptx/tma.cuh).
+cudaError_t make_tensor_map(const TensorMapView& view, CUtensorMap* map) {
+  static_assert(sizeof view <= sizeof *map);
+  std::memcpy(map, &view, sizeof view);
+  return cudaSuccess;
+}
+bool runs_hopper_code(int /*device*/) { return true; }
+}  // namespace zipvl::cuda
+
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+namespace {
+
+using namespace zipvl::cuda;
+
+constexpr int kMultiprocessors = 3;  // few, so that each has several tiles
+
+// Packed rows past what pack_kv has to write are NaN.
+template <typename Element, int D>
+void attend(SparseAttnParams params) {
+  params.capacity = (params.tokens + attn::sm90::kPackedRows - 1) / attn::sm90::kPackedRows * attn::sm90::kPackedRows;
+  const std::size_t packed = params.batch * params.kv_heads * params.capacity * D;
+  std::vector<Element> k_packed(packed, Element(NAN)), v_packed(packed, Element(NAN));
+  std::vector<std::int32_t> seen(params.batch * params.tokens, -7);
+  params.k_packed = k_packed.data();
+  params.v_packed = v_packed.data();
+  const bool counts = params.all_queries && params.causal;
+  if (counts) {
+    launch_seen_tokens({seen.data(),
+                        params.index,
+                        {params.index_stride[0], params.index_stride[1]},
+                        params.count,
+                        params.count_stride,
+                        params.batch,
+                        params.tokens},
+                       nullptr);
+  }
+  PackKvParams pack{};
+  pack.k = params.k;
+  pack.v = params.v;
+  pack.k_packed = params.k_packed;
+  pack.v_packed = params.v_packed;
+  pack.index = params.index;
+  pack.count = params.count;
+  pack.count_stride = params.count_stride;
+  std::copy_n(params.k_stride, 3, pack.k_stride);
+  std::copy_n(params.v_stride, 3, pack.v_stride);
+  for (auto* strides : {pack.k_packed_stride, pack.v_packed_stride}) {
+    strides[2] = D;
+    strides[1] = params.capacity * D;
+    strides[0] = params.kv_heads * strides[1];
+  }
+  std::copy_n(params.index_stride, 2, pack.index_stride);
+  pack.batch = params.batch;
+  pack.heads = params.kv_heads;
+  pack.tokens = params.tokens;
+  pack.capacity = params.capacity;
+  pack.head_dim = D;
+  pack.element_bytes = 2;
+  pack.tail = attn::sm90::kPackedRows;
+  pack.multiprocessors = kMultiprocessors;
+  launch_pack_kv(pack, nullptr);
+  attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kMultiprocessors, nullptr);
+}
+
+template <typename Element, int D>
+void check(emulated::Report& report, const char* name, double most) {
+  const emulated::Case c = emulated::random_case();
+  emulated::report_attention(report, name, c, emulated::error_of<Element, D>(c, attend<Element, D>), most);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  return emulated::run_cases(count, arguments, [](emulated::Report& report) {
+    check<__nv_bfloat16, 128>(report, "bf16 128", 0.03);
+    check<__half, 128>(report, "fp16 128", 0.004);
+    check<__half, 64>(report, "fp16  64", 0.004);
+    check<__half, 96>(report, "fp16  96", 0.004);
+    check<__nv_bfloat16, 256>(report, "bf16 256", 0.03);
+  });
+}

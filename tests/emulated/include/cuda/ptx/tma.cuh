@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/common/tensor_map.h"
+#include "cuda/ptx/mbarrier.cuh"
+
+namespace zipvl::cuda::ptx {
+
+// A tensor map holds the view itself (make_tensor_map below).
+inline void tma_prefetch(const CUtensorMap* /*map*/) {}
+
+inline void tma_load_4d(void* target, const CUtensorMap* map, std::uint64_t* barrier, int x, int y, int z, int w) {
+  if (reinterpret_cast<std::uintptr_t>(target) % 1024 != 0) {
+    emulated::fail("a tile is not aligned to its swizzle");
+  }
+  TensorMapView view;
+  std::memcpy(&view, map, sizeof view);
+  emulated::Block::current_block->start_event([=] {
+    constexpr int kElement = 2, kPiece = 16;  // bytes
+    const int row_bytes = static_cast<int>(view.box[0]) * kElement;
+    for (int r = 0; r < static_cast<int>(view.box[1]); ++r) {
+      unsigned char row[128] = {};
+      const std::int64_t there = static_cast<std::int64_t>(view.size[0]) - x;
+      if (y + r >= 0 && y + r < static_cast<std::int64_t>(view.size[1]) && there > 0) {
+        const auto* source = static_cast<const unsigned char*>(view.data) +
+                             (x + (y + r) * view.stride[0] + z * view.stride[1] + w * view.stride[2]) * kElement;
+        std::memcpy(row, source, std::min<std::int64_t>(there * kElement, row_bytes));
+      }
+      for (int piece = 0; piece < row_bytes / kPiece; ++piece) {
+        std::memcpy(static_cast<unsigned char*>(target) + r * 128 + (piece ^ r % 8) * kPiece, row + piece * kPiece,
+                    kPiece);
+      }
+    }
+    advance(barrier, 0, static_cast<std::int64_t>(view.box[1]) * row_bytes);
+  });
+}
+
+inline void bulk_store(void* target, const void* source, std::uint32_t bytes) {
+  if ((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source) | bytes) % 16 != 0) {
+    emulated::fail("a bulk copy is not aligned to 16 bytes");
+  }
+  emulated::Block::current_block->start_store(target, source, static_cast<int>(bytes));
+}
+inline void bulk_commit() { emulated::Block::current_block->commit_stores(); }
+template <int Pending>
+void bulk_wait_read() {
+  emulated::Block::current_block->finish_stores(Pending);
+}
+inline void fence_async_shared() {}
+
+}  // namespace zipvl::cuda::ptx
