@@ -7,27 +7,12 @@
 #include "cuda/sparse_attn/seen_tokens.h"
 #include "cuda/sparse_attn/sm90/launch_kernel.cuh"
 #include "cuda_on_cpu.h"
+#include "hopper_host.h"
 
-namespace zipvl::cuda {
-namespace attn::sm90 {
+namespace zipvl::cuda::attn::sm90 {
 alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared_bytes);
-}  // namespace attn::sm90
-
-// A map is the view itself (include/cuda/ptx/tma.cuh).
-cudaError_t make_tensor_map(const TensorMapView& view, CUtensorMap* map) {
-  static_assert(sizeof view <= sizeof *map);
-  std::memcpy(map, &view, sizeof view);
-  return cudaSuccess;
-}
-bool runs_hopper_code(int /*device*/) { return true; }
-}  // namespace zipvl::cuda
-
-extern "C" cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+}  // namespace zipvl::cuda::attn::sm90
 
 namespace {
 

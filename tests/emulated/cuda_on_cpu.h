@@ -1,8 +1,9 @@
 // Device code on a CPU: enough of CUDA's language to run kernels of csrc/cuda block by block, a fiber a thread. Fibers
 // of a block take turns in one thread of the host and change only where they wait, in an order drawn anew each round
-// from a fixed seed; shared memory is thread_local, which all of them have in common. Inline assembly is in
-// csrc/cuda/ptx alone, whose files are replaced by those of include/cuda/ptx. What is asynchronous there (copies,
-// matrix products of a warpgroup) happens at once or as late as it may, as chance will have it.
+// from a fixed seed; now and then a warp sleeps while the others go on. Shared memory is thread_local, which all of
+// them have in common. Inline assembly is in csrc/cuda/ptx alone, whose files are replaced by those of
+// include/cuda/ptx. What is asynchronous there (copies, matrix products of a warpgroup) happens at once or as late as
+// it may, as chance will have it.
 //
 // What this proves: indices, masks, layouts, who waits for whom. What it cannot: the memory model, races between
 // threads (they never run at once), speed.
@@ -117,6 +118,7 @@ class Block {
       fiber.products.assign(1, {});
       makecontext(&fiber.context, &Block::enter, 0);
     }
+    int asleep = -1;  // a warp, until no other can go on
     for (bool any = true; any;) {
       any = false;
       bool moved = false;
@@ -127,6 +129,9 @@ class Block {
           continue;
         }
         any = true;
+        if (i / kWarp == asleep) {
+          continue;
+        }
         if ((fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.since) ||
             (fiber.until && !fiber.until())) {
           continue;
@@ -137,11 +142,15 @@ class Block {
         thread = i;
         swapcontext(&scheduler_, &fiber.context);
       }
-      if (any && !moved && events_.empty()) {
+      if (any && !moved && events_.empty() && asleep < 0) {
         fail("every thread waits");
       }
       if (!events_.empty() && (!moved || schedule_() % 4 == 0)) {
         finish_event(schedule_() % events_.size());
+      } else if (!moved) {
+        asleep = -1;
+      } else if (asleep < 0 && schedule_() % 8 == 0) {
+        asleep = static_cast<int>(schedule_() % meetings_.size());
       }
     }
     while (!events_.empty()) {

@@ -23,6 +23,11 @@ PROGRAMS = {
     "attention": [],
     "attention_sm90": ["cuda/pack_kv/pack_kv.cu", "cuda/sparse_attn/seen_tokens.cu"],
     "decode_attn": ["plan/decode_attn_cuda.cpp"],
+    "probe_scores_sm90": [
+        "plan/probe_scores_cuda.cpp",
+        "cuda/probe_index/probe_index.cu",
+        "cuda/probe_scores/rows.cu",
+    ],
     "quantize_kv": ["cuda/quantize_kv/split_tokens.cu"],
     "selection": [
         "plan/probe_scores_cuda.cpp",
@@ -113,7 +118,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize(
     ("name", "cases"),
-    [("attention", 1), ("attention_sm90", 2), ("decode_attn", 1), ("quantize_kv", 2), ("selection", 4)],
+    [
+        ("attention", 1),
+        ("attention_sm90", 2),
+        ("decode_attn", 1),
+        ("probe_scores_sm90", 1),
+        ("quantize_kv", 2),
+        ("selection", 4),
+    ],
 )
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_kernels(program: Callable[[str], Path], name: str, cases: int, seed: int) -> None:

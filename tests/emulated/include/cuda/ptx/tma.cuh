@@ -7,7 +7,7 @@
 
 namespace zipvl::cuda::ptx {
 
-// A tensor map holds the view itself (make_tensor_map below).
+// A tensor map holds the view itself (hopper_host.h).
 inline void tma_prefetch(const CUtensorMap* /*map*/) {}
 
 inline void tma_load_4d(void* target, const CUtensorMap* map, std::uint64_t* barrier, int x, int y, int z, int w) {
@@ -36,10 +36,20 @@ inline void tma_load_4d(void* target, const CUtensorMap* map, std::uint64_t* bar
   });
 }
 
-inline void bulk_store(void* target, const void* source, std::uint32_t bytes) {
+inline void check_bulk(const void* target, const void* source, std::uint32_t bytes) {
   if ((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source) | bytes) % 16 != 0) {
     emulated::fail("a bulk copy is not aligned to 16 bytes");
   }
+}
+inline void bulk_load(void* target, const void* source, std::uint32_t bytes, std::uint64_t* barrier) {
+  check_bulk(target, source, bytes);
+  emulated::Block::current_block->start_event([=] {
+    std::memcpy(target, source, bytes);
+    advance(barrier, 0, bytes);
+  });
+}
+inline void bulk_store(void* target, const void* source, std::uint32_t bytes) {
+  check_bulk(target, source, bytes);
   emulated::Block::current_block->start_store(target, source, static_cast<int>(bytes));
 }
 inline void bulk_commit() { emulated::Block::current_block->commit_stores(); }
