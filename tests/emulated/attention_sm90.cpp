@@ -3,9 +3,9 @@
 //
 //   attention_sm90 CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "attention_reference.h"
-#include "cuda/pack_kv/pack_kv.h"
 #include "cuda/sparse_attn/seen_tokens.h"
 #include "cuda/sparse_attn/sm90/launch_kernel.cuh"
+#include "cuda/sparse_attn/sm90/packing.h"
 #include "cuda_on_cpu.h"
 #include "hopper_host.h"
 
@@ -40,31 +40,7 @@ void attend(SparseAttnParams params) {
                         params.tokens},
                        nullptr);
   }
-  PackKvParams pack{};
-  pack.k = params.k;
-  pack.v = params.v;
-  pack.k_packed = params.k_packed;
-  pack.v_packed = params.v_packed;
-  pack.index = params.index;
-  pack.count = params.count;
-  pack.count_stride = params.count_stride;
-  std::copy_n(params.k_stride, 3, pack.k_stride);
-  std::copy_n(params.v_stride, 3, pack.v_stride);
-  for (auto* strides : {pack.k_packed_stride, pack.v_packed_stride}) {
-    strides[2] = D;
-    strides[1] = params.capacity * D;
-    strides[0] = params.kv_heads * strides[1];
-  }
-  std::copy_n(params.index_stride, 2, pack.index_stride);
-  pack.batch = params.batch;
-  pack.heads = params.kv_heads;
-  pack.tokens = params.tokens;
-  pack.capacity = params.capacity;
-  pack.head_dim = D;
-  pack.element_bytes = 2;
-  pack.tail = attn::sm90::kPackedRows;
-  pack.multiprocessors = kMultiprocessors;
-  launch_pack_kv(pack, nullptr);
+  launch_pack_kv(attn::sm90::packing(params, kMultiprocessors, /*overlap_previous=*/false), nullptr);
   attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kMultiprocessors, nullptr);
 }
 

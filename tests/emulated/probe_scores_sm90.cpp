@@ -15,17 +15,9 @@ namespace {
 
 using namespace zipvl::cuda;
 
-struct Passes {
+struct Passes : probe::sm90::Passes {
   template <int HeadDim>
   static constexpr bool kClusters = false;
-  template <typename Token, int D>
-  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm90::launch_first_pass<Token, D>(params, stream);
-  }
-  template <typename Token, int D>
-  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm90::launch_second_pass<Token, D>(params, stream);
-  }
 };
 
 // On few multiprocessors, so that blocks have several items, or on many.

@@ -7,6 +7,7 @@
 #include "cuda/sparse_attn/seen_tokens.h"
 #include "cuda/sparse_attn/sm80/launch.h"
 #include "cuda/sparse_attn/sm90/launch.h"
+#include "cuda/sparse_attn/sm90/packing.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
 
@@ -34,38 +35,6 @@ void copy_strides(const Tensor& x, std::int64_t (&strides)[3]) {
     strides[dim] = x.stride(dim);
   }
 }
-
-#ifdef ZIPVL_HAS_SM90
-PackKvParams pack_params_of(const SparseAttnParams& attn, int device) {
-  PackKvParams params{};
-  params.k = attn.k;
-  params.v = attn.v;
-  params.k_packed = attn.k_packed;
-  params.v_packed = attn.v_packed;
-  params.index = attn.index;
-  params.count = attn.count;
-  params.count_stride = attn.count_stride;
-  const std::int64_t head = attn.capacity * attn.head_dim;
-  const std::int64_t packed_stride[3] = {attn.kv_heads * head, head, attn.head_dim};
-  for (int dim = 0; dim < 3; ++dim) {
-    params.k_stride[dim] = attn.k_stride[dim];
-    params.v_stride[dim] = attn.v_stride[dim];
-    params.k_packed_stride[dim] = params.v_packed_stride[dim] = packed_stride[dim];
-  }
-  params.index_stride[0] = attn.index_stride[0];
-  params.index_stride[1] = attn.index_stride[1];
-  params.batch = attn.batch;
-  params.heads = attn.kv_heads;
-  params.tokens = attn.tokens;
-  params.capacity = attn.capacity;
-  params.head_dim = attn.head_dim;
-  params.element_bytes = 2;
-  params.tail = attn::sm90::kPackedRows;
-  params.multiprocessors = multiprocessors(device);
-  params.overlap_previous = runs_hopper_code(device);
-  return params;
-}
-#endif
 
 }  // namespace
 
@@ -111,7 +80,8 @@ void launch_sparse_attn(const char* op, const SparseAttnParams& params, const pl
       counting.tokens = params.tokens;
       check_launch(op, launch_seen_tokens(counting, stream));
     }
-    check_launch(op, launch_pack_kv(pack_params_of(params, device), stream));
+    check_launch(
+        op, launch_pack_kv(attn::sm90::packing(params, multiprocessors(device), runs_hopper_code(device)), stream));
     check_launch(op, attn::sm90::launch_sparse_attn(params, seen, multiprocessors(device), stream));
     return;
   }

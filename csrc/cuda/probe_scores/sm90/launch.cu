@@ -4,30 +4,8 @@
 #include <cuda_fp16.h>
 
 #include "cuda/probe_scores/passes.h"
-#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda {
-namespace {
-
-struct Sm90Passes {
-  template <int HeadDim>
-  static constexpr bool kClusters = plan::probe_cluster_keys(HeadDim) > 0;  // has `both`
-  template <typename ElementType, int HeadDim>
-  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm90::launch_first_pass<ElementType, HeadDim>(params, stream);
-  }
-  template <typename ElementType, int HeadDim>
-  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm90::launch_second_pass<ElementType, HeadDim>(params, stream);
-  }
-  template <typename ElementType, int HeadDim>
-  static cudaError_t both(const ProbeScoresParams& params, cudaStream_t stream) {
-    return probe::sm90::launch_both_passes<ElementType, HeadDim>(params, stream);
-  }
-};
-
-}  // namespace
-
 bool probe_scores_fits_sm90(const ProbeScoresParams& params) {
   return tensor_map_fits({params.k,
                           params.element,
@@ -38,7 +16,7 @@ bool probe_scores_fits_sm90(const ProbeScoresParams& params) {
 }
 
 cudaError_t launch_probe_scores_sm90(const ProbeScoresParams& params, cudaStream_t stream) {
-  return launch_passes<Sm90Passes>(params, stream);
+  return launch_passes<probe::sm90::Passes>(params, stream);
 }
 
 }  // namespace zipvl::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/probe_scores/probe_scores.h"
+#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda::probe::sm90 {
 
@@ -14,5 +15,23 @@ cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t str
 // Both in one kernel; params.cluster_blocks > 0.
 template <typename ElementType, int HeadDim>
 cudaError_t launch_both_passes(const ProbeScoresParams& params, cudaStream_t stream);
+
+// The family, for launch_passes of passes.h.
+struct Passes {
+  template <int HeadDim>
+  static constexpr bool kClusters = plan::probe_cluster_keys(HeadDim) > 0;  // has `both`
+  template <typename ElementType, int HeadDim>
+  static cudaError_t first(const ProbeScoresParams& params, cudaStream_t stream) {
+    return launch_first_pass<ElementType, HeadDim>(params, stream);
+  }
+  template <typename ElementType, int HeadDim>
+  static cudaError_t second(const ProbeScoresParams& params, cudaStream_t stream) {
+    return launch_second_pass<ElementType, HeadDim>(params, stream);
+  }
+  template <typename ElementType, int HeadDim>
+  static cudaError_t both(const ProbeScoresParams& params, cudaStream_t stream) {
+    return launch_both_passes<ElementType, HeadDim>(params, stream);
+  }
+};
 
 }  // namespace zipvl::cuda::probe::sm90
