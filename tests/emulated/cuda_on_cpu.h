@@ -179,12 +179,7 @@ class Block {
     if ((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) % bytes != 0) {
       fail("an asynchronous copy is not aligned to its size");
     }
-    const Copy copy{target, source, bytes};
-    if (schedule_() % 2 == 0) {
-      copy.finish();
-    } else {
-      fibers_[thread].copies.back().push_back(copy);
-    }
+    start({target, source, bytes}, fibers_[thread].copies);
   }
   void commit_copies() { fibers_[thread].copies.emplace_back(); }
   void finish_copies(int pending) { finish_copies(fibers_[thread].copies, pending); }
@@ -221,12 +216,7 @@ class Block {
 
   // Copies out of shared memory, in groups of their own.
   void start_store(void* target, const void* source, int bytes) {
-    const Copy copy{target, source, bytes};
-    if (schedule_() % 2 == 0) {
-      copy.finish();
-    } else {
-      fibers_[thread].stores.back().push_back(copy);
-    }
+    start({target, source, bytes}, fibers_[thread].stores);
   }
   void commit_stores() { fibers_[thread].stores.emplace_back(); }
   void finish_stores(int pending) { finish_copies(fibers_[thread].stores, pending); }
@@ -307,6 +297,13 @@ class Block {
     fiber.done = true;
   }
 
+  void start(const Copy& copy, std::deque<std::vector<Copy>>& groups) {
+    if (schedule_() % 2 == 0) {
+      copy.finish();
+    } else {
+      groups.back().push_back(copy);
+    }
+  }
   static void finish_copies(std::deque<std::vector<Copy>>& groups, int pending) {
     while (static_cast<int>(groups.size()) > pending + 1) {
       for (const Copy& copy : groups.front()) {

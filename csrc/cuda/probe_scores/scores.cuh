@@ -6,7 +6,7 @@
 
 namespace zipvl::cuda {
 
-constexpr int kPartsAtOnce = 16;  // loads of a token's parts under way: as many as 28/4 heads have at 4,096 tokens
+constexpr int kPartsAtOnce = 16;  // loads of a token's parts under way; 28/4 heads have 12 in short prompts
 
 __device__ __forceinline__ void add_part(float& sum, float part) { sum += part; }
 __device__ __forceinline__ void add_part(float4& sum, float4 part) {
