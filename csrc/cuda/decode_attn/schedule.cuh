@@ -21,9 +21,9 @@ struct RowTiles {
   int tile;  // of the counts' units in a tile
   int batch, items_per_row;
 
-  // What is read of a row's counts.
+  // What is read of a row's counts: past the first-level cache, for the combining kernel reads them before it waits.
   using Counts = int;
-  __device__ __forceinline__ Counts count(int b) const { return min(max(counts[b * stride], 0), most); }
+  __device__ __forceinline__ Counts count(int b) const { return min(max(__ldcg(counts + b * stride), 0), most); }
   __device__ __forceinline__ int tiles(Counts count) const { return (count + tile - 1) / tile; }
 };
 

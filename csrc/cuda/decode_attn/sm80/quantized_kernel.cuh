@@ -28,7 +28,7 @@ struct LineOfTiles {
 
   __device__ __forceinline__ int blocks(int kind, int b) const {
     const QuantizedSegment& segment = params.segments[kind];
-    return min(max(segment.blocks[b * segment.blocks_stride], 0), segment.capacity);
+    return min(max(__ldcg(segment.blocks + b * segment.blocks_stride), 0), segment.capacity);
   }
   __device__ __forceinline__ Counts count(int b) const {
     return {{blocks(0, b), blocks(1, b)}, params.attn.slots > 0 ? row_tiles(params.attn).count(b) : 0};
