@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.cpu.helpers import DTYPES, assert_accurate, double, make_selection, selected_mask
+from tests.cpu.helpers import DTYPES, assert_accurate, double, logit_rounding, make_selection, selected_mask
 from tests.cpu.test_projections import projection, widened
 from zipvl import ops, reference
 
@@ -24,6 +24,11 @@ def chosen_of(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     index, count = make_selection(shape[0], shape[1])
     count[1:2] = 0
     return index, count, selected_mask(index, count)
+
+
+def sum_rounding(x: Tensor, weight: Tensor) -> float:
+    """One float32 rounding of the largest partial sum there can be: libraries differ in the order of theirs."""
+    return logit_rounding(x, weight, scale=1.0)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -45,7 +50,7 @@ def test_queries(shape: tuple[int, ...], dtype: torch.dtype, bias: bool, norm: b
     assert some.transpose(1, 2).is_contiguous()
     for actual in (some, every):
         rows = (q.transpose(1, 2)[chosen] for q in (actual.cpu(), exact, baseline))
-        assert_accurate(*rows, floor=0.0)
+        assert_accurate(*rows, floor=sum_rounding(*tensors[:2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,7 +65,7 @@ def test_outputs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         out = ops.project_outputs(*arguments)
     exact = reference.project_outputs(*double(x, weight), index, count)
     baseline = reference.project_outputs(*cuda(x, weight, index, count)).cpu()
-    assert_accurate(out.cpu(), exact, baseline, floor=0.0)
+    assert_accurate(out.cpu(), exact, baseline, floor=sum_rounding(x, weight))
     assert bool((out.cpu()[~chosen] == 0).all())
 
 
