@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 CacheMode = Literal["drop", "quantize", "full"]
 BITS = (2, 4, 8)
@@ -85,6 +86,11 @@ class ZipVLConfig:
         for name in ("high_bits", "low_bits"):
             if getattr(self, name) not in BITS:
                 raise ValueError(f"ZipVLConfig: {name} must be one of {BITS}, got {getattr(self, name)!r}")
+        # Not a field: made of fields. Text, because torch.compile(dynamic=True) makes symbols of an object's floats.
+        object.__setattr__(self, "cost_key", json.dumps([self.ratio, self.tau, self.all_queries]))
+
+    cost_key: ClassVar[str]
+    """What a layer's cost depends on, ``[ratio, tau, all_queries]``, as JSON: for :mod:`zipvl.policy`."""
 
     def replace(self, **changes: Any) -> ZipVLConfig:
         """A copy with ``changes``, checked like a new one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from importlib import import_module
 
@@ -27,20 +28,21 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
         return config.dense_below
     if states.device.type != "cuda" or states.dtype == torch.float32:
         return SHORTEST
-    return _by_cost(query_heads, head_dim, config.ratio, config.tau, config.all_queries)
+    return _by_cost(query_heads, head_dim, config.cost_key)
 
 
 @torch.compiler.assume_constant_result
-def _by_cost(query_heads: int, head_dim: int, ratio: float | None, tau: float, all_queries: bool) -> int:
-    return _remembered(query_heads, head_dim, ratio, tau, all_queries)
+def _by_cost(query_heads: int, head_dim: int, cost_key: str) -> int:
+    return _remembered(query_heads, head_dim, cost_key)
 
 
 @lru_cache(maxsize=256)
-def _remembered(query_heads: int, head_dim: int, ratio: float | None, tau: float, all_queries: bool) -> int:
+def _remembered(query_heads: int, head_dim: int, cost_key: str) -> int:
     try:
         plan = import_module("zipvl._plan")
     except ModuleNotFoundError:  # the op libraries beside a source tree, built for any Python: no plans for this one
         return SHORTEST
+    ratio, tau, all_queries = json.loads(cost_key)
     shape = {"query_heads": query_heads, "head_dim": head_dim}
     tokens = plan.dense_below(**shape, ratio=ratio, tau=tau, all_queries=all_queries)
     return max(SHORTEST, int(tokens))

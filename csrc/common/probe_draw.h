@@ -64,4 +64,21 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t probe_rank(const ProbeSplit& split, std
   return split.earlier <= num_random ? slot : drawn_rank(seed, slot, num_random, split.earlier);
 }
 
+// A row's draw.
+struct ProbeDraw {
+  ProbeSplit split;
+  std::uint64_t seed;
+  std::int64_t num_random;
+
+  // Rank of probe `slot`, which is its position in a row of real tokens alone; -1 where the row has no such probe.
+  ZIPVL_HOST_DEVICE constexpr std::int64_t rank(std::int64_t slot) const {
+    return slot < split.random + split.recent ? probe_rank(split, seed, num_random, slot) : -1;
+  }
+};
+
+ZIPVL_HOST_DEVICE constexpr ProbeDraw draw_probes(std::int64_t real, std::int64_t num_recent, std::int64_t num_random,
+                                                  std::uint64_t seed) {
+  return {split_probes(real, num_recent, num_random), seed, num_random};
+}
+
 }  // namespace zipvl

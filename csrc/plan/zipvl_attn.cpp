@@ -22,6 +22,7 @@ ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScores
   if (!plan.native) {
     return plan;
   }
+  plan.draws_ahead = problem.masked || scores.cluster_blocks == 0;
   plan.selects_sums = scores.cluster_blocks > 0 && select.team == SelectTeam::kBlock &&
                       select.tokens_per_block == kSelectTokensPerCopy &&
                       problem.kv_heads * scores.row_splits * problem.tokens * kWordBytes <= kMostSumsBytes;
@@ -33,8 +34,8 @@ ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScores
   };
   ZipvlAttnWorkspace& space = plan.workspace;
   const std::int64_t row_bytes = problem.batch * problem.tokens * kWordBytes;
-  space.probe_index = take(problem.batch * problem.probes * kWordBytes);
-  space.keep_from = take(problem.batch * kWordBytes);
+  space.probe_index = take(plan.draws_ahead ? problem.batch * problem.probes * kWordBytes : 0);
+  space.keep_from = take(plan.draws_ahead ? problem.batch * kWordBytes : 0);
   space.accumulated = take(plan.selects_sums ? 0 : row_bytes);
   space.normalized = take(plan.selects_sums ? 0 : row_bytes);
   space.probe_scores = take(scores.workspace.bytes);
@@ -57,9 +58,9 @@ std::string ZipvlAttnPlan::describe() const {
   if (!native) {
     return "zipvl_attn on CUDA: step by step, because a step has no kernel for these inputs";
   }
-  return join("zipvl_attn on CUDA: ", selects_sums ? "selection from the probes' sums; " : "", workspace.bytes,
-              " bytes of workspace, ", selection_bytes, " for the selection and then ", attention_bytes,
-              " for the attention");
+  return join("zipvl_attn on CUDA: ", draws_ahead ? "" : "no kernel for the draw; ",
+              selects_sums ? "selection from the probes' sums; " : "", workspace.bytes, " bytes of workspace, ",
+              selection_bytes, " for the selection and then ", attention_bytes, " for the attention");
 }
 
 }  // namespace zipvl::plan

@@ -12,6 +12,7 @@ namespace zipvl::plan {
 
 struct ZipvlAttnProblem {
   std::int64_t batch, kv_heads, tokens, head_dim, probes;
+  bool masked;          // some tokens may not be real
   bool returns_packed;  // the packed keys and values are results, and no workspace
 };
 
@@ -19,8 +20,8 @@ struct ZipvlAttnProblem {
 // the kernels run one after the other, and select_tokens is the last to read the former.
 struct ZipvlAttnWorkspace {
   // Until index and count are written:
-  std::int64_t probe_index;              // [B, P] int32
-  std::int64_t keep_from;                // [B] int32
+  std::int64_t probe_index;              // [B, P] int32; unused where nobody draws ahead
+  std::int64_t keep_from;                // [B] int32; likewise
   std::int64_t accumulated, normalized;  // [B, N] float32; unused where the selection reads sums
   std::int64_t probe_scores;             // ProbeScoresWorkspace
   std::int64_t select_tokens;            // SelectTokensPlan's
@@ -32,6 +33,7 @@ struct ZipvlAttnWorkspace {
 
 struct ZipvlAttnPlan {
   bool native;        // every step has a kernel
+  bool draws_ahead;   // a kernel draws the probes; else those that need them do
   bool selects_sums;  // the selection makes the scores of the sums that probe_scores' one kernel leaves
   ZipvlAttnWorkspace workspace;
   std::int64_t selection_bytes, attention_bytes;  // of the two phases that share the workspace

@@ -179,6 +179,7 @@ PYBIND11_MODULE(_plan, m) {
 
   py::class_<ZipvlAttnPlan>(m, "ZipvlAttnPlan")
       .def_readonly("native", &ZipvlAttnPlan::native)
+      .def_readonly("draws_ahead", &ZipvlAttnPlan::draws_ahead)
       .def_readonly("selects_sums", &ZipvlAttnPlan::selects_sums)
       .def_readonly("selection_bytes", &ZipvlAttnPlan::selection_bytes)
       .def_readonly("attention_bytes", &ZipvlAttnPlan::attention_bytes)
@@ -205,7 +206,7 @@ PYBIND11_MODULE(_plan, m) {
                                       std::to_string(multiprocessors));
         }
         return plan_zipvl_attn(
-            {batch, kv_heads, tokens, head_dim, probes, returns_packed},
+            {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed},
             plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper}),
             plan_select_tokens({batch, tokens, multiprocessors, shared_bytes, hopper}),
             plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,

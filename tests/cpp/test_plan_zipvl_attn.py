@@ -32,10 +32,11 @@ def sizes(tokens: int, **changes: Any) -> dict[str, int]:
     )
     clustered = scores.cluster_blocks > 0 and select.team == _plan.SelectTeam.BLOCK
     summed = clustered and 4 * Hkv * scores.row_splits * tokens <= 160 * 1024
+    ahead = shape["masked"] or scores.cluster_blocks == 0
     packed = 0 if shape["returns_packed"] or not shape.get("hopper", True) else 2 * B * Hkv * tokens * D
     return {
-        "probe_index": 4 * B * P,
-        "keep_from": 4 * B,
+        "probe_index": 4 * B * P if ahead else 0,
+        "keep_from": 4 * B if ahead else 0,
         "accumulated": 0 if summed else 4 * B * tokens,
         "normalized": 0 if summed else 4 * B * tokens,
         "probe_scores": scores.workspace_bytes,
@@ -64,6 +65,7 @@ def test_parts_do_not_overlap_within_a_phase(tokens: int, changes: dict[str, Any
     need = sizes(tokens, **changes)
     assert plan.native
     assert plan.selects_sums == (need["accumulated"] == 0)
+    assert plan.draws_ahead == (need["probe_index"] > 0)
     for phase, end in ((SELECTION, plan.selection_bytes), (ATTENTION, plan.attention_bytes)):
         begins = [plan.offsets[name] for name in phase]
         assert begins[0] == 0 and all(begin % 256 == 0 for begin in begins)
@@ -108,7 +110,7 @@ def test_steps_without_a_kernel() -> None:
 
 def test_printed() -> None:
     assert str(_plan.plan_zipvl_attn(**LONGVA, tokens=2048)).startswith(
-        "zipvl_attn on CUDA: selection from the probes' sums; 4194304 bytes of workspace"
+        "zipvl_attn on CUDA: no kernel for the draw; selection from the probes' sums; 4194304 bytes of workspace"
     )
 
 

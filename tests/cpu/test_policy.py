@@ -43,6 +43,18 @@ def test_on_a_gpu_the_cost_model_decides() -> None:
     assert below(States(dtype=torch.float32)) == 256, "no kernel takes float32"
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("config", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
+def test_the_compiler_takes_it_for_a_constant(config: dict[str, float], dynamic: bool) -> None:
+    states, settings = States(), ZipVLConfig(**config)
+
+    def added(x: torch.Tensor) -> torch.Tensor:
+        return x + policy.dense_below(settings, 28, 128, states)  # type: ignore[arg-type]
+
+    compiled = torch.compile(added, fullgraph=True, dynamic=dynamic, backend="eager")
+    assert int(compiled(torch.zeros(()))) == below(states, **config)
+
+
 @pytest.mark.parametrize("bad", ["automatic", "256", -1, 2.5, True, None])
 def test_bad_values_are_errors(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"ZipVLConfig: dense_below must be .*integer of at least 0, got"):

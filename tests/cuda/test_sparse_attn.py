@@ -130,9 +130,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, **keywo
     assert out.transpose(1, 2).is_contiguous(), "a transposed view of [B, N, Hq, D]"
     exact = attention(q, k, v, index, count, torch.float64, **keywords)
     baseline = attention(q, k, v, index, count, q.dtype, **keywords)
-    assert_accurate(out, exact, baseline, output_floor(q, k, v, keywords.get("scale")))
+    # On the CPU: initcheck does not see what the copy engine writes, and would report every element that torch reads.
+    on_cpu = out.cpu()
+    assert_accurate(on_cpu, exact.cpu(), baseline.cpu(), output_floor(q, k, v, keywords.get("scale")))
     if not keywords.get("all_queries"):
-        assert bool((out.transpose(1, 2)[outside] == 0).all()), "rows outside T are exactly 0"
+        assert bool((on_cpu.transpose(1, 2)[outside.cpu()] == 0).all()), "rows outside T are exactly 0"
     return out
 
 

@@ -146,7 +146,7 @@ struct Layer : emulated::ScoredLayer<Token, D> {
 // Rows as long as they are selected from sums: what the scores' last kernel and the selection give of the same ones.
 struct Sums {
   int batch, parts, tokens, probes;
-  bool causal, masked;
+  bool causal, masked, drawn;
   double tau, ratio;
   std::vector<float> sums, accumulated, normalized;
   std::vector<std::int32_t> positions;
@@ -159,6 +159,7 @@ struct Sums {
         probes(uniform(1, 160)),
         causal(uniform(0, 3) != 0),
         masked(uniform(0, 1) == 0),
+        drawn(!masked && uniform(0, 1) == 0),
         tau(0.5 + 0.1 * uniform(0, 4)),
         ratio(uniform(0, 1) == 0 ? 0.1 * uniform(1, 10) : 0.0),
         sums(static_cast<std::size_t>(batch) * parts * tokens),
@@ -198,7 +199,15 @@ struct Sums {
     from.tokens = tokens;
     from.probes = probes;
     from.causal = causal;
+    if (drawn) {
+      from.draw = draw_probes(tokens, probes / 2, probes - probes / 2, 7);
+      for (int i = 0; i < batch * probes; ++i) {
+        positions[i] = static_cast<std::int32_t>(from.draw.rank(i % probes));
+      }
+    }
+    from.cluster_blocks = uniform(0, 1);
     launch_finish_scores(from, nullptr);
+    from.probe_index = drawn ? nullptr : positions.data();
     SelectTokensParams params{};
     params.token_mask = from.token_mask;
     params.mask_stride[0] = params.budget_stride[0] = params.rank_stride[0] = tokens;

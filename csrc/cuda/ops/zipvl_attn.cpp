@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
 #include "cuda/probe_scores/planned.h"
@@ -50,9 +52,9 @@ std::optional<Steps> plan_steps(const LayerCall& call, const checks::AttentionSi
   }
   steps.select = select_tokens_plan(sizes.batch, sizes.tokens, call.q.get_device_index());
   steps.attention = sparse_attn_step(sizes, call.q, call.k, call.v, scale, call.causal, call.all_queries);
-  steps.plan =
-      plan::plan_zipvl_attn({sizes.batch, sizes.kv_heads, sizes.tokens, sizes.head_dim, probes, returns_packed},
-                            steps.scores.plan, steps.select, steps.attention.plan);
+  steps.plan = plan::plan_zipvl_attn(
+      {sizes.batch, sizes.kv_heads, sizes.tokens, sizes.head_dim, probes, call.token_mask.has_value(), returns_packed},
+      steps.scores.plan, steps.select, steps.attention.plan);
   return steps.plan.native ? std::optional(steps) : std::nullopt;
 }
 
@@ -63,16 +65,19 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   const auto words = [space](std::int64_t offset) { return reinterpret_cast<std::int32_t*>(space + offset); };
   const auto row = [space](std::int64_t offset) { return reinterpret_cast<float*>(space + offset); };
 
-  ProbeIndexParams draw = probe_index_params(call.q, call.num_recent, call.num_random, call.seed, call.token_mask);
-  draw.out = words(at.probe_index);
-  draw.keep_from = words(at.keep_from);
-  draw.keep_recent = call.keep_recent;
-  check_launch(call.op, launch_probe_index(draw, stream));
-
   ProbeScoresParams& scores = steps.scores.params;
-  scores.probe_index = draw.out;
-  scores.probe_stride[0] = call.num_recent + call.num_random;
-  scores.probe_stride[1] = 1;
+  if (steps.plan.draws_ahead) {
+    ProbeIndexParams draw = probe_index_params(call.q, call.num_recent, call.num_random, call.seed, call.token_mask);
+    draw.out = words(at.probe_index);
+    draw.keep_from = words(at.keep_from);
+    draw.keep_recent = call.keep_recent;
+    check_launch(call.op, launch_probe_index(draw, stream));
+    scores.probe_index = draw.out;
+    scores.probe_stride[0] = call.num_recent + call.num_random;
+    scores.probe_stride[1] = 1;
+  } else {
+    scores.draw = draw_probes(sizes.tokens, call.num_recent, call.num_random, static_cast<std::uint64_t>(call.seed));
+  }
   if (!steps.plan.selects_sums) {
     scores.accumulated = row(at.accumulated);
     scores.normalized = row(at.normalized);
@@ -86,7 +91,8 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   select.rank_score = scores.normalized;
   select.budget_stride[0] = select.rank_stride[0] = sizes.tokens;
   select.budget_stride[1] = select.rank_stride[1] = 1;
-  select.keep_from = draw.keep_from;
+  select.keep_from = steps.plan.draws_ahead ? words(at.keep_from) : nullptr;
+  select.keep_last = static_cast<int>(std::min(call.keep_recent, sizes.tokens));
   select.dense_above = call.dense_above;
   select.index = result.index.mutable_data_ptr<std::int32_t>();
   select.count = result.count.mutable_data_ptr<std::int32_t>();

@@ -62,17 +62,16 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
       real += __syncthreads_count(n < params.tokens && mask[n * params.mask_stride[1]]);
     }
   }
-  const ProbeSplit split = split_probes(real, params.num_recent, params.num_random);
+  const ProbeDraw draw = draw_probes(real, params.num_recent, params.num_random, params.seed);
+  const ProbeSplit& split = draw.split;
   const std::int64_t count = split.random + split.recent;
   const std::int64_t kept_rank = max(real - params.keep_recent, std::int64_t{0});  // of the first one kept
   if (params.keep_from != nullptr && threadIdx.x == 0 && (mask == nullptr || kept_rank >= real)) {
     params.keep_from[b] = static_cast<std::int32_t>(mask == nullptr ? kept_rank : params.tokens);
   }
   for (std::int64_t slot = threadIdx.x; slot < probes; slot += kThreads) {
-    if (slot >= count) {
-      out[slot] = -1;
-    } else if (mask == nullptr) {
-      out[slot] = static_cast<std::int32_t>(probe_rank(split, params.seed, params.num_random, slot));
+    if (mask == nullptr || slot >= count) {
+      out[slot] = static_cast<std::int32_t>(draw.rank(slot));
     }
   }
   if (mask == nullptr) {

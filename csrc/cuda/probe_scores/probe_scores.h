@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "common/probe_draw.h"
 #include "cuda/common/tensor_map.h"
 
 namespace zipvl::cuda {
@@ -18,8 +19,9 @@ struct ProbeScoresParams {
   std::int64_t q_stride[3];         // of dimensions 0 to 2, in elements
   const void* k;                    // [batch, kv_heads, tokens, head_dim], unit last stride
   std::int64_t k_stride[3];         // of dimensions 0 to 2, in elements
-  const std::int32_t* probe_index;  // [batch, probes]; what is no position is no probe
+  const std::int32_t* probe_index;  // [batch, probes]; what is no position is no probe; null: every row's are `draw`'s
   std::int64_t probe_stride[2];     // in elements
+  ProbeDraw draw;                   // where cluster_blocks > 0 and there is no mask: nobody reads a probe often
   const bool* token_mask;           // [batch, tokens], or null: every token is real
   std::int64_t mask_stride[2];      // in elements
   // [batch, tokens], contiguous; or null where cluster_blocks > 0: the sums are all that is wanted

@@ -15,8 +15,15 @@ __device__ __forceinline__ bool is_token(const ProbeScoresParams& params, int po
   return position >= 0 && position < params.tokens;
 }
 
-__device__ __forceinline__ int probe_position(const ProbeScoresParams& params, int b, int probe) {
+__device__ __forceinline__ int probe_position(const ProbeScoresParams& params, std::int64_t b, int probe) {
   return params.probe_index[b * params.probe_stride[0] + probe * params.probe_stride[1]];
+}
+
+// The same where the probes may have been drawn right before the kernel started, or are drawn here.
+__device__ __forceinline__ int new_probe_position(const ProbeScoresParams& params, std::int64_t b, int probe) {
+  return params.probe_index == nullptr
+             ? static_cast<int>(params.draw.rank(probe))
+             : __ldcg(params.probe_index + b * params.probe_stride[0] + probe * params.probe_stride[1]);
 }
 
 // The last key a probe may see, or -1.

@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParam
   params.row_lse[head * params.rows_padded + row] = log_sum_exp(base_of(stats.max, params.scale_log2), stats.sum, sees);
 }
 
-// A block takes 256 tokens of one batch row, a thread each.
+// A block takes 256 tokens of one batch row, a thread each. kProbesAreThere: the kernel before lets this one start when
+// all before it is done, so that the probes that see a token are counted while it runs.
+template <bool kProbesAreThere>
 __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresParams params, int blocks_each) {
   __shared__ std::int32_t near_limit[kMostProbes];
   __shared__ int near_count;
@@ -177,26 +179,38 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
     near_count = 0;
   }
   __syncthreads();
-  ptx::wait_for_previous_kernel();
-  // All loads first, so that they are under way together.
+  if (!kProbesAreThere) {
+    ptx::wait_for_previous_kernel();
+  }
   const bool valid = token < params.tokens;
   const int limit =
-      static_cast<int>(threadIdx.x) < params.probes ? limit_of(params, probe_position(params, b, threadIdx.x)) : -1;
+      static_cast<int>(threadIdx.x) < params.probes ? limit_of(params, new_probe_position(params, b, threadIdx.x)) : -1;
+  // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
+  const auto count_viewers = [&] {
+    if (limit >= first && limit < first + kThreads - 1) {
+      near_limit[atomicAdd(&near_count, 1)] = limit;
+    }
+    int viewers = __syncthreads_count(limit >= first + kThreads - 1);
+    for (int i = 0; i < near_count; ++i) {
+      viewers += near_limit[i] >= token ? 1 : 0;
+    }
+    return viewers;
+  };
+  int viewers = 0;
+  if (kProbesAreThere) {
+    viewers = count_viewers();
+    ptx::wait_for_previous_kernel();
+  }
   const bool real = valid && (params.token_mask == nullptr ||
                               params.token_mask[b * params.mask_stride[0] + token * params.mask_stride[1]]);
   const int parts = params.kv_heads * params.row_splits;
   const float* sums = params.sums + static_cast<std::int64_t>(b) * parts * params.tokens + token;
   const float sum = valid ? sum_of_parts(sums, parts, params.tokens) : 0.0F;
-  // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
-  if (limit >= first && limit < first + kThreads - 1) {
-    near_limit[atomicAdd(&near_count, 1)] = limit;
+  if (!kProbesAreThere) {  // after the loads, so that all are under way together
+    viewers = count_viewers();
   }
-  int viewers = __syncthreads_count(limit >= first + kThreads - 1);
   if (!valid) {
     return;
-  }
-  for (int i = 0; i < near_count; ++i) {
-    viewers += near_limit[i] >= token ? 1 : 0;
   }
   if (!real) {
     viewers = 0;
@@ -230,8 +244,8 @@ cudaError_t launch_combine_rows(const ProbeScoresParams& params, cudaStream_t st
 
 cudaError_t launch_finish_scores(const ProbeScoresParams& params, cudaStream_t stream) {
   const int blocks_each = ceil_div(params.tokens, kThreads);
-  return launch_dependent(&finish_scores_kernel, static_cast<unsigned>(params.batch * blocks_each), kThreads, 0, stream,
-                          params, blocks_each);
+  return launch_dependent(params.cluster_blocks > 0 ? &finish_scores_kernel<true> : &finish_scores_kernel<false>,
+                          static_cast<unsigned>(params.batch * blocks_each), kThreads, 0, stream, params, blocks_each);
 }
 
 }  // namespace zipvl::cuda

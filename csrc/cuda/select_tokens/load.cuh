@@ -106,7 +106,7 @@ __device__ Seen load(Keys<kItems>& keys, const Scores& scores, const SelectToken
   const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];
   const bool real_vectors = aligned(real_mask, params.mask_stride[1], 4);
   const bool keep_vectors = aligned(keep_mask, params.keep_stride[1], 4);
-  const int keep_from = params.keep_from == nullptr ? params.tokens : params.keep_from[b];
+  const int keep_from = params.keep_from == nullptr ? params.tokens - params.keep_last : params.keep_from[b];
   std::uint32_t all_real = 0, all_kept = 0;  // a bit a token
   scores.load(keys, first, params.tokens);
 #pragma unroll

@@ -15,7 +15,7 @@ struct SelectTokensParams {
   const float* rank_score;    // [batch, tokens]
   const bool* keep_mask;      // [batch, tokens], or null: none is kept whatever its score
   const bool* token_mask;     // [batch, tokens], or null: every token is real
-  // [batch], or null: real tokens from this position on are kept, beside those of keep_mask
+  // [batch]: real tokens from this position on are kept, beside those of keep_mask. Null: the last keep_last ones.
   const std::int32_t* keep_from;
   std::int32_t* index;                                                            // [batch, tokens], contiguous
   std::int32_t* count;                                                            // [batch], contiguous
@@ -23,6 +23,7 @@ struct SelectTokensParams {
   std::int64_t batch;
   int tokens;
   int min_tokens;  // at most `tokens`
+  int keep_last;   // at most `tokens`
   double tau;
   double ratio;        // 0: the budget is by tau
   double dense_above;  // in (0, 1]: a row with more than this share of its real tokens selected has all of them
@@ -42,8 +43,8 @@ cudaError_t launch_select_tokens(const SelectTokensParams& params, cudaStream_t 
 cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaStream_t stream);
 
 // A block a row, which makes the scores of `from.sums` (budget_score and rank_score are not read); sm_90. To be
-// launched right after the kernel that writes them, and that kernel right after the one that draws the probes. At most
-// plan::kSelectTokensPerCopy tokens.
+// launched right after the kernel that writes them, and that kernel right after the one that draws the probes, if one
+// does. At most plan::kSelectTokensPerCopy tokens.
 cudaError_t launch_select_sums(const SelectTokensParams& params, const ProbeScoresParams& from, cudaStream_t stream);
 
 }  // namespace zipvl::cuda

@@ -97,7 +97,7 @@ __device__ __forceinline__ void place_rows(const ProbeScoresParams& params, Clus
     int limit = -1;
     std::int64_t source = -1;
     if (row < params.rows) {
-      const int position = probe_position(params, item.b, row / group);
+      const int position = new_probe_position(params, item.b, row / group);
       limit = limit_of(params, position);
       if (limit >= 0) {
         source = item.b * params.q_stride[0] + (item.h * group + row % group) * params.q_stride[1] +

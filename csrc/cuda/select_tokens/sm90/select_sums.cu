@@ -26,13 +26,11 @@ struct SummedScores {
 
   static __device__ int first_token(int quad) { return 4 * (static_cast<int>(threadIdx.x) + quad * kThreads); }
 
-  // Reads the probes past the first-level cache, which may still hold what was there before they were drawn.
   __device__ SummedScores(const ProbeScoresParams& of, std::int64_t row) : from(of), b(row), viewers{} {
     const int lane = threadIdx.x % 32;
     for (int begin = 0; begin < from.probes; begin += 32) {
-      const std::int32_t* position =
-          from.probe_index + b * from.probe_stride[0] + (begin + lane) * from.probe_stride[1];
-      const int limit = begin + lane < from.probes ? limit_of(from, __ldcg(position)) : -1;
+      const int probe = begin + lane;
+      const int limit = probe < from.probes ? limit_of(from, new_probe_position(from, b, probe)) : -1;
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
         const int n = first_token(quad), first = n - 4 * lane, last = min(first + 128, from.tokens) - 1;  // of the warp
