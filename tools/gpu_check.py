@@ -55,6 +55,7 @@ NO_SANITIZER = (
 )
 
 _SUMMARY = re.compile(r"ERROR SUMMARY: (?P<errors>\d+) error")
+_UNPRINTED = re.compile(r"ERROR SUMMARY: (?P<errors>\d+) errors were not printed")
 _RACES = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((?P<errors>\d+) errors?, (?P<warnings>\d+) warning")
 _REPORT = re.compile(r"^========= (?! )", re.MULTILINE)
 _PLACE = re.compile(r"(?:^=========\s+at |Device Frame: ?|\baccess at )(?P<place>.+?)\+0x[0-9a-f]+", re.MULTILINE)
@@ -106,6 +107,9 @@ def read_logs(tool: str, tests: str) -> Findings:
         findings.errors, findings.warnings = int(found["errors"]), int(found["warnings"])
     elif found := _SUMMARY.search(tool):
         findings.errors = int(found["errors"]) - findings.elsewhere
+        if unprinted := _UNPRINTED.search(tool):
+            findings.errors -= int(unprinted["errors"])
+            findings.broken = f"{unprinted['errors']} reports were not printed"
     else:
         findings.broken = "the tool wrote no summary"
     counts = _TESTS.findall(tests)
@@ -139,7 +143,7 @@ def run_tool(sanitizer: Path, tool: str, limit_s: float) -> Findings:
     """The tests marked ``sanitizer`` under one tool; the logs stay in build/sanitizer."""
     log, tests_log = LOGS / f"{tool}.log", LOGS / f"{tool}.tests.log"
     log.unlink(missing_ok=True)
-    environment = {**os.environ, "ZIPVL_RECORD_GPU_TESTS": "0"}
+    environment = {**os.environ, "ZIPVL_RECORD_GPU_TESTS": "0", "ZIPVL_SANITIZER": tool}
     if tool in WATCH_ALLOCATIONS:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     command = [

@@ -7,9 +7,9 @@ namespace {
 
 // us on an NVIDIA H200, bfloat16: of a call, of each 1e9 numbers of q, and of each 1e9 of those times the tokens.
 // `python -m benchmarks.layer_cost` fits them to benchmarks/results/layer.jsonl.
-constexpr double kDense = 5.619, kDensePerToken = 2595, kDensePerPair = 3.387;
-constexpr double kZipvlByTau = 5.862;
-constexpr double kZipvl = 35.75, kZipvlPerToken = 1790, kZipvlPerPair = 3.279;
+constexpr double kDense = 5.47, kDensePerToken = 2536, kDensePerPair = 3.398;
+constexpr double kZipvlByTau = 4.906;
+constexpr double kZipvl = 24.47, kZipvlPerToken = 1739, kZipvlPerPair = 3.377;
 
 constexpr std::int64_t kGranule = 64, kMostTokens = std::int64_t{1} << 17;  // lengths that are asked about
 
