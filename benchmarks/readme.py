@@ -222,8 +222,8 @@ def ttft() -> list[str]:
 
 
 def repeated(run: Result) -> bool:
-    """Whether every row was timed at least twice. A single run has the cost of a length's first calls in it, but for the
-    original's, which is run last."""
+    """Whether every row was timed at least twice. A single run has the cost of a length's first calls in it, except the
+    original's, which comes last."""
     return all(len(row["runs"]) > 1 for row in run["rows"])
 
 

@@ -119,9 +119,11 @@ class RaggedKV:
             added = token_mask.sum(-1, dtype=torch.int32)
             self.tail = 0
             k, v = self.real_first(k, token_mask), self.real_first(v, token_mask)
-        slot = self.lengths[:, None].to(torch.int64) + torch.arange(new, device=k.device)
+        slot = self.lengths.view(-1, 1, 1, 1).to(torch.int64)
+        if new > 1:  # in every decoded token's way: on a GPU each of these is a launch
+            slot = slot + torch.arange(new, device=k.device)[:, None]
         for storage, states in ((self.keys, k), (self.values, v)):
-            storage.scatter_(2, slot[:, None, :, None].expand(states.shape), states)
+            storage.scatter_(2, slot.expand(states.shape), states)
         self.lengths.add_(added)
         self.longest += new
 
