@@ -1,9 +1,9 @@
 // Device code on a CPU: enough of CUDA's language to run kernels of csrc/cuda block by block, a fiber a thread. Fibers
 // of a block take turns in one thread of the host and change only where they wait, in an order drawn anew each round
 // from a fixed seed; now and then a warp sleeps while the others go on. Shared memory is thread_local, which all of
-// them have in common. Inline assembly is in csrc/cuda/ptx alone, whose files are replaced by those of
-// include/cuda/ptx. What is asynchronous there (copies, matrix products of a warpgroup) happens at once or as late as
-// it may, as chance will have it.
+// them have in common. The blocks of a cluster have a thread of the host each, of which one runs at a time. Inline
+// assembly is in csrc/cuda/ptx alone, whose files are replaced by those of include/cuda/ptx. What is asynchronous there
+// (copies, matrix products of a warpgroup) happens at once or as late as it may, as chance will have it.
 //
 // What this proves: indices, masks, layouts, who waits for whom. What it cannot: the memory model, races between
 // threads (they never run at once), speed.
@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -22,8 +23,10 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #undef __global__
@@ -57,20 +60,25 @@ constexpr int kNamedBarriers = 16;
   std::abort();
 }
 
+// Addresses of shared memory are offsets from here, the same in every thread of the host; aligned as far as any kernel
+// asks of an address.
+alignas(1024) inline thread_local unsigned char shared_base[16];
+
 // Dynamic shared memory, which the test program defines under the name that the kernels declare:
 //   alignas(1024) thread_local unsigned char shared[kSharedBytes];
 //   const emulated::DynamicShared registered(shared);
 // A block finds all ones in it, and must leave them where it asked for nothing.
 class DynamicShared {
  public:
-  explicit DynamicShared(unsigned char* bytes) { all().push_back(bytes); }
+  explicit DynamicShared(const unsigned char* bytes) { offsets().push_back(bytes - shared_base); }
   static void poison() {
-    for (unsigned char* bytes : all()) {
-      std::memset(bytes, 0xFF, kSharedBytes);
+    for (const std::ptrdiff_t offset : offsets()) {
+      std::memset(shared_base + offset, 0xFF, kSharedBytes);
     }
   }
   static void check(std::size_t asked) {
-    for (const unsigned char* bytes : all()) {
+    for (const std::ptrdiff_t offset : offsets()) {
+      const unsigned char* bytes = shared_base + offset;
       if (std::any_of(bytes + asked, bytes + kSharedBytes, [](unsigned char x) { return x != 0xFF; })) {
         fail("a block wrote past the shared memory that it asked for");
       }
@@ -78,10 +86,91 @@ class DynamicShared {
   }
 
  private:
-  static std::vector<unsigned char*>& all() {
-    static std::vector<unsigned char*> list;
+  static std::vector<std::ptrdiff_t>& offsets() {
+    static std::vector<std::ptrdiff_t> list;
     return list;
   }
+};
+
+// The blocks of a cluster, each in a thread of the host. One runs at a time: the others wait for their turn. Of some
+// clusters one block begins only when no other can go on.
+class Cluster {
+ public:
+  Cluster(int size, int threads, unsigned seed) : threads_(size * threads), bases_(size), left_(size), schedule_(seed) {
+    late_ = schedule_() % 2 == 0 ? static_cast<int>(schedule_() % size) : -1;
+  }
+
+  int size() const { return static_cast<int>(bases_.size()); }
+
+  // Block `rank` waits until all are there and it is its turn.
+  void enter(int rank) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    bases_[rank] = shared_base;
+    if (++entered_ == size()) {
+      hand_on(static_cast<int>(schedule_() % bases_.size()));
+    }
+    changed_.wait(lock, [&] { return turn_ == rank; });
+  }
+  // A round of the block's threads is over, in which something happened or not.
+  void pass(int rank, bool progress) {
+    stuck_ = progress ? 0 : stuck_ + 1;
+    if (stuck_ > 3 * size()) {
+      fail("every thread of a cluster waits");
+    }
+    if (progress && schedule_() % 4 != 0) {
+      return;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    hand_on(rank);
+    changed_.wait(lock, [&] { return turn_ == rank; });
+  }
+  void leave(int rank) {
+    const std::unique_lock<std::mutex> lock(mutex_);
+    left_[rank] = true;
+    stuck_ = 0;
+    hand_on(rank);
+  }
+
+  // Where block `rank` has what lies at this offset from shared_base.
+  unsigned char* pointer(int rank, std::ptrdiff_t offset) const {
+    if (left_[rank]) {
+      fail("a store into the shared memory of a block that has ended");
+    }
+    return bases_[rank] + offset;
+  }
+
+  // Returns the number of the barrier's phase; it is over once phase() is another.
+  long arrive() {
+    const long phase = phase_;
+    if (++arrived_ == threads_) {
+      arrived_ = 0;
+      ++phase_;
+    }
+    return phase;
+  }
+  long phase() const { return phase_; }
+
+ private:
+  void hand_on(int rank) {
+    if (stuck_ >= size() || std::count(left_.begin(), left_.end(), false) == 1) {
+      late_ = -1;
+    }
+    for (int next = 1; next <= size(); ++next) {
+      if (const int other = (rank + next) % size(); !left_[other] && other != late_) {
+        turn_ = other;
+        break;
+      }
+    }
+    changed_.notify_all();
+  }
+
+  int threads_, late_, entered_ = 0, turn_ = -1, stuck_ = 0, arrived_ = 0;
+  long phase_ = 0;
+  std::vector<unsigned char*> bases_;
+  std::vector<bool> left_;
+  std::mt19937 schedule_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
 };
 
 // Threads that wait for each other: a warp's lanes of one mask, or a barrier. What each brought is kept until the next
@@ -94,8 +183,15 @@ struct Meeting {
 
 class Block {
  public:
-  Block(int threads, const std::function<void()>& body)
-      : body_(body), fibers_(threads), order_(threads), meetings_(threads / kWarp) {
+  // cluster: null outside of one.
+  Block(int threads, const std::function<void()>& body, Cluster* cluster = nullptr, int rank = 0)
+      : cluster_(cluster),
+        rank_(rank),
+        body_(body),
+        fibers_(threads),
+        order_(threads),
+        schedule_(rank + 1),
+        meetings_(threads / kWarp) {
     scheduler_.uc_stack.ss_sp = not_a_stack_;  // the address sanitizer looks there at every change
     scheduler_.uc_stack.ss_size = sizeof not_a_stack_;
     std::iota(order_.begin(), order_.end(), 0);
@@ -142,7 +238,8 @@ class Block {
         thread = i;
         swapcontext(&scheduler_, &fiber.context);
       }
-      if (any && !moved && events_.empty() && asleep < 0) {
+      const bool stuck = any && !moved && events_.empty() && asleep < 0;
+      if (stuck && cluster_ == nullptr) {
         fail("every thread waits");
       }
       if (!events_.empty() && (!moved || schedule_() % 4 == 0)) {
@@ -151,6 +248,9 @@ class Block {
         asleep = -1;
       } else if (asleep < 0 && schedule_() % 8 == 0) {
         asleep = static_cast<int>(schedule_() % meetings_.size());
+      }
+      if (any && cluster_ != nullptr) {
+        cluster_->pass(rank_, !stuck);
       }
     }
     while (!events_.empty()) {
@@ -214,6 +314,18 @@ class Block {
     }
   }
 
+  // The cluster's: a block outside of one is one of its own.
+  int rank() const { return rank_; }
+  int cluster_size() const { return cluster_ == nullptr ? 1 : cluster_->size(); }
+  void arrive_cluster() { fibers_[thread].cluster_phase = cluster_ == nullptr ? -1 : cluster_->arrive(); }
+  void wait_cluster() {
+    const long phase = fibers_[thread].cluster_phase;
+    wait_until([this, phase] { return cluster_ == nullptr || cluster_->phase() != phase; });
+  }
+  unsigned char* in_block(int rank, std::ptrdiff_t offset) const {
+    return cluster_ == nullptr ? shared_base + offset : cluster_->pointer(rank, offset);
+  }
+
   // Copies out of shared memory, in groups of their own.
   void start_store(void* target, const void* source, int bytes) {
     start({target, source, bytes}, fibers_[thread].stores);
@@ -261,8 +373,8 @@ class Block {
     return count;
   }
 
-  static inline Block* current_block = nullptr;
-  static inline int thread = 0;
+  static inline thread_local Block* current_block = nullptr;
+  static inline thread_local int thread = 0;
 
  private:
   struct Copy {
@@ -278,6 +390,7 @@ class Block {
     Meeting* waits_for = nullptr;
     long since = 0;
     bool done = true;
+    long cluster_phase = 0;  // in which it arrived last
     std::function<bool()> until;
     // Committed groups, and the one that is not.
     std::deque<std::vector<Copy>> copies, stores;
@@ -332,10 +445,12 @@ class Block {
     swapcontext(&fiber.context, &scheduler_);
   }
 
+  Cluster* cluster_;
+  int rank_;
   std::function<void()> body_;
   std::vector<Fiber> fibers_;
   std::vector<int> order_;  // in which threads take their turns, another one each round
-  std::mt19937 schedule_{1};
+  std::mt19937 schedule_;
   std::vector<std::map<unsigned, Meeting>> meetings_;  // by warp and mask
   Meeting barrier_;
   Meeting named_[kNamedBarriers];
@@ -357,12 +472,59 @@ struct ThreadIndex {
     operator unsigned() const { return static_cast<unsigned>(Block::thread); }
   } x;
 };
-inline Index3 block_index, grid_size;
+inline thread_local Index3 block_index, grid_size;
 
-// kernel(): of every thread of every block, one block after the other.
-inline void launch(const dim3& grid, int threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
+// Either of the host's thread.
+template <bool kGrid>
+struct Index3OfThread {
+  template <Index Index3::* kAxis>
+  struct Axis {
+    operator unsigned() const { return (kGrid ? grid_size : block_index).*kAxis; }
+  };
+  Axis<&Index3::x> x;
+  Axis<&Index3::y> y;
+  Axis<&Index3::z> z;
+};
+
+// A cluster whose first block is `first`, of a grid of one dimension.
+inline void launch_cluster(int first, int size, int threads, std::size_t shared_bytes,
+                           const std::function<void()>& kernel) {
+  static unsigned clusters = 0;
+  Cluster cluster(size, threads, ++clusters);
+  std::vector<std::thread> blocks;
+  const Index3 grid = grid_size;
+  for (int rank = 0; rank < size; ++rank) {
+    blocks.emplace_back([&, rank] {
+      grid_size = grid;
+      block_index = {first + rank, 0, 0};
+      DynamicShared::poison();
+      Block block(threads, kernel, &cluster, rank);
+      cluster.enter(rank);
+      block.run();
+      DynamicShared::check(shared_bytes);
+      cluster.leave(rank);
+    });
+  }
+  for (std::thread& block : blocks) {
+    block.join();
+  }
+}
+
+// kernel(): of every thread of every block, one block (or cluster of blocks) after the other.
+inline void launch(const dim3& grid, int threads, std::size_t shared_bytes, const std::function<void()>& kernel,
+                   int cluster = 1) {
   if (shared_bytes > kSharedBytes) {
     fail("a kernel asks for more shared memory than there is");
+  }
+  if (cluster > 1) {
+    if (grid.x % cluster != 0 || grid.y != 1 || grid.z != 1) {
+      fail("a grid is not made of whole clusters");
+    }
+    grid_size = {static_cast<int>(grid.x), 1, 1};
+    for (int first = 0; first < grid_size.x.value; first += cluster) {
+      launch_cluster(first, cluster, threads, shared_bytes, kernel);
+    }
+    return;
   }
   Block block(threads, kernel);
   grid_size = {static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
@@ -386,13 +548,21 @@ T shuffle(unsigned mask, T value, int from) {
 }  // namespace emulated
 
 static const emulated::ThreadIndex threadIdx;
-static const emulated::Index3 &blockIdx = emulated::block_index, &gridDim = emulated::grid_size;
+static const emulated::Index3OfThread<false> blockIdx;
+static const emulated::Index3OfThread<true> gridDim;
 
 // What host code launches runs at once, to its end.
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
-  emulated::launch(config->gridDim, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes,
-                   [&] { kernel(args...); });
+  int cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      cluster = static_cast<int>(config->attrs[i].val.clusterDim.x);
+    }
+  }
+  emulated::launch(
+      config->gridDim, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, [&] { kernel(args...); },
+      cluster);
   return cudaSuccess;
 }
 // kernel<<<grid, threads, shared, stream>>>(args), as test_emulated.py writes it for a compiler that knows no CUDA.
@@ -504,6 +674,12 @@ template <typename T, typename U>
 T atomicMax(T* at, U value) {
   const T before = *at;
   *at = std::max(*at, static_cast<T>(value));
+  return before;
+}
+template <typename T, typename U>
+T atomicMin(T* at, U value) {
+  const T before = *at;
+  *at = std::min(*at, static_cast<T>(value));
   return before;
 }
 template <typename T, typename U>

@@ -35,6 +35,7 @@ PROGRAMS = {
         "cuda/probe_index/probe_index.cu",
         "cuda/probe_scores/rows.cu",
     ],
+    "selection_sm90": [],
 }
 # What lies outside a tensor, and vectors not aligned to their size. Some compilers come without their libraries.
 SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
@@ -89,7 +90,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     csrc = translated(folder)
     sanitizers = SANITIZERS if works(folder, SANITIZERS) else []
     # An extern thread_local is shared memory here, and has no initialiser to call.
-    flags = ["-std=c++20", "-w", "-fno-extern-tls-init", "-include", "cuda_on_cpu.h"]
+    flags = ["-std=c++20", "-w", "-pthread", "-fno-extern-tls-init", "-include", "cuda_on_cpu.h"]
     flags += [f"-I{path}" for path in (HERE / "include", HERE, csrc, HEADERS)]
 
     def compiled(source: Path, chosen: list[str]) -> Path:
@@ -109,7 +110,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             chosen = ["-O2"] if name in UNSANITIZED else ["-O1", *sanitizers]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(compiled, sources, [chosen] * len(sources)))
-            subprocess.run(["g++", *chosen, *map(str, objects), "-o", str(folder / name)], check=True)
+            subprocess.run(["g++", "-pthread", *chosen, *map(str, objects), "-o", str(folder / name)], check=True)
             built[name] = folder / name
         return built[name]
 
@@ -125,6 +126,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("probe_scores_sm90", 1),
         ("quantize_kv", 2),
         ("selection", 4),
+        ("selection_sm90", 8),
     ],
 )
 @pytest.mark.parametrize("seed", [1, 2, 3])
