@@ -77,10 +77,9 @@ class ZipVLCacheLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
             return _handover.sign(key_states, self), value_states
-        length = self._seen
-        return _handover.sign(_handover.placeholder(key_states, length), self), _handover.placeholder(
-            value_states, length
-        )
+        cached = _handover.sign(_handover.placeholder(key_states, self._seen), self)
+        same = value_states.shape == key_states.shape
+        return cached, cached if same else _handover.placeholder(value_states, self._seen)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding positions included, whatever was kept."""

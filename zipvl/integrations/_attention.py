@@ -52,11 +52,12 @@ def attention_forward(
     common = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "is_causal": is_causal}
     if _runs.is_bystander(module) and layer is None:
         return _dense(module, query, key, value, attention_mask, **common, **kwargs)
+    if layer is not None and layer.packed is not None:  # a layer of a kind that can be sparse
+        refuse_unsupported(module, dropout, kwargs)
+        return _attend_packed(module, layer, query, attention_mask, scaling)
     kind = kind_reason(module, query, value, sliding_window, is_causal)
     if kind is None:
         refuse_unsupported(module, dropout, kwargs)
-    if layer is not None and layer.packed is not None:
-        return _attend_packed(module, layer, query, attention_mask, scaling)
 
     run = _runs.run_of(module)
     config = layer.config if layer is not None else run.config if run is not None else _runs.DEFAULT_CONFIG
