@@ -86,9 +86,11 @@ class ZipVLConfig:
         for name in ("high_bits", "low_bits"):
             if getattr(self, name) not in BITS:
                 raise ValueError(f"ZipVLConfig: {name} must be one of {BITS}, got {getattr(self, name)!r}")
-        # Not a field: made of fields. Text, because torch.compile(dynamic=True) makes symbols of an object's floats.
-        object.__setattr__(self, "cost_key", json.dumps([self.ratio, self.tau, self.all_queries]))
+        ratio = None if self.ratio is None else float(self.ratio)
+        object.__setattr__(self, "cost_key", json.dumps([ratio, float(self.tau), bool(self.all_queries)]))
 
+    # Each object's own; ClassVar keeps it from being a field. Text, because torch.compile(dynamic=True) makes symbols
+    # of an object's floats.
     cost_key: ClassVar[str]
     """What a layer's cost depends on, ``[ratio, tau, all_queries]``, as JSON: for :mod:`zipvl.policy`."""
 

@@ -43,6 +43,11 @@ def test_on_a_gpu_the_cost_model_decides() -> None:
     assert below(States(dtype=torch.float32)) == 256, "no kernel takes float32"
 
 
+def test_numbers_of_any_kind() -> None:
+    half = torch.tensor(0.5).numpy()[()]
+    assert below(States(), ratio=half, tau=half) == below(States(), ratio=0.5, tau=0.5)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("config", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
 def test_the_compiler_takes_it_for_a_constant(config: dict[str, float], dynamic: bool) -> None:

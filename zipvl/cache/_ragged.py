@@ -120,7 +120,7 @@ class RaggedKV:
             self.tail = 0
             k, v = self.real_first(k, token_mask), self.real_first(v, token_mask)
         slot = self.lengths.view(-1, 1, 1, 1).to(torch.int64)
-        if new > 1:  # in every decoded token's way: on a GPU each of these is a launch
+        if new > 1:  # one token, a decoding step, is spared two launches
             slot = slot + torch.arange(new, device=k.device)[:, None]
         for storage, states in ((self.keys, k), (self.values, v)):
             storage.scatter_(2, slot.expand(states.shape), states)
