@@ -35,7 +35,7 @@ ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScores
   ZipvlAttnWorkspace& space = plan.workspace;
   const std::int64_t row_bytes = problem.batch * problem.tokens * kWordBytes;
   space.probe_index = take(plan.draws_ahead ? problem.batch * problem.probes * kWordBytes : 0);
-  space.keep_from = take(plan.draws_ahead ? problem.batch * kWordBytes : 0);
+  space.keep_from = take(problem.masked ? problem.batch * kWordBytes : 0);
   space.accumulated = take(plan.selects_sums ? 0 : row_bytes);
   space.normalized = take(plan.selects_sums ? 0 : row_bytes);
   space.probe_scores = take(scores.workspace.bytes);

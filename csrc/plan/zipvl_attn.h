@@ -21,7 +21,7 @@ struct ZipvlAttnProblem {
 struct ZipvlAttnWorkspace {
   // Until index and count are written:
   std::int64_t probe_index;              // [B, P] int32; unused where nobody draws ahead
-  std::int64_t keep_from;                // [B] int32; likewise
+  std::int64_t keep_from;                // [B] int32; unused where every token is real
   std::int64_t accumulated, normalized;  // [B, N] float32; unused where the selection reads sums
   std::int64_t probe_scores;             // ProbeScoresWorkspace
   std::int64_t select_tokens;            // SelectTokensPlan's

@@ -36,7 +36,7 @@ def sizes(tokens: int, **changes: Any) -> dict[str, int]:
     packed = 0 if shape["returns_packed"] or not shape.get("hopper", True) else 2 * B * Hkv * tokens * D
     return {
         "probe_index": 4 * B * P if ahead else 0,
-        "keep_from": 4 * B if ahead else 0,
+        "keep_from": 4 * B if shape["masked"] else 0,
         "accumulated": 0 if summed else 4 * B * tokens,
         "normalized": 0 if summed else 4 * B * tokens,
         "probe_scores": scores.workspace_bytes,

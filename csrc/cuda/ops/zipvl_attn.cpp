@@ -69,7 +69,7 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   if (steps.plan.draws_ahead) {
     ProbeIndexParams draw = probe_index_params(call.q, call.num_recent, call.num_random, call.seed, call.token_mask);
     draw.out = words(at.probe_index);
-    draw.keep_from = words(at.keep_from);
+    draw.keep_from = call.token_mask ? words(at.keep_from) : nullptr;
     draw.keep_recent = call.keep_recent;
     check_launch(call.op, launch_probe_index(draw, stream));
     scores.probe_index = draw.out;
@@ -91,7 +91,7 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   select.rank_score = scores.normalized;
   select.budget_stride[0] = select.rank_stride[0] = sizes.tokens;
   select.budget_stride[1] = select.rank_stride[1] = 1;
-  select.keep_from = steps.plan.draws_ahead ? words(at.keep_from) : nullptr;
+  select.keep_from = call.token_mask ? words(at.keep_from) : nullptr;
   select.keep_last = static_cast<int>(std::min(call.keep_recent, sizes.tokens));
   select.dense_above = call.dense_above;
   select.index = result.index.mutable_data_ptr<std::int32_t>();

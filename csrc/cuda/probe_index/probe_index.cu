@@ -65,10 +65,6 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
   const ProbeDraw draw = draw_probes(real, params.num_recent, params.num_random, params.seed);
   const ProbeSplit& split = draw.split;
   const std::int64_t count = split.random + split.recent;
-  const std::int64_t kept_rank = max(real - params.keep_recent, std::int64_t{0});  // of the first one kept
-  if (params.keep_from != nullptr && threadIdx.x == 0 && (mask == nullptr || kept_rank >= real)) {
-    params.keep_from[b] = static_cast<std::int32_t>(mask == nullptr ? kept_rank : params.tokens);
-  }
   for (std::int64_t slot = threadIdx.x; slot < probes; slot += kThreads) {
     if (mask == nullptr || slot >= count) {
       out[slot] = static_cast<std::int32_t>(draw.rank(slot));
@@ -76,6 +72,10 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
   }
   if (mask == nullptr) {
     return;
+  }
+  const std::int64_t kept_rank = max(real - params.keep_recent, std::int64_t{0});  // of the first one kept
+  if (params.keep_from != nullptr && threadIdx.x == 0 && kept_rank >= real) {
+    params.keep_from[b] = static_cast<std::int32_t>(params.tokens);
   }
   std::int64_t numbered = 0;
   for (std::int64_t first = 0; first < params.tokens; first += kThreads) {

@@ -14,8 +14,10 @@ struct ProbeIndexParams {
   std::int64_t batch, tokens;
   std::int64_t num_recent, num_random;
   std::uint64_t seed;
-  std::int32_t* keep_from;   // [batch], or null: the position of the first of the keep_recent last real tokens,
-  std::int64_t keep_recent;  // and `tokens` where that is no token
+  // [batch], or null; with token_mask only: the position of the first of the keep_recent last real tokens, and `tokens`
+  // where that is no token.
+  std::int32_t* keep_from;
+  std::int64_t keep_recent;
 };
 
 cudaError_t launch_probe_index(const ProbeIndexParams& params, cudaStream_t stream);
