@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -35,6 +36,10 @@ RATIOS = (0.25, 0.48, 0.5)
 REPEATS = {4096: 5, 8192: 4, 32768: 2}  # beyond: once. A dense forward of 131,072 tokens takes ten seconds
 PROBES = 128
 PAPER_TOKENS = 32768  # what the paper's times here are of
+# transformers, which must not look while a graph is traced, gives compiled SDPA a mask where nothing is padded, and no
+# cuDNN kernel takes one this fast: 2,247 ms to a first token behind 32,768 on an H200, where eager took 1,173.
+NO_MASK = {"full_attention": None}
+CUDNN = "aten::_scaled_dot_product_cudnn_attention"
 TAU = 0.975  # of the estimate whose result is thrown away: with a ratio there is no budget to find
 
 
@@ -135,7 +140,8 @@ def run_once(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tenso
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        output = forward(tokens, use_cache=True, logits_to_keep=1)
+        mask = NO_MASK if method.ratio is None else None
+        output = forward(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -143,26 +149,45 @@ def run_once(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tenso
     return Run(seconds, torch.cuda.max_memory_allocated() - before if on_gpu else None)
 
 
-def warm_up(model: Qwen2ForCausalLM, tokens: Tensor, rows: list[Method]) -> None:
-    """Each row once, so that lengths which run once do not pay for loading libraries: a second, with cuDNN's."""
+def attention_ops(run: Callable[[], Any]) -> list[str]:
+    """PyTorch's dense attention operators that ``run`` calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    return sorted({event.key for event in profiled.key_averages() if "::_scaled_dot_product_" in event.key})
+
+
+def warm_up(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tensor, rows: list[Method]) -> None:
+    """Each row once, so that lengths which run once do not pay for libraries (a second, with cuDNN's) and compilation.
+
+    Raises:
+        RuntimeError: on a GPU the original did not run on cuDNN's attention.
+    """
     for method in rows:
-        run_once(model, model, tokens, method)
+        run_once(model, forward, tokens, method)
+    called = attention_ops(lambda: run_once(model, forward, tokens, ORIGINAL))
+    if tokens.is_cuda and called != [CUDNN]:
+        raise RuntimeError(f"benchmarks.ttft: expected the original to call {CUDNN} alone, it called {called}")
 
 
-def measure(model: Qwen2ForCausalLM, tokens: Tensor, rows: list[Method], compiled: bool) -> dict[Method, list[Run]]:
+def measure(
+    model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tensor, rows: list[Method]
+) -> dict[Method, list[Run]]:
     """Runs of each row, interleaved, after one of each that is not counted where there are several.
 
     The original comes last: what else a first forward of a length costs falls on the others.
+
+    Args:
+        model: whose attention is exchanged.
+        forward: ``model``, or what it was compiled to.
+        tokens: ``[1, N]``.
+        rows: what to run.
     """
-    forward = model
-    if compiled:
-        forward = torch.compile(model, fullgraph=True, dynamic=True)
     repeats = REPEATS.get(tokens.shape[1], 1)
     found: dict[Method, list[Run]] = {method: [] for method in rows}
-    for number in range(repeats + (repeats > 1 or compiled)):
+    for number in range(repeats + (repeats > 1)):
         for method in reversed(rows):
             run = run_once(model, forward, tokens, method)
-            if number or not (repeats > 1 or compiled):
+            if number or repeats == 1:
                 found[method].append(run)
     return found
 
@@ -229,9 +254,10 @@ def main(
     for compile_it in (False,) * eager + (True,) * compiled:
         rows = [ORIGINAL, *methods(ratios[:1])[3:]] if compile_it else methods(ratios)
         found = {}
-        warm_up(model, prompt[:, : lengths[0]], rows)
+        forward = torch.compile(model, fullgraph=True, dynamic=True) if compile_it else model
+        warm_up(model, forward, prompt[:, : lengths[0]], rows)
         for tokens in lengths:
-            found[tokens] = measure(model, prompt[:, :tokens], rows, compile_it)
+            found[tokens] = measure(model, forward, prompt[:, :tokens], rows)
             if save and not smoke:
                 record(shape, tokens, compile_it, found[tokens], device)
             gc.collect()
