@@ -1,8 +1,10 @@
-"""Where ZipVL pays: the cost model of ``csrc/plan/layer_cost.cpp``, asked for a configuration and a layer's shape."""
+"""What the host decides or knows before the device does: where ZipVL pays (the cost model of ``csrc/plan/layer_cost.cpp``, asked
+for a configuration and a layer's shape), and how much can be kept."""
 
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from importlib import import_module
 
@@ -10,8 +12,9 @@ import torch
 
 from zipvl.config import ZipVLConfig
 
-__all__ = ["SHORTEST", "dense_below"]
+__all__ = ["SHORTEST", "dense_below", "most_kept"]
 
+_PARTS = 2**16  # a ratio is rounded up to as many parts, so that its share of a symbol is a product of integers
 SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the default configuration
 
 
@@ -29,6 +32,25 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
     if states.device.type != "cuda" or states.dtype == torch.float32:
         return SHORTEST
     return _by_cost(query_heads, head_dim, config.cost_key)
+
+
+def most_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -> int | None:
+    """What the host knows of a selection before it is made: no row keeps more tokens, unless its scores are not finite.
+
+    Args:
+        config: decides what is kept.
+        tokens: of the prompt, padding included; may be a symbol.
+        dense_below: rows with fewer real tokens than this keep them all.
+        masked: whether tokens may be padding, so that there may be such rows.
+
+    Returns:
+        Tokens, or None: as many as there are, because ``tau`` decides on the device, or ``dense_above`` may, or because
+        the prompt is exported, where a storage of so many would not be one for every length.
+    """
+    if config.ratio is None or config.dense_above < 1.0 or torch.compiler.is_exporting():
+        return None
+    share = -(-tokens * math.ceil(config.ratio * _PARTS) // _PARTS)
+    return torch.sym_min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)
 
 
 @torch.compiler.assume_constant_result

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from zipvl import ZipVLConfig, policy
+from zipvl import ZipVLConfig, ops, policy
 
 _plan = pytest.importorskip("zipvl._plan")
 
@@ -70,3 +71,27 @@ def test_bad_values_are_errors(bad: Any) -> None:
 def test_bad_shares_are_errors(bad: float) -> None:
     with pytest.raises(ValueError, match=r"ZipVLConfig: dense_above must be in \(0, 1\], got"):
         ZipVLConfig(dense_above=bad)
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 0.07, 0.25, 0.3, 0.48, 1 / 3, 0.999, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) -> None:
+    for tokens in (1, 10, 99, 100, 1024, 4099):
+        for fewest in ({}, {"min_tokens": 30}, {"keep_recent": 17}):
+            config = ZipVLConfig(ratio=ratio, **fewest)
+            most = policy.most_kept(config, tokens, 40, masked)
+            assert most is not None and most <= tokens
+            assert most <= math.ceil(ratio * tokens) + 1 + max(30, 40 * masked)
+            scores = torch.rand(2, tokens) + 0.1
+            mask = (torch.arange(tokens) >= torch.tensor([[tokens - 39], [0]])).contiguous() if masked else None
+            recent = torch.arange(tokens) >= tokens - config.keep_recent
+            keep = recent.expand(2, tokens) if mask is None else mask & (recent | torch.tensor([[True], [False]]))
+            _, count = ops.select_tokens(
+                scores, scores, ratio=ratio, min_tokens=config.min_tokens, keep_mask=keep, token_mask=mask
+            )
+            assert int(count.max()) <= most
+
+
+def test_what_the_device_decides_is_not_known_before() -> None:
+    assert policy.most_kept(ZipVLConfig(tau=0.5), 1000, 256, False) is None
+    assert policy.most_kept(ZipVLConfig(ratio=0.5, dense_above=0.9), 1000, 256, False) is None

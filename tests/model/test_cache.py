@@ -66,6 +66,22 @@ def test_garbage_behind_a_row_is_not_kept() -> None:
     assert packed.values[0, :, 1:].isfinite().all()
 
 
+def test_storage_is_cut_without_reading_a_length() -> None:
+    keys, values = states(3, 10)
+    packed = RaggedKV(keys, values, torch.tensor([1, 4, 10], dtype=torch.int32), 10)
+    packed.keys[0, :, 1:] = packed.values[0, :, 1:] = torch.nan  # tokens >= count are undefined
+    packed.cut(4)
+    assert packed.longest == 4 and packed.lengths.tolist() == [1, 4, 4]
+    assert all(s.untyped_storage().nbytes() == 3 * 2 * 4 * 8 * 4 for s in packed.token_states())
+    for b, count in enumerate((1, 4)):
+        for now, before in zip(packed.token_states(), (keys, values), strict=True):
+            assert torch.equal(now[b, :, :count], before[b, :, :count])
+            assert torch.equal(now[b, :, count:], torch.zeros(2, 4 - count, 8))
+    query = torch.randn(3, 2, 1, 8)
+    assert packed.attend(query, None)[2].isnan().all(), "a row that was to be longer is not one that is shorter"
+    assert packed.attend(query, None)[:2].isfinite().all()
+
+
 @pytest.mark.parametrize("mask", [None, [[0, 0, 1, 1], [1, 0, 1, 1]]])
 def test_real_tokens_are_packed_in_order(mask: list[list[int]] | None) -> None:
     k, v = states(2, 4)

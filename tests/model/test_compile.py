@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import zipvl
+from zipvl import policy
 
 
 def make_qwen2(layers: int = 3) -> Any:
@@ -25,6 +27,13 @@ def _no_graphs_of_others() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def masked(inputs: dict[str, torch.Tensor], padding: int) -> dict[str, torch.Tensor]:
@@ -83,6 +92,37 @@ def test_lengths_share_a_graph_and_settings_do_not(use_cache: bool) -> None:
             assert stats.prefills == 3 and stats.mean_ratio == pytest.approx(ratio)
     dense = compiled(**text_inputs(300), use_cache=use_cache).logits
     assert torch.equal(dense, model(**text_inputs(300), use_cache=use_cache).logits)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("padding", [0, 30])
+@pytest.mark.parametrize("kept", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
+def test_a_compiled_prefill_holds_what_is_kept(kept: dict[str, float], padding: int, skip: bool) -> None:
+    """Under a ratio from the first on, under ``tau`` once its counts may be read."""
+    model = make_qwen2()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    config = zipvl.ZipVLConfig(**kept, dense_below=50, skip_projections=skip)
+    with zipvl.sparse(model, config):
+        for tokens in (300, 417):
+            inputs = masked(text_inputs(tokens), padding)
+            expected = model(**inputs)
+            with deterministic():  # memory that is not written is NaN
+                actual = compiled(**inputs)
+            most = policy.most_kept(config, tokens, 50, True)
+            for layer in actual.past_key_values.layers:
+                assert layer.packed.keys.shape[2] == layer.packed.longest == (most or tokens)
+                assert all(states.isfinite().all() for states in layer.packed.token_states())
+            if most:
+                assert most <= tokens // 4 + 52
+            step = {
+                "input_ids": torch.full((inputs["input_ids"].shape[0], 1), 5),
+                "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+            }
+            logits = [model(**step, past_key_values=o.past_key_values).logits for o in (actual, expected)]
+            torch.testing.assert_close(*logits)
+            sizes = [o.past_key_values.cache_bytes for o in (actual, expected)]
+            longest = max(layer.packed.longest for layer in expected.past_key_values.layers)
+            assert sizes[0] <= sizes[1] * (1 + (64 + 50) / longest), "room for new tokens, and rows too short to skip"
 
 
 def test_several_compiled_forwards_between_two_reads_count_once() -> None:

@@ -72,7 +72,7 @@ def settle(cache: Cache | None) -> None:
     """Trims what a prefill left untrimmed in ``cache``: the host waits for the kernels that packed it."""
     for layer in cache.layers if isinstance(cache, DynamicCache) else ():
         if isinstance(layer, ZipVLCacheLayer):
-            layer.trimmer.finish()
+            layer.settle()
 
 
 def is_ready(cache: Cache) -> bool:

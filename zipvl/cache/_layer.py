@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from zipvl import ops
 from zipvl.cache._quantized import QuantizedKV
-from zipvl.cache._ragged import RaggedKV
+from zipvl.cache._ragged import RaggedKV, is_exact
 from zipvl.cache._trim import Trimmer, can_wait
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _handover
@@ -38,6 +38,8 @@ class ZipVLCacheLayer(DynamicLayer):
         self.candidates = 0
         """How many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt."""
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._untrimmed = False
+        """A compiled prefill left buffers of the prompt's length."""
         self._seen = 0
 
     # What the model calls
@@ -63,7 +65,7 @@ class ZipVLCacheLayer(DynamicLayer):
             )
         new = key_states.shape[-2]
         if self.packed is not None:
-            self.trimmer.finish()
+            self.settle()
         else:
             self.trimmer.advance()
         if self.packed is None and self._seen > 0:
@@ -95,36 +97,55 @@ class ZipVLCacheLayer(DynamicLayer):
         super().update(key_states, value_states)
         self._report()
 
-    def keep_packed(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> None:
+    def keep_packed(
+        self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, most: int | None = None
+    ) -> None:
         """The prefill was sparse and this is what it attended to: ``keys``, ``values [B, Hkv, N, D]``, whose first
-        ``count [B]`` tokens become a ``drop`` cache; the tensors are taken, not copied."""
+        ``count [B]`` tokens become a ``drop`` cache; the tensors are taken, not copied. ``most``: no count is known to
+        be larger (``policy.most_kept``)."""
         self._take_prompt()
-        self._keep(RaggedKV.packed(keys, values, count))
+        self._keep(RaggedKV.packed(keys, values, count), most)
 
     def keep_selected(
-        self, index: torch.Tensor, count: torch.Tensor, token_mask: torch.Tensor | None, query_heads: int
+        self,
+        index: torch.Tensor,
+        count: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        query_heads: int,
+        most: int | None = None,
     ) -> None:
         """The prefill was sparse, with the tokens of ``index [B, N]``, ``count [B]`` selected among the real ones,
-        ``token_mask [B, N]`` or None: all. Keeps what the configuration says; ``query_heads`` is ``Hq``."""
+        ``token_mask [B, N]`` or None: all. Keeps what the configuration says; ``query_heads`` is ``Hq``, ``most`` as in
+        ``keep_packed``."""
         keys, values = self._take_prompt()
         if self.config.cache == "drop":
-            self._keep(RaggedKV.packed(*ops.pack_kv(keys, values, index, count), count))
+            self._keep(RaggedKV.packed(*ops.pack_kv(keys, values, index, count), count), most)
         elif self.config.cache == "quantize":
             self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
         else:
             self.packed = RaggedKV.real(keys, values, token_mask)
             self._report()
 
-    def _keep(self, packed: RaggedKV | QuantizedKV) -> None:
+    def _keep(self, packed: RaggedKV | QuantizedKV, most: int | None = None) -> None:
         """Takes ``packed`` and sees to it that it is trimmed."""
         self.packed = packed
-        device = packed.counts()[0].device
-        if device.type != "cpu" and packed.counts()[0].numel():
-            if can_wait(device):
-                self.trimmer.add(packed.counts(), self._trim)
+        counts = packed.counts()
+        if not is_exact(counts[0]) and counts[0].numel():
+            if can_wait(counts[0].device):
+                self.trimmer.add(counts, self._trim)
+            elif most is not None and isinstance(packed, RaggedKV):
+                packed.cut(most)
             else:
                 packed.clear()
+                self._untrimmed = torch.compiler.is_compiling()
         self._report()
+
+    def settle(self) -> None:
+        """Trims all that is not yet, waiting for it; the counts of a compiled prefill are read here, outside it."""
+        self.trimmer.finish()
+        if self.packed is not None and can_wait(self.packed.counts()[0].device) and self._untrimmed:
+            self._untrimmed = False
+            self._trim(*(int(count.max()) for count in self.packed.counts()))
 
     def _take_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of the prompt; those of candidates behind it stay pending."""
@@ -161,7 +182,7 @@ class ZipVLCacheLayer(DynamicLayer):
         Raises:
             ValueError: the prefill was dense, and the storage grows by concatenation.
         """
-        self.trimmer.finish()
+        self.settle()
         if self.packed is None:
             raise ValueError("ZipVLCache: room can be reserved behind a sparse prefill alone; this layer's was dense")
         self.packed.reserve(tokens)
@@ -206,7 +227,7 @@ class ZipVLCacheLayer(DynamicLayer):
         """
         if self._seen == 0:
             return
-        self.trimmer.finish()
+        self.settle()
         if self.packed is None:
             super().crop(tokens_to_remove)
             self._seen = 0 if self.keys is None else self.keys.shape[-2]
@@ -229,6 +250,7 @@ class ZipVLCacheLayer(DynamicLayer):
         super().reset()
         self.keys = self.values = None
         self.packed = self._pending = self.record = None
+        self._untrimmed = False
         self._seen = self.candidates = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -247,7 +269,7 @@ class ZipVLCacheLayer(DynamicLayer):
     def _take_rows(self, rows: torch.Tensor) -> None:
         if self._seen == 0:
             return
-        self.trimmer.finish()
+        self.settle()
         if self.packed is not None:
             self.packed.take_rows(rows)
         else:

@@ -60,8 +60,8 @@ class RaggedKV:
     def packed(cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> RaggedKV:
         """``keys``, ``values [B, Hkv, N, D]`` whose first ``count [B]`` tokens are kept ones, the others undefined.
 
-        On the CPU the storage is trimmed to the longest row. Elsewhere it is taken as it is, and ``trim`` or ``clear``
-        has to be called before anything else is.
+        On the CPU the storage is trimmed to the longest row. Elsewhere, and while a graph is traced, it is taken as it
+        is, and ``trim``, ``cut`` or ``clear`` has to be called before anything else is.
         """
         made = cls(keys, values, count.to(torch.int32, copy=True), keys.shape[2])
         if is_exact(keys):
@@ -86,6 +86,20 @@ class RaggedKV:
             self.values.masked_fill_(unused, 0)
         else:
             self.keys, self.values = (s[:, :, :slots].masked_fill(unused, 0) for s in (self.keys, self.values))
+
+    def cut(self, slots: int) -> None:
+        """Moves the tokens to storage of ``slots``, by what the host knew before the lengths were: nothing is read.
+
+        A row that holds more becomes NaN. Every token of a row is selected where its scores are not finite, and what
+        attends to those is not finite either."""
+        too_long = (self.lengths > slots)[:, None, None, None]
+        self.lengths.clamp_(max=slots)
+        unused = (torch.arange(slots, device=self.keys.device) >= self.lengths[:, None])[:, None, :, None]
+        self.keys, self.values = (
+            states[:, :, :slots].masked_fill(unused, 0).masked_fill(too_long, torch.nan)
+            for states in (self.keys, self.values)
+        )
+        self.longest = slots
 
     @classmethod
     def real(cls, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> RaggedKV:

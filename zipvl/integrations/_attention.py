@@ -108,13 +108,14 @@ def _prefill(
         "keep_mask": short_rows(token_mask, dense_below),
         "token_mask": token_mask,
     }
+    most = policy.most_kept(config, tokens, dense_below, token_mask is not None)
     if layer is not None and config.cache == "drop":
         out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options, dense_above=config.dense_above)
-        layer.keep_packed(keys, values, count)
+        layer.keep_packed(keys, values, count, most)
     else:
         out, chosen, count = ops.zipvl_attn(*states, **options)
         if layer is not None:
-            layer.keep_selected(chosen, count, token_mask, query.shape[1])
+            layer.keep_selected(chosen, count, token_mask, query.shape[1], most)
     record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count, dense_below)
     if layer is not None and candidates:
         guessed, _ = _attend_packed(module, layer, query[:, :, tokens:], attention_mask, scaling)
