@@ -1,5 +1,5 @@
-"""What the host decides or knows before the device does: where ZipVL pays (the cost model of ``csrc/plan/layer_cost.cpp``, asked
-for a configuration and a layer's shape), and how much can be kept."""
+"""What the host knows before the device has begun: where ZipVL pays, by the cost model of ``csrc/plan/layer_cost.cpp``,
+and how much a selection keeps at most."""
 
 from __future__ import annotations
 
