@@ -49,7 +49,7 @@ def most_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) 
     """
     if config.ratio is None or config.dense_above < 1.0 or torch.compiler.is_exporting():
         return None
-    share = -(-tokens * math.ceil(config.ratio * _PARTS) // _PARTS)
+    share = (tokens * math.ceil(config.ratio * _PARTS) + _PARTS - 1) // _PARTS
     return torch.sym_min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)
 
 
