@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import zipvl
-from zipvl import _library
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "cpp"
-TORCH = Path(torch.__file__).parent
+import zipvl  # noqa: F401  (its ops)
+from tests.programs import build, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the programs with")
 
@@ -23,22 +20,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to b
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Builds a program of examples/cpp, once each."""
-    folder, built = tmp_path_factory.mktemp("programs"), {}
-
-    def build(name: str) -> Path:
-        if name not in built:
-            includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
-            cuda = ["-ltorch_cuda", "-lc10_cuda"] if torch.version.cuda else []
-            libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-Wl,--no-as-needed"]
-            libraries += ["-ltorch", "-ltorch_cpu", *cuda, "-lc10", "-ldl"]
-            source, target = EXAMPLES / f"{name}.cpp", folder / name
-            command = ["g++", "-std=c++20", "-O0", "-w", *includes, str(source), "-o", str(target), *libraries]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[-4000:]
-            built[name] = target
-        return built[name]
-
-    return build
+    folder = tmp_path_factory.mktemp("programs")
+    return cache(partial(build, folder=folder))
 
 
 class Layer(nn.Module):
@@ -55,12 +38,6 @@ def inputs(tokens: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(2, heads, tokens, 64, generator=generator) for heads in (6, 2, 2))
     return [q, k, v, torch.rand(2, tokens, generator=generator) < 0.9]
-
-
-def run(program: Path, model: Path, tensors: list[Tensor], folder: Path) -> subprocess.CompletedProcess[str]:
-    torch.save(tensors, folder / "inputs.pt")
-    command = [program, zipvl.ops_library_path(), model, folder / "inputs.pt", folder / "outputs.pt"]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
 def check(program: Path, model: Path, folder: Path) -> None:
@@ -90,19 +67,3 @@ def test_aot_inductor(program: Callable[[str], Path], tmp_path: Path) -> None:
     exported = torch.export.export(Layer(), tuple(inputs(150)), dynamic_shapes=({2: N}, {2: N}, {2: N}, {1: N}))
     model = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
     check(program("run_package"), Path(model), tmp_path)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_torchscript_on_a_gpu(program: Callable[[str], Path], tmp_path: Path) -> None:
-    torch.jit.script(Layer()).save(tmp_path / "layer.pt")
-    torch.save(inputs(611), tmp_path / "inputs.pt")
-    libraries = f"{zipvl.ops_library_path()}:{_library.cuda_library_path()}"
-    files = [tmp_path / name for name in ("layer.pt", "inputs.pt", "outputs.pt")]
-    done = subprocess.run(
-        [str(program("run_scripted")), libraries, *map(str, files), "cuda"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    expected = Layer()(*(t.cuda() for t in inputs(611)))
-    found = torch.load(files[2])
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(found, expected, strict=True))

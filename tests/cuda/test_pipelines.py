@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import zipvl
+from tests import programs
 from tests.cpu.helpers import OPS, sample_tensors
 from zipvl import ops
 
@@ -214,12 +215,23 @@ def layer_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(1, H, tokens, 64, device="cuda").to(BF16) for H in (4, 2, 2))  # type: ignore[return-value]
 
 
+def check_program(name: str, model: Path, folder: Path) -> None:
+    """A program of examples/cpp finds what eager mode does, without Python."""
+    program = programs.build(name, folder)
+    for tokens in (300, 1001):
+        inputs = layer_inputs(tokens)
+        done = programs.run(program, model, list(inputs), folder, "cuda")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert same(torch.load(folder / "outputs.pt"), tuple(t.cpu() for t in Layer()(*inputs)))
+
+
 def test_torchscript(tmp_path: Path) -> None:
     torch.jit.script(Layer()).save(tmp_path / "layer.pt")
     loaded = torch.jit.load(tmp_path / "layer.pt")
     for tokens in (300, 1001):
         inputs = layer_inputs(tokens)
         assert same(loaded(*inputs), Layer()(*inputs))
+    check_program("run_scripted", tmp_path / "layer.pt", tmp_path)
 
 
 LOADER = """
@@ -261,3 +273,4 @@ def test_aot_inductor(tmp_path: Path) -> None:
         if loaded_elsewhere(plain, tmp_path / "plain.pt2", PLAIN_LOADER).returncode < 0:
             pytest.skip("a package of torch alone crashes here too (does CXX link libstdc++ statically?)")
     assert loaded.returncode == 0, loaded.stderr[-3000:]
+    check_program("run_package", tmp_path / "layer.pt2", tmp_path)
