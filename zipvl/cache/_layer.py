@@ -143,7 +143,7 @@ class ZipVLCacheLayer(DynamicLayer):
     def settle(self) -> None:
         """Trims all that is not yet, waiting for it; the counts of a compiled prefill are read here, outside it."""
         self.trimmer.finish()
-        if self.packed is not None and can_wait(self.packed.counts()[0].device) and self._untrimmed:
+        if self._untrimmed and self.packed is not None and can_wait(self.packed.counts()[0].device):
             self._untrimmed = False
             self._trim(*(int(count.max()) for count in self.packed.counts()))
 
