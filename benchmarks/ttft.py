@@ -36,8 +36,8 @@ RATIOS = (0.25, 0.48, 0.5)
 REPEATS = {4096: 5, 8192: 4, 32768: 2}  # beyond: once. A dense forward of 131,072 tokens takes ten seconds
 PROBES = 128
 PAPER_TOKENS = 32768  # what the paper's times here are of
-# transformers, which must not look while a graph is traced, gives compiled SDPA a mask where nothing is padded: 2,247 ms
-# to a first token behind 32,768 on an H200, 1,077 without.
+# transformers, which must not look while a graph is traced, gives compiled SDPA a mask where nothing is padded:
+# 2,247 ms to a first token behind 32,768 on an H200, 1,077 without.
 NO_MASK = {"full_attention": None}
 CUDNN = "aten::_scaled_dot_product_cudnn_attention"
 TAU = 0.975  # of the estimate whose result is thrown away: with a ratio there is no budget to find
