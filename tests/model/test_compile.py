@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers as tf
 from tiny_models import TEXT, build, make_llama, text_inputs
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 
 import zipvl
@@ -140,10 +142,13 @@ def test_inductor() -> None:
     model = make_qwen2(layers=1)  # the compiler's time grows with them
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with zipvl.sparse(model, ratio=0.5) as stats:
+        outputs, codes = run_and_get_code(compiled, **text_inputs(300))
         for tokens in (300, 417):
-            actual = compiled(**text_inputs(tokens)).logits
+            actual = outputs.logits if tokens == 300 else compiled(**text_inputs(tokens)).logits
             torch.testing.assert_close(actual, model(**text_inputs(tokens)).logits, rtol=1e-3, atol=1e-3)
     assert stats.active
+    calls = re.findall(r"zipvl\.project_queries\.default\(\w+, \w+, \w+, (\w+, \w+), ", "\n".join(codes))
+    assert len(calls) == 2 and len(set(calls)) == 1, "probes and selected tokens read the same tables of the rotation"
 
 
 class Prefill(nn.Module):

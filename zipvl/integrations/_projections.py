@@ -205,7 +205,7 @@ def _sparse_forward(
 ) -> Tensor:
     """Attention of ``x [B, N, C]``, the projections of queries and outputs for the rows that matter; ``[B, N, C]``."""
     dense_below = _dense_below(module, config, x)
-    cos, sin = position_embeddings
+    cos, sin = (_in_memory(table) for table in position_embeddings)
     heads = (*x.shape[:-1], -1, module.head_dim)
     norms = hasattr(module, "q_norm")
     keys = module.k_proj(x).view(heads)
@@ -237,6 +237,14 @@ def _sparse_forward(
         layer.keep_selected(index, count, token_mask, out.shape[1], most)
     _attention.record(run, layer, layer_index(module), keys, token_mask, None, index, count, dense_below)
     return ops.project_outputs(out.transpose(1, 2).flatten(2), module.o_proj.weight, index, count)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """``x``; in a compiled graph computed once and kept, where Inductor would compute it for every op that reads it.
+
+    To Inductor a view of given strides is of something in memory.
+    """
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
