@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -15,13 +16,14 @@ TORCH = Path(torch.__file__).parent
 
 
 def build(name: str, folder: Path) -> Path:
-    """``examples/cpp/NAME.cpp``, built in ``folder`` by g++ alone."""
+    """``examples/cpp/NAME.cpp``, built in ``folder`` by the compiler alone (``CXX``, g++)."""
     includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
     cuda = ["-ltorch_cuda", "-lc10_cuda"] if torch.version.cuda else []
     libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-Wl,--no-as-needed"]
     libraries += ["-ltorch", "-ltorch_cpu", *cuda, "-lc10", "-ldl"]
     source, target = EXAMPLES / f"{name}.cpp", folder / name
-    command = ["g++", "-std=c++20", "-O0", "-w", *includes, str(source), "-o", str(target), *libraries]
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-std=c++20", "-O0", "-w", *includes, str(source), "-o", str(target), *libraries]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return target
