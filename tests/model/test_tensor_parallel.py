@@ -1,25 +1,16 @@
-"""Heads spread over two processes (transformers' tensor parallelism, on CPUs): each selects with the heads it has."""
+"""Heads spread over two processes (transformers' tensor parallelism, on CPUs): each selects with the heads it has.
+On GPUs: tests/cuda/test_multi_gpu.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import tensor_parallel_worker as worker
 import torch
 import transformers as tf
+from tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread
 from tiny_models import TEXT, build, ids
-from torch import Tensor, nn
-
-from zipvl import ops
-
-RANKS = 2
-ROOT = Path(__file__).resolve().parents[2]
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +27,7 @@ def prompt() -> Tensor:
 @pytest.fixture(scope="module")
 def found(model: Any, prompt: Tensor, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    model.save_pretrained(folder / "model")
-    torch.save(prompt, folder / "ids.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    arguments = [worker.__file__, str(folder / "model"), str(folder / "ids.pt"), str(folder / "found")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"found.{rank}.json").read_text()) for rank in range(RANKS)]
+    return spread(model, prompt, tmp_path_factory.mktemp("tensor_parallel"), CUDA_VISIBLE_DEVICES="")
 
 
 def test_the_model_is_spread(model: Any, found: list[dict[str, Any]]) -> None:
@@ -55,7 +38,7 @@ def test_the_model_is_spread(model: Any, found: list[dict[str, Any]]) -> None:
 def test_everything_kept_is_the_model_in_one_process(model: Any, prompt: Tensor, found: list[dict[str, Any]]) -> None:
     with torch.inference_mode():
         logits = model(prompt, logits_to_keep=1).logits[0, -1]
-    tokens = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
+    tokens = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :]
     for rank in found:
         torch.testing.assert_close(torch.tensor(rank["tau 1"]["logits"]), logits, rtol=1e-3, atol=1e-4)
         assert rank["tau 1"]["tokens"] == tokens.tolist()
@@ -74,20 +57,5 @@ def test_ranks_agree_on_the_answer(name: str, found: list[dict[str, Any]]) -> No
 def test_each_rank_selects_with_its_own_heads(
     name: str, model: Any, prompt: Tensor, found: list[dict[str, Any]]
 ) -> None:
-    config = worker.CONFIGS[name]
-
-    def by_halves(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        parts = zip(*(x.chunk(RANKS, dim=1) for x in (q, k, v)), strict=True)
-        outputs = [ops.zipvl_attn(*part, scale=scaling, **config)[0] for part in parts]
-        return torch.cat(outputs, dim=1).transpose(1, 2), None
-
-    tf.AttentionInterface.register("zipvl_test_halves", by_halves)
-    model.set_attn_implementation("zipvl_test_halves")
-    try:
-        with torch.inference_mode():
-            expected = model(prompt, logits_to_keep=1, use_cache=False).logits[0, -1]
-    finally:
-        model.set_attn_implementation("sdpa")
+    expected = in_groups(model, prompt, CONFIGS[name])
     torch.testing.assert_close(torch.tensor(found[0][name]["logits"]), expected, rtol=1e-3, atol=1e-4)

@@ -29,16 +29,16 @@ class DecodeGraph:
         kwargs: further arguments of every step's forward.
 
     Raises:
-        ValueError: a layer's prefill was dense or it is no full-attention layer, or the cache is not on a GPU.
+        ValueError: a layer's prefill was dense or it is no full-attention layer, or the cache is not on one GPU.
     """
 
     def __init__(
         self, model: Any, cache: DynamicCache, *, steps: int, positions: torch.Tensor | None = None, **kwargs: Any
     ) -> None:
         self._layers = [_capturable(layer, index) for index, layer in enumerate(cache.layers)]
+        batch, device = self._layers[0].rows, _one_device(self._layers)
         for layer in self._layers:
             layer.reserve(steps + 1)
-        batch, device = self._layers[0].rows, self._layers[0].device
         self._left = steps
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._ids, cache.get_seq_length())
@@ -53,16 +53,17 @@ class DecodeGraph:
             logits: torch.Tensor = model(**inputs, use_cache=True, **kwargs).logits
             return logits
 
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            step()  # libraries set themselves up outside the capture; the token it appends is taken back
-            for layer in self._layers:
-                layer.crop(-1)
-        torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = step()
+        with torch.cuda.device(device):  # a graph is captured on the current device's stream
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()  # libraries set themselves up outside the capture; the token it appends is taken back
+                for layer in self._layers:
+                    layer.crop(-1)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                self._logits = step()
         for layer in self._layers:
             layer.advance(-1)  # captured, not run
 
@@ -78,7 +79,8 @@ class DecodeGraph:
         for layer in self._layers:
             layer.make_room(1)
         self._ids.copy_(tokens)
-        self._graph.replay()
+        with torch.cuda.device(self._ids.device):
+            self._graph.replay()
         self._positions.add_(1)
         for layer in self._layers:
             layer.advance(1)
@@ -95,3 +97,12 @@ def _capturable(layer: Any, index: int) -> ZipVLCacheLayer:
     if layer.device.type != "cuda":
         raise ValueError(f"DecodeGraph: the cache must be on a GPU, layer {index} is on {layer.device}")
     return layer
+
+
+def _one_device(layers: list[ZipVLCacheLayer]) -> torch.device:
+    devices = sorted({str(layer.device) for layer in layers})
+    if len(devices) > 1:
+        raise ValueError(
+            f"DecodeGraph: a CUDA graph is of one GPU, the layers of the cache are on {', '.join(devices)}"
+        )
+    return layers[0].device
