@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from transformers.generation.streamers import BaseStreamer
 
 from zipvl.errors import InputError, first_line
+from zipvl.integrations import _cache_names
 from zipvl.stats import LayerStats
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def ask(
         first_token_s=first.time - start,
         total_s=end - start,
         cache_bytes=first.cache_bytes,
-        final_cache_bytes=cache_bytes(output.past_key_values),
+        final_cache_bytes=cache_bytes(_cache_names.of_output(output)),
         layer_cache_bytes=first.layer_cache_bytes,
         stats=stats,
     )
@@ -202,7 +203,7 @@ class _FirstToken(BaseStreamer):
             hook.remove()
 
     def _see(self, _module: Any, _args: Any, output: Any) -> None:
-        self._cache = getattr(output, "past_key_values", None)
+        self._cache = _cache_names.of_output(output)
 
     def put(self, value: torch.Tensor) -> None:
         self._puts += 1

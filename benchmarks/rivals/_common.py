@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from zipvl.integrations import _targets
+from zipvl.integrations import _cache_names, _targets
 
 __all__ = [
     "Prompt",
@@ -251,14 +251,15 @@ class _Run:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the decoder."""
         self.prompt = None
-        cache = kwargs.get("past_key_values")
+        cache = _cache_names.given(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and (mask.dim() != 2 or not bool((mask != 0).all())):
             raise ValueError(f"{self.rival.name}: prompts with padding or a mask of their own are not supported")
         use_cache = kwargs.get("use_cache")
         if cache is None and (getattr(module.config, "use_cache", False) if use_cache is None else use_cache):
             cache = DynamicCache(config=module.config)
-            kwargs = kwargs | {"past_key_values": cache}
+            name = _cache_names.name_for(type(module).forward)
+            kwargs = _cache_names.without(kwargs) | {name: cache}
         if cache is None or cache.get_seq_length() == 0:
             _prepare(self.rival.name, cache, self.layers)
             self.prompt = self._prompt(kwargs.get("inputs_embeds"))
@@ -297,8 +298,8 @@ class _Run:
                     kwargs["position_ids"] = ids.expand(*ids.shape[:-2], *places.shape[:1], -1).gather(
                         -1, places.expand(*ids.shape[:-2], *places.shape)
                     )
-                if kwargs.get("past_key_values") is not None:
-                    kwargs["past_key_values"].layers[layer].dropped = prompt.total - places.shape[1]
+                if (cache := _cache_names.given(kwargs)) is not None:
+                    cache.layers[layer].dropped = prompt.total - places.shape[1]
             return (hidden, *args[1:]), kwargs
 
         return hook

@@ -10,8 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import _record
-from zipvl import _library
+
+def _share_the_machine() -> None:
+    """Workers of pytest-xdist begin with different GPUs, where there are several, and have their share of the cores for
+    the references. To be done before anything asks CUDA for its devices."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    if not worker.startswith("gw"):
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+    if torch.cuda.is_initialized() or (count := torch.cuda.device_count()) < 2:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    first = int(worker.removeprefix("gw")) % count
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first:] + visible[:first])
+
+
+_share_the_machine()
+
+from benchmarks import _record  # noqa: E402
+from zipvl import _library  # noqa: E402
 
 HERE = Path(__file__).parent
 

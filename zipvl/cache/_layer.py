@@ -227,6 +227,7 @@ class ZipVLCacheLayer(DynamicLayer):
         """
         if self._seen == 0:
             return
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 says it by a tensor
         self.settle()
         if self.packed is None:
             super().crop(tokens_to_remove)

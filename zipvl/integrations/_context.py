@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_tracing
 
 from zipvl.cache import ZipVLCache, check_bits, expect_candidates, is_ready, make_sparse, settle
 from zipvl.config import ZipVLConfig
-from zipvl.integrations import _projections, _runs, _targets
+from zipvl.integrations import _cache_names, _projections, _runs, _targets
 from zipvl.integrations._eligibility import IMPLEMENTATION
 from zipvl.stats import Stats
 
@@ -84,14 +84,15 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted:
             _check_assisted(generator, generation_config, run.config)
-        given = model_kwargs.get("past_key_values") is not None
+        given = _cache_names.given(model_kwargs) is not None
         result = ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = _cache_names.given(model_kwargs)
         if not given and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = ZipVLCache(target.decoder.config, run.config)
+            name = next(name for name in _cache_names.NAMES if model_kwargs.get(name) is cache)
+            cache = model_kwargs[name] = ZipVLCache(target.decoder.config, run.config)
         elif cache is not None:
             _adopt(cache, target.decoder.config, run.config)
-        run.assisted = weakref.ref(model_kwargs["past_key_values"]) if assisted else None
+        run.assisted = weakref.ref(cache) if assisted else None
         return result
 
     undo.callback(generator.register_forward_pre_hook(_CandidateNote(run), with_kwargs=True).remove)
@@ -109,7 +110,7 @@ class _CandidateNote:
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = _cache_names.given(kwargs)
         assisted = None if self.run.assisted is None else self.run.assisted()
         if cache is assisted and isinstance(cache, Cache) and cache.get_seq_length() == 0:
             expect_candidates(cache, int(kwargs["logits_to_keep"]) - 1)
@@ -139,6 +140,7 @@ class _CacheGiver:
     def __init__(self, target: _targets.Target, run: _runs.Run) -> None:
         self.probe, self.run = target.attention[0], run
         self.model_config = target.decoder.config
+        self.name = _cache_names.name_for(type(target.decoder).forward)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,7 +153,7 @@ class _CacheGiver:
             _adopt(cache, self.model_config, self.run.config)
         use_cache = kwargs.get("use_cache")
         if not caches and (getattr(self.model_config, "use_cache", False) if use_cache is None else use_cache):
-            kwargs = kwargs | {"past_key_values": ZipVLCache(self.model_config, self.run.config)}
+            kwargs = _cache_names.without(kwargs) | {self.name: ZipVLCache(self.model_config, self.run.config)}
         elif not caches and is_tracing():
             kwargs = kwargs | _all_real(args, kwargs)
         return args, kwargs
@@ -201,7 +203,8 @@ class _AfterForward:
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        settle(kwargs.get("past_key_values") or getattr(output, "past_key_values", None))
+        cache = _cache_names.given(kwargs)
+        settle(_cache_names.of_output(output) if cache is None else cache)
         reasons = self.run.idle_reasons()
         if reasons:
             self.run.warn_once(

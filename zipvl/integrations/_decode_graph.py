@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from zipvl.cache import ZipVLCacheLayer
+from zipvl.integrations import _cache_names
 
 
 class DecodeGraph:
@@ -48,8 +49,10 @@ class DecodeGraph:
         for layer in self._layers:
             layer.make_room(2)  # for the step that is taken back and the one that is captured
 
+        name = _cache_names.name_for(type(model).forward)
+
         def step() -> torch.Tensor:
-            inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": cache}
+            inputs = {"input_ids": self._ids, "position_ids": self._positions, name: cache}
             logits: torch.Tensor = model(**inputs, use_cache=True, **kwargs).logits
             return logits
 

@@ -10,6 +10,8 @@ from torch import nn
 IMPLEMENTATION = "zipvl"
 """The name of the attention implementation."""
 
+# Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
+_PAGED = ("cache", "block_table", "read_index")
 _REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
 
 
@@ -60,7 +62,7 @@ def type_of_layer(config: Any, index: int | None) -> str | None:
 
 def asks_for_more(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether a module's forward is asked for something that ``refuse_unsupported`` may refuse."""
-    names = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", "cache")
+    names = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", *_PAGED)
     return module.training or any(kwargs.get(name) is not None for name in names)
 
 
@@ -84,7 +86,7 @@ def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]
         found = "a position bias"
     elif kwargs.get("head_mask") is not None:
         found, other = "a head mask", "eager"
-    elif kwargs.get("cache") is not None:
+    elif any(kwargs.get(name) is not None for name in _PAGED):
         found = "a paged cache (continuous batching)"
     if found is not None:
         where = f"{type(module).__name__}, layer {layer_index(module)}"

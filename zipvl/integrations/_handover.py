@@ -1,6 +1,6 @@
 """How an attention call finds the cache layer its keys came from.
 
-transformers' modules call ``past_key_values.update()`` and then the attention function, which never sees the cache.
+transformers' modules call the cache's ``update()`` and then the attention function, which never sees the cache.
 The cache layer therefore signs the key tensor it returns, and the attention function reads the signature off the very
 tensor object it is given. A module that alters the keys in between, or another attention implementation, leaves the
 offer unanswered, and the cache layer reports that at its next update. While a graph is traced, where a tensor cannot be

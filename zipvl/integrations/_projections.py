@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from zipvl import ops, policy
 from zipvl.cache import ZipVLCacheLayer
 from zipvl.config import ZipVLConfig
-from zipvl.integrations import _attention, _handover, _runs
+from zipvl.integrations import _attention, _cache_names, _handover, _runs
 from zipvl.integrations._eligibility import IMPLEMENTATION, asks_for_more, kind_reason, layer_index
 
 FAMILIES = frozenset(
@@ -81,7 +81,6 @@ def forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention module's forward, with the signature decoder layers use (keywords alone).
@@ -90,23 +89,20 @@ def forward(
         hidden_states: ``[B, n, C]``.
         position_embeddings: cos and sin, ``[B or 1, n, D]`` each.
         attention_mask: what ``_masks.mask_function`` made.
-        past_key_values: the cache.
-        kwargs: anything else the module takes.
+        kwargs: anything else the module takes, the cache among it.
 
     Returns:
         ``[B, n, C]``, and None.
     """
-    run = _runs.run_of(self)
-    if run is not None and _is_prefill(self, past_key_values, hidden_states.shape[1]):
-        config = _config(self, run, past_key_values)
-        if reason(self, config, hidden_states, position_embeddings, attention_mask, kwargs) is None:
+    run, cache = _runs.run_of(self), _cache_names.given(kwargs)
+    if run is not None and _is_prefill(self, cache, hidden_states.shape[1]):
+        config, others = _config(self, run, cache), _cache_names.without(kwargs)
+        if reason(self, config, hidden_states, position_embeddings, attention_mask, others) is None:
             assert position_embeddings is not None
-            out = _sparse_forward(
-                self, run, config, hidden_states, position_embeddings, attention_mask, past_key_values
-            )
+            out = _sparse_forward(self, run, config, hidden_states, position_embeddings, attention_mask, cache)
             return out, None
     given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **kwargs}
-    result: tuple[Tensor, None] = type(self).forward(self, hidden_states, past_key_values=past_key_values, **given)
+    result: tuple[Tensor, None] = type(self).forward(self, hidden_states, **given)
     return result
 
 

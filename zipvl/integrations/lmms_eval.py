@@ -21,7 +21,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from zipvl.integrations import _eval_args, _eval_methods, _eval_prompts
+from zipvl.integrations import _cache_names, _eval_args, _eval_methods, _eval_prompts
 from zipvl.integrations._eval_decoding import Forced, Until, cut, decoding
 from zipvl.integrations._eval_meter import Meter, Tally, full_cache_bytes, held_cache_bytes
 from zipvl.integrations._eval_prompts import Prompt
@@ -256,7 +256,7 @@ class ZipVL(lmms):
             new_tokens = int(written.sum())  # waits for the device
             seconds = time.perf_counter() - start
         rows = len(prompts)
-        held = held_cache_bytes(output.past_key_values)
+        held = held_cache_bytes(_cache_names.of_output(output))
         seen = output.sequences.shape[1] - 1  # the last token is never fed back
         full = full_cache_bytes(
             self.model.config, rows * arguments.get("num_beams", 1), seen, self.model.dtype.itemsize
