@@ -47,10 +47,17 @@ def most_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) 
         Tokens, or None: as many as there are, because ``tau`` decides on the device, or ``dense_above`` may, or because
         the prompt is exported, where a storage of so many would not be one for every length.
     """
-    if config.ratio is None or config.dense_above < 1.0 or torch.compiler.is_exporting():
+    if config.ratio is None or config.dense_above < 1.0 or _is_exported():
         return None
     share = (tokens * math.ceil(config.ratio * _PARTS) + _PARTS - 1) // _PARTS
-    return torch.sym_min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)
+    return min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)
+
+
+@torch.compiler.assume_constant_result
+def _is_exported() -> bool:
+    """Whether ``torch.export`` traces. Read in a traced function it is true for ``torch.compile`` as well, until torch
+    2.12."""
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result

@@ -99,10 +99,11 @@ def test_lengths_share_a_graph_and_settings_do_not(use_cache: bool) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("padding", [0, 30])
 @pytest.mark.parametrize("kept", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
-def test_a_compiled_prefill_holds_what_is_kept(kept: dict[str, float], padding: int, skip: bool) -> None:
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_compiled_prefill_holds_what_is_kept(dynamic: bool, kept: dict[str, float], padding: int, skip: bool) -> None:
     """Under a ratio from the first on, under ``tau`` once its counts may be read."""
     model = make_qwen2()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
     config = zipvl.ZipVLConfig(**kept, dense_below=50, skip_projections=skip)
     with zipvl.sparse(model, config):
         for tokens in (300, 417):
