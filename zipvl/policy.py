@@ -55,8 +55,8 @@ def most_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) 
 
 @torch.compiler.assume_constant_result
 def _is_exported() -> bool:
-    """Whether ``torch.export`` traces. Read in a traced function it is true for ``torch.compile`` as well, until torch
-    2.12."""
+    """Whether ``torch.export`` traces. Read in the traced function itself it is true under ``torch.compile`` as well, in
+    torch 2.11."""
     return torch.compiler.is_exporting()
 
 
