@@ -55,7 +55,7 @@ def most_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) 
 
 @torch.compiler.assume_constant_result
 def _is_exported() -> bool:
-    """Whether ``torch.export`` traces. Read in the traced function itself it is true under ``torch.compile`` as well, in
+    """Whether ``torch.export`` traces. Read in the traced function itself it is true under ``torch.compile`` too, in
     torch 2.11."""
     return torch.compiler.is_exporting()
 

@@ -68,9 +68,8 @@ def test_garbage_behind_a_row_is_not_kept() -> None:
 
 def test_storage_is_cut_without_reading_a_length() -> None:
     keys, values = states(3, 10)
-    packed = RaggedKV(keys, values, torch.tensor([1, 4, 10], dtype=torch.int32), 10)
-    packed.keys[0, :, 1:] = packed.values[0, :, 1:] = torch.nan  # tokens >= count are undefined
-    packed.cut(4)
+    keys[0, :, 1:] = values[0, :, 1:] = torch.nan  # tokens >= count are undefined
+    packed = RaggedKV.cut(keys, values, torch.tensor([1, 4, 10], dtype=torch.int32), 4)
     assert packed.longest == 4 and packed.lengths.tolist() == [1, 4, 4]
     assert all(s.untyped_storage().nbytes() == 3 * 2 * 4 * 8 * 4 for s in packed.token_states())
     for b, count in enumerate((1, 4)):

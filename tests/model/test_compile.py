@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from tiny_models import TEXT, build, make_llama, text_inputs
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 
@@ -94,6 +94,26 @@ def test_lengths_share_a_graph_and_settings_do_not(use_cache: bool) -> None:
             assert stats.prefills == 3 and stats.mean_ratio == pytest.approx(ratio)
     dense = compiled(**text_inputs(300), use_cache=use_cache).logits
     assert torch.equal(dense, model(**text_inputs(300), use_cache=use_cache).logits)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_compiled_prefill_gives_out_nothing_uncut(skip: bool) -> None:
+    """What a graph gives out is in memory until it ends, whatever becomes of it then."""
+    shapes: list[tuple[int, ...]] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        values = [node.meta["example_value"] for node in output.args[0]]
+        shapes.extend(tuple(value.shape) for value in values if isinstance(value, Tensor))
+        return graph.forward
+
+    model = make_qwen2()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    with zipvl.sparse(model, ratio=0.25, dense_below=50, skip_projections=skip):
+        compiled(text_inputs(400)["input_ids"], logits_to_keep=1)
+    states = [shape for shape in shapes if len(shape) == 4]
+    assert len(states) == 2 * model.config.num_hidden_layers
+    assert all(shape[2] <= 102 for shape in states), states
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -104,7 +104,7 @@ class ZipVLCacheLayer(DynamicLayer):
         ``count [B]`` tokens become a ``drop`` cache; the tensors are taken, not copied. ``most``: no count is known to
         be larger (``policy.most_kept``)."""
         self._take_prompt()
-        self._keep(RaggedKV.packed(keys, values, count), most)
+        self._drop(keys, values, count, most)
 
     def keep_selected(
         self,
@@ -119,22 +119,29 @@ class ZipVLCacheLayer(DynamicLayer):
         ``keep_packed``."""
         keys, values = self._take_prompt()
         if self.config.cache == "drop":
-            self._keep(RaggedKV.packed(*ops.pack_kv(keys, values, index, count), count), most)
+            self._drop(*ops.pack_kv(keys, values, index, count), count, most)
         elif self.config.cache == "quantize":
             self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
         else:
             self.packed = RaggedKV.real(keys, values, token_mask)
             self._report()
 
-    def _keep(self, packed: RaggedKV | QuantizedKV, most: int | None = None) -> None:
+    def _drop(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, most: int | None) -> None:
+        """Takes the first ``count [B]`` tokens of ``keys``, ``values [B, Hkv, N, D]``, at most ``most`` where that is
+        known and the counts are not."""
+        if most is None or is_exact(count) or count.numel() == 0 or can_wait(count.device):
+            self._keep(RaggedKV.packed(keys, values, count))
+        else:
+            self.packed = RaggedKV.cut(keys, values, count, most)
+            self._report()
+
+    def _keep(self, packed: RaggedKV | QuantizedKV) -> None:
         """Takes ``packed`` and sees to it that it is trimmed."""
         self.packed = packed
         counts = packed.counts()
         if not is_exact(counts[0]) and counts[0].numel():
             if can_wait(counts[0].device):
                 self.trimmer.add(counts, self._trim)
-            elif most is not None and isinstance(packed, RaggedKV):
-                packed.cut(most)
             else:
                 packed.clear()
                 self._untrimmed = torch.compiler.is_compiling()

@@ -61,7 +61,7 @@ class RaggedKV:
         """``keys``, ``values [B, Hkv, N, D]`` whose first ``count [B]`` tokens are kept ones, the others undefined.
 
         On the CPU the storage is trimmed to the longest row. Elsewhere, and while a graph is traced, it is taken as it
-        is, and ``trim``, ``cut`` or ``clear`` has to be called before anything else is.
+        is, and ``trim`` or ``clear`` has to be called before anything else is.
         """
         made = cls(keys, values, count.to(torch.int32, copy=True), keys.shape[2])
         if is_exact(keys):
@@ -87,19 +87,21 @@ class RaggedKV:
         else:
             self.keys, self.values = (s[:, :, :slots].masked_fill(unused, 0) for s in (self.keys, self.values))
 
-    def cut(self, slots: int) -> None:
-        """Moves the tokens to storage of ``slots``, by what the host knew before the lengths were: nothing is read.
+    @classmethod
+    def cut(cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, slots: int) -> RaggedKV:
+        """``packed`` in storage of ``slots``, by what the host knew before the counts were: nothing is read.
 
         A row that holds more becomes NaN. Every token of a row is selected where its scores are not finite, and what
-        attends to those is not finite either."""
-        too_long = (self.lengths > slots)[:, None, None, None]
-        self.lengths.clamp_(max=slots)
-        unused = (torch.arange(slots, device=self.keys.device) >= self.lengths[:, None])[:, None, :, None]
-        self.keys, self.values = (
-            states[:, :, :slots].masked_fill(unused, 0).masked_fill(too_long, torch.nan)
-            for states in (self.keys, self.values)
+        attends to those is not finite either.
+
+        Not a method of the uncut storage: in a compiled graph what a constructor was given is a result, and in memory
+        to the end, whatever its attribute has become since."""
+        too_long = (count > slots)[:, None, None, None]
+        unused = (torch.arange(slots, device=keys.device) >= count[:, None])[:, None, :, None]
+        keys, values = (
+            states[:, :, :slots].masked_fill(unused, 0).masked_fill(too_long, torch.nan) for states in (keys, values)
         )
-        self.longest = slots
+        return cls(keys, values, count.to(torch.int32).clamp(max=slots), slots)
 
     @classmethod
     def real(cls, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> RaggedKV:
