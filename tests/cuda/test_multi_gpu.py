@@ -76,9 +76,8 @@ def test_layers_on_two_devices(cache: str) -> None:
     device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     device_map |= {f"model.layers.{i}": 2 * i // LAYERS for i in range(LAYERS)}
     spread_out = accelerate.dispatch_model(model, device_map=device_map)
-    assert [str(layer.self_attn.q_proj.weight.device) for layer in model.model.layers] == ["cuda:0"] * 2 + [
-        "cuda:1"
-    ] * 2
+    devices = [str(layer.self_attn.q_proj.weight.device) for layer in model.model.layers]
+    assert devices == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
     same(answer(spread_out, prompt, cache), expected)
     with zipvl.sparse(spread_out, tau=0.7, dense_below=256, cache=cache):
         filled = spread_out(prompt).past_key_values
