@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,7 +100,7 @@ def test_a_decode_graph_on_a_device_that_is_not_the_current_one(cache: str) -> N
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of a model whose heads are spread over two GPUs found."""
-    return spread(make(), ids(TOKENS, 1), Path(tmp_path_factory.mktemp("tensor_parallel")))
+    return spread(make(), ids(TOKENS, 1), tmp_path_factory.mktemp("tensor_parallel"))
 
 
 def test_ranks_have_their_heads_and_agree(found: list[dict[str, Any]]) -> None:
