@@ -15,8 +15,10 @@ from zipvl import ops, reference
 
 from .test_ops import cuda, no_host_sync, poison_free_memory
 
-# B, N, C, Hq, D: head dims that kernels take and one they do not, rows that are not whole vectors, real sizes.
-SHAPES = [(1, 300, 512, 4, 64), (3, 777, 3584, 28, 128), (2, 130, 96, 3, 96), (2, 65, 40, 2, 6), (3, 90, 36, 2, 16)]
+# B, N, C, Hq, D: head dims that kernels take and one they do not, rows that are not whole vectors, real sizes; more
+# places than a chunk of the product has, 4,096 or an eighth: a chunk ends within a batch row, and is larger than one.
+SHAPES = [(1, 300, 512, 4, 64), (3, 777, 3584, 28, 128), (2, 130, 96, 3, 96), (2, 65, 40, 2, 6), (3, 90, 36, 2, 16),
+          (1, 40000, 64, 2, 32), (7, 1500, 64, 2, 32)]  # fmt: skip
 
 
 def chosen_of(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,8 +155,8 @@ def test_decode_attn_quantized(dtype: torch.dtype, D: int) -> None:
 
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_projections(dtype: torch.dtype, D: int) -> None:
-    B, N, C, H = 2, 130, 96, 3
+@pytest.mark.parametrize("B, N, C, H", [(2, 130, 96, 3), (3, 3000, 64, 1)], ids=["one chunk", "chunks"])
+def test_projections(B: int, N: int, C: int, H: int, dtype: torch.dtype, D: int) -> None:
     tensors, keywords = projection(B, N, C, H, D, dtype, bias=True, norm=True)
     index, count = make_selection(B, N)
     chosen = selected_mask(index, count)

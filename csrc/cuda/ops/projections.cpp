@@ -1,7 +1,10 @@
-// project_queries and project_outputs. Chosen rows are moved to the front, one product computes as many of them as
-// there are (a grouped product of one group, whose size stands on the device), and the results go where they belong.
+// project_queries and project_outputs. Chosen rows are moved to the front, a product computes as many of them as there
+// are (a grouped product of one group, whose size stands on the device), and the results go where they belong. Only the
+// device knows how many there are, and memory for every place would be that of two more results: so it is done chunk
+// after chunk.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "aten/call.h"
@@ -15,6 +18,8 @@ namespace zipvl::cuda {
 namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
+constexpr std::int64_t kMostChunks = 8;     // an empty one costs four launches, some 10 us
+constexpr std::int64_t kLeastChunk = 4096;  // rows; a product of 3,584 columns has tiles for seven waves on an H100
 
 bool is_aligned(const Tensor& x, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % static_cast<std::uintptr_t>(bytes) == 0;
@@ -35,6 +40,7 @@ bool kernels_take(const Tensor& x, const Tensor& index) {
          x.numel() > 0 && rows > 0 && rows <= std::numeric_limits<std::int32_t>::max();
 }
 
+// Every place, in one chunk.
 ChosenRows chosen_rows(const Tensor& index, const std::optional<Tensor>& count, std::int64_t tokens) {
   ChosenRows chosen{};
   chosen.index = index.const_data_ptr<std::int32_t>();
@@ -45,10 +51,12 @@ ChosenRows chosen_rows(const Tensor& index, const std::optional<Tensor>& count, 
   chosen.batch = index.size(0);
   chosen.places = index.size(1);
   chosen.tokens = tokens;
+  chosen.first = 0;
+  chosen.chunk = chosen.batch * chosen.places;
   return chosen;
 }
 
-// Between `full` [B, N, C], whose rows are vectors, and `packed` [B * places, C].
+// Between `full` [B, N, C], whose rows are vectors, and `packed` [chunk, C].
 CopyRowsParams copy_params(const ChosenRows& chosen, const Tensor& full, const Tensor& packed) {
   const auto element = static_cast<std::int64_t>(full.element_size());
   CopyRowsParams params{};
@@ -62,35 +70,45 @@ CopyRowsParams copy_params(const ChosenRows& chosen, const Tensor& full, const T
   return params;
 }
 
-// Whether the product of `rows` can be told on the device how many there are. PyTorch's grouped product is CUTLASS's on
-// Hopper for bfloat16; elsewhere it would read the sizes back.
-bool product_can_count(const Tensor& rows, const Tensor& weight) {
-  return kernel_family(rows.get_device_index()) == KernelFamily::kSm90 &&
-         rows.scalar_type() == aten::ScalarType::BFloat16 && weight.size(0) % 8 == 0 && weight.size(1) % 8 == 0 &&
-         weight.stride(1) == 1 && weight.stride(0) % 8 == 0 && is_aligned(weight, kVectorBytes);
+// Whether the product of rows of `x` can be told on the device how many there are. PyTorch's grouped product is
+// CUTLASS's on Hopper for bfloat16; elsewhere it would read the sizes back.
+bool product_can_count(const Tensor& x, const Tensor& weight) {
+  return kernel_family(x.get_device_index()) == KernelFamily::kSm90 && x.scalar_type() == aten::ScalarType::BFloat16 &&
+         weight.size(0) % 8 == 0 && weight.size(1) % 8 == 0 && weight.stride(1) == 1 && weight.stride(0) % 8 == 0 &&
+         is_aligned(weight, kVectorBytes);
 }
 
-// The chosen rows of a tensor times a weight [O, C].
+// A chunk of the chosen rows of a tensor times a weight [O, C].
 struct Product {
-  Tensor packed;  // [B * places, O]; rows from the sum of the counts on are undefined
+  ChosenRows chosen;
+  Tensor packed;  // [chunk, O]; rows from the number that the chunk has on are undefined
   bool has_bias;
 };
 
-Product product(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight,
-                const std::optional<Tensor>& bias) {
-  const Tensor rows = aten::empty({chosen.batch * chosen.places, x.size(2)}, x.scalar_type(), x.device());
-  CopyRowsParams params = copy_params(chosen, x, rows);
-  if (chosen.count == nullptr || !product_can_count(rows, weight)) {
-    check_launch(op, launch_gather_rows(params, stream_of(x)));
-    return {aten::call("aten::linear", "", rows, weight, bias), true};
-  }
+// Every chunk's product in turn, `put_back` called with each.
+template <typename PutBack>
+void products(const char* op, ChosenRows chosen, const Tensor& x, const Tensor& weight,
+              const std::optional<Tensor>& bias, const PutBack& put_back) {
+  const bool counts = chosen.count != nullptr && product_can_count(x, weight);
+  const Tensor group = counts ? aten::unsqueeze(aten::transpose(weight, 0, 1), 0) : weight;
+  const std::int64_t places = chosen.batch * chosen.places;
+  const std::int64_t chunk = std::min(places, std::max(kLeastChunk, (places + kMostChunks - 1) / kMostChunks));
+  const Tensor packed = aten::empty({chunk, x.size(2)}, x.scalar_type(), x.device());
   const Tensor total = aten::empty({1}, aten::ScalarType::Int, x.device());
-  params.total = total.mutable_data_ptr<std::int32_t>();
-  check_launch(op, launch_gather_rows(params, stream_of(x)));
-  const Tensor group = aten::unsqueeze(aten::transpose(weight, 0, 1), 0);
-  return {aten::call("aten::_grouped_mm", "", rows, group, std::optional<Tensor>(total), std::optional<Tensor>(),
-                     std::optional<aten::ScalarType>()),
-          false};
+  for (; chosen.first < places; chosen.first += chunk) {
+    chosen.chunk = std::min(chunk, places - chosen.first);
+    const Tensor rows = aten::slice(packed, 0, 0, chosen.chunk);
+    CopyRowsParams params = copy_params(chosen, x, rows);
+    params.total = counts ? total.mutable_data_ptr<std::int32_t>() : nullptr;
+    check_launch(op, launch_gather_rows(params, stream_of(x)));
+    if (counts) {
+      const Tensor product = aten::call("aten::_grouped_mm", "", rows, group, std::optional<Tensor>(total),
+                                        std::optional<Tensor>(), std::optional<aten::ScalarType>());
+      put_back(Product{chosen, product, false});
+    } else {
+      put_back(Product{chosen, aten::call("aten::linear", "", rows, weight, bias), true});
+    }
+  }
 }
 
 void set_table(const void*& data, std::int64_t (&strides)[2], const Tensor& table) {
@@ -123,14 +141,9 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
     return ops::project_queries(x, weight, bias, cos, sin, index, count, norm_weight, norm_eps);
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const ChosenRows chosen = chosen_rows(index, count, x.size(1));
-  const Product rows = product(kOp, chosen, x, weight, bias);
   const Tensor q = aten::empty({x.size(0), x.size(1), heads, head_dim}, x.scalar_type(), x.device());
   PlaceQueriesParams params{};
-  params.chosen = chosen;
   params.element = x.scalar_type() == aten::ScalarType::Half ? Element::kFloat16 : Element::kBFloat16;
-  params.packed = rows.packed.const_data_ptr();
-  params.bias = bias && !rows.has_bias ? bias->const_data_ptr() : nullptr;
   params.norm_weight = norm_weight ? norm_weight->const_data_ptr() : nullptr;
   params.norm_eps = static_cast<float>(norm_eps);
   set_table(params.cos, params.cos_stride, cos);
@@ -139,7 +152,12 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
   params.heads = heads;
   params.head_dim = static_cast<int>(head_dim);
   params.multiprocessors = multiprocessors(x.get_device_index());
-  check_launch(kOp, launch_place_queries(params, stream_of(x)));
+  products(kOp, chosen_rows(index, count, x.size(1)), x, weight, bias, [&](const Product& product) {
+    params.chosen = product.chosen;
+    params.packed = product.packed.const_data_ptr();
+    params.bias = bias && !product.has_bias ? bias->const_data_ptr() : nullptr;
+    check_launch(kOp, launch_place_queries(params, stream_of(x)));
+  });
   return aten::transpose(q, 1, 2);
 }
 
@@ -151,10 +169,10 @@ Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& inde
     return ops::project_outputs(x, weight, index, count);
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const ChosenRows chosen = chosen_rows(index, count, x.size(1));
-  const Product rows = product(kOp, chosen, x, weight, std::nullopt);
   const Tensor out = aten::zeros({x.size(0), x.size(1), weight.size(0)}, x.scalar_type(), x.device());
-  check_launch(kOp, launch_scatter_rows(copy_params(chosen, out, rows.packed), stream_of(x)));
+  products(kOp, chosen_rows(index, count, x.size(1)), x, weight, std::nullopt, [&](const Product& product) {
+    check_launch(kOp, launch_scatter_rows(copy_params(product.chosen, out, product.packed), stream_of(x)));
+  });
   return out;
 }
 

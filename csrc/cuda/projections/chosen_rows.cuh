@@ -1,4 +1,4 @@
-// Reading a ChosenRows: how many rows a batch row has, and where they begin among the packed ones.
+// Reading a ChosenRows: which places of a batch row a chunk has, and where they stand among the packed rows.
 #pragma once
 
 #include "cuda/projections/projections.h"
@@ -28,9 +28,21 @@ __device__ __forceinline__ std::int64_t rows_before(const ChosenRows& chosen, st
   return sum;
 }
 
-// The token of place `row`, or -1 where the entry names none.
-__device__ __forceinline__ std::int64_t token_of(const ChosenRows& chosen, std::int64_t b, std::int64_t row) {
-  const std::int64_t token = chosen.index[b * chosen.index_stride[0] + row * chosen.index_stride[1]];
+// The places [begin, end) of batch row b that are in the chunk; place p is packed row shift + p.
+struct PlacesInChunk {
+  std::int64_t begin, end, shift;
+};
+
+// Every lane of the warp calls it.
+__device__ __forceinline__ PlacesInChunk places_in_chunk(const ChosenRows& chosen, std::int64_t b) {
+  const std::int64_t rows = rows_in(chosen, b), shift = rows_before(chosen, b) - chosen.first;
+  const auto within = [rows](std::int64_t place) { return min(max(place, std::int64_t{0}), rows); };
+  return {within(-shift), within(chosen.chunk - shift), shift};
+}
+
+// The token of `place`, or -1 where the entry names none.
+__device__ __forceinline__ std::int64_t token_of(const ChosenRows& chosen, std::int64_t b, std::int64_t place) {
+  const std::int64_t token = chosen.index[b * chosen.index_stride[0] + place * chosen.index_stride[1]];
   return token >= 0 && token < chosen.tokens ? token : -1;
 }
 

@@ -40,19 +40,18 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_consta
   const ChosenRows& chosen = params.chosen;
   const int warp = threadIdx.x / 32;
   if (params.total != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && warp == 0) {
-    const std::int64_t total = rows_before(chosen, chosen.batch);
+    const std::int64_t rest = rows_before(chosen, chosen.batch) - chosen.first;
     if (threadIdx.x == 0) {
-      *params.total = static_cast<std::int32_t>(total);
+      *params.total = static_cast<std::int32_t>(min(max(rest, std::int64_t{0}), chosen.chunk));
     }
   }
   for (std::int64_t b = blockIdx.y; b < chosen.batch; b += gridDim.y) {
-    auto* packed = static_cast<uint4*>(params.packed) + rows_before(chosen, b) * params.row_vectors;
     auto* full = static_cast<uint4*>(params.full) + b * params.full_stride[0];
-    const std::int64_t rows = rows_in(chosen, b);
-    for (std::int64_t row = std::int64_t{blockIdx.x} * kWarps + warp; row < rows;
-         row += std::int64_t{gridDim.x} * kWarps) {
-      const std::int64_t token = token_of(chosen, b, row);
-      uint4* here = packed + row * params.row_vectors;
+    const PlacesInChunk places = places_in_chunk(chosen, b);
+    for (std::int64_t place = places.begin + std::int64_t{blockIdx.x} * kWarps + warp; place < places.end;
+         place += std::int64_t{gridDim.x} * kWarps) {
+      const std::int64_t token = token_of(chosen, b, place);
+      uint4* here = static_cast<uint4*>(params.packed) + (places.shift + place) * params.row_vectors;
       uint4* there = token < 0 ? nullptr : full + token * params.full_stride[1];
       if constexpr (kDirection == Direction::kGather) {
         copy_row(here, there, params.row_vectors);
@@ -67,8 +66,9 @@ template <Direction kDirection>
 cudaError_t launch(const CopyRowsParams& params, cudaStream_t stream) {
   const std::int64_t batch = std::min(params.chosen.batch, kMostGrid);
   const std::int64_t most = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor;
-  const std::int64_t blocks = std::clamp<std::int64_t>((params.chosen.places + kWarps - 1) / kWarps, 1,
-                                                       std::max<std::int64_t>(most / batch, 1));
+  const std::int64_t rows = std::min(params.chosen.places, params.chosen.chunk);
+  const std::int64_t blocks =
+      std::clamp<std::int64_t>((rows + kWarps - 1) / kWarps, 1, std::max<std::int64_t>(most / batch, 1));
   copy_rows_kernel<kDirection>
       <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(params);
   return cudaGetLastError();

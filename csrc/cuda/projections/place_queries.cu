@@ -112,14 +112,16 @@ __global__ void __launch_bounds__(kThreads) place_queries_kernel(const __grid_co
   const ChosenRows& chosen = params.chosen;
   const std::int64_t row_size = params.heads * params.head_dim;
   for (std::int64_t b = blockIdx.y; b < chosen.batch; b += gridDim.y) {
-    const std::int64_t before = rows_before(chosen, b), tasks = rows_in(chosen, b) * params.heads;
+    const PlacesInChunk places = places_in_chunk(chosen, b);
+    const std::int64_t tasks = (places.end - places.begin) * params.heads;
     const std::int64_t step = std::int64_t{gridDim.x} * kWarps;
     for (std::int64_t task = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; task < tasks; task += step) {
-      const std::int64_t row = task / params.heads, head = task - row * params.heads;
-      const std::int64_t token = token_of(chosen, b, row);
+      const std::int64_t row = task / params.heads, head = task - row * params.heads, place = places.begin + row;
+      const std::int64_t token = token_of(chosen, b, place);
       if (token >= 0) {
-        place_head<T>(params, static_cast<const T*>(params.packed) + (before + row) * row_size + head * params.head_dim,
-                      head, static_cast<const T*>(params.cos) + b * params.cos_stride[0] + token * params.cos_stride[1],
+        const std::int64_t packed = (places.shift + place) * row_size + head * params.head_dim;
+        place_head<T>(params, static_cast<const T*>(params.packed) + packed, head,
+                      static_cast<const T*>(params.cos) + b * params.cos_stride[0] + token * params.cos_stride[1],
                       static_cast<const T*>(params.sin) + b * params.sin_stride[0] + token * params.sin_stride[1],
                       static_cast<T*>(params.q) + (b * chosen.tokens + token) * row_size + head * params.head_dim);
       }
@@ -132,8 +134,9 @@ __global__ void __launch_bounds__(kThreads) place_queries_kernel(const __grid_co
 cudaError_t launch_place_queries(const PlaceQueriesParams& params, cudaStream_t stream) {
   const std::int64_t batch = std::min(params.chosen.batch, kMostGrid);
   const std::int64_t most = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor;
-  const std::int64_t blocks = std::clamp<std::int64_t>((params.chosen.places * params.heads + kWarps - 1) / kWarps, 1,
-                                                       std::max<std::int64_t>(most / batch, 1));
+  const std::int64_t tasks = std::min(params.chosen.places, params.chosen.chunk) * params.heads;
+  const std::int64_t blocks =
+      std::clamp<std::int64_t>((tasks + kWarps - 1) / kWarps, 1, std::max<std::int64_t>(most / batch, 1));
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
   if (params.element == Element::kFloat16) {
     place_queries_kernel<__half><<<grid, kThreads, 0, stream>>>(params);
