@@ -176,10 +176,25 @@ def probe_select() -> list[str]:
 
 
 def layer() -> list[str]:
-    """zipvl_attn against dense cuDNN attention, graph replays: the newest runs at a ratio and by tau."""
-    runs = results("layer")
-    newest = [next(run for run in reversed(runs) if run["part"] == part) for part in ("goals", "distributions")]
-    rows = [row for run in newest for row in run["rows"]]
+    """zipvl_attn against dense cuDNN attention, graph replays: on each device the newest runs at a ratio and by tau."""
+    newest: dict[str, dict[str, Result]] = {}
+    for run in results("layer"):
+        newest.setdefault(run["device"]["name"], {})[run["part"]] = run
+    tables = [table for parts in newest.values() for table in _layer_table(parts)]
+    shape = results("layer")[-1]["shape"]
+    title = (
+        f"`zipvl_attn`, the whole layer, times as fast as dense cuDNN attention (and its own time): {shape['Hq']}/"
+        f"{shape['Hkv']} heads, D {shape['D']}, {shape['dtype']}, causal, CUDA graph replays. "
+        "Concentrated: a tenth of the tokens draws nearly all attention. Uniform: every token draws the same, and "
+        "nearly all are kept, which is the worst that can happen."
+    )
+    return [title, *tables]
+
+
+def _layer_table(parts: dict[str, Result]) -> list[str]:
+    """One device's; ``parts`` by name."""
+    runs = [parts[part] for part in ("goals", "distributions") if part in parts]
+    rows = [row for run in runs for row in run["rows"]]
     lengths = sorted({row["case"]["N"] for row in rows})
     labels: dict[str, dict[int, Result]] = {}
     for row in rows:
@@ -198,27 +213,31 @@ def layer() -> list[str]:
         f"| {label} | " + " | ".join(cell(by_length.get(n)) for n in lengths) + " |"
         for label, by_length in labels.items()
     ]
-    shape = newest[0]["shape"]
-    title = (
-        f"`zipvl_attn`, the whole layer, times as fast as dense cuDNN attention (and its own time): {shape['Hq']}/"
-        f"{shape['Hkv']} heads, D {shape['D']}, {shape['dtype']}, causal, CUDA graph replays ({source(newest[0])}). "
-        "Concentrated: a tenth of the tokens draws nearly all attention. Uniform: every token draws the same, and "
-        "nearly all are kept, which is the worst that can happen:"
-    )
-    head = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
-    return [title, "", *head, *table]
+    head = [
+        f"| {source(runs[0])} | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "| --- |" + " ---: |" * len(lengths),
+    ]
+    return ["", *head, *table]
 
 
 def ttft() -> list[str]:
-    """Time to first token of a Qwen2-7B-shaped model, a column a length: the newest run of each."""
+    """Time to first token of a Qwen2-7B-shaped model, a column a length: on each device the newest run of each."""
     if not (RESULTS / "ttft.jsonl").exists():
         return ["Time to first token: no run of `python -m benchmarks.ttft` is recorded yet."]
-    tables = []
-    for compiled in (False, True):
-        runs = {run["tokens"]: run for run in results("ttft") if run["compiled"] == compiled}
-        if runs:
-            tables.append("\n".join(_ttft_table(dict(sorted(runs.items())), "compiled" if compiled else "eager")))
-    return ["\n\n".join(tables)]
+    newest: dict[tuple[bool, str], dict[int, Result]] = {}
+    for run in results("ttft"):
+        newest.setdefault((run["compiled"], run["device"]["name"]), {})[run["tokens"]] = run
+    title = (
+        "Time to first token of a Qwen2-7B-shaped model in ms (times as fast as on dense cuDNN attention; peak GiB "
+        "beyond the weights), bfloat16. The paper's model takes 3.28 s at 32,768 tokens on its hardware, and 0.45 s "
+        "more for the estimate down to top-k."
+    )
+    tables = [
+        line
+        for compiled, device in sorted(newest, key=lambda key: key[0])
+        for line in _ttft_table(dict(sorted(newest[compiled, device].items())), "compiled" if compiled else "eager")
+    ]
+    return [title, *tables]
 
 
 def repeated(run: Result) -> bool:
@@ -241,18 +260,16 @@ def _ttft_table(runs: dict[int, Result], how: str) -> list[str]:
         return f"{1e3 * row['seconds']:,.0f} ({speedup:.2f}x; {row['peak_bytes'] / 2**30:.1f})"
 
     once = " and ".join(f"{tokens:,}" for tokens, run in runs.items() if not repeated(run))
-    title = (
-        f"Time to first token of a Qwen2-7B-shaped model, {how}, in ms (times as fast as on dense cuDNN attention; "
-        f"peak GiB beyond the weights), bfloat16{f', {once} tokens timed once' if once else ''} "
-        f"({source(next(iter(runs.values())))}). The paper's model takes 3.28 s "
-        "at 32,768 tokens on its hardware, and 0.45 s more for the estimate down to top-k:"
-    )
-    head = ["| | ratio | " + " | ".join(f"{n:,}" for n in runs) + " |", "| --- | ---: |" + " ---: |" * len(runs)]
+    title = f"{how}{f' ({once} tokens timed once)' if once else ''}, {source(list(runs.values())[-1])}"
+    head = [
+        f"| {title} | ratio | " + " | ".join(f"{n:,}" for n in runs) + " |",
+        "| --- | ---: |" + " ---: |" * len(runs),
+    ]
     table = [
         f"| {name} | {ratio or ''} | " + " | ".join(cell(tokens, row.get(tokens)) for tokens in runs) + " |"
         for (name, ratio), row in rows.items()
     ]
-    return [title, "", *head, *table]
+    return ["", *head, *table]
 
 
 def decode() -> list[str]:
