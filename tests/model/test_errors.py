@@ -53,6 +53,21 @@ def test_softcap() -> None:
         model(**text_inputs(300))
 
 
+def test_continuous_batching() -> None:
+    """transformers itself refuses what it has no paged form of; where it hands on the arguments of one, we do."""
+    model = make_llama()
+    before = model.config._attn_implementation
+    with zipvl.sparse(model):
+        with pytest.raises(ValueError, match=r"zipvl\W* is not supported"):
+            model.generate_batch(
+                inputs=[[1] * 300], generation_config=tf.GenerationConfig(max_new_tokens=2), progress_bar=False
+            )
+        for argument in ("block_table", "read_index"):
+            with pytest.raises(ValueError, match=r"a paged cache \(continuous batching\) is not supported"):
+                model(**text_inputs(300), **{argument: torch.zeros(1, 4, dtype=torch.int32)})
+    assert model.config._attn_implementation == before
+
+
 def test_attention_sinks() -> None:
     config = tf.GptOssConfig(
         **TEXT, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3, sliding_window=64
