@@ -180,7 +180,7 @@ def layer() -> list[str]:
     newest: dict[str, dict[str, Result]] = {}
     for run in results("layer"):
         newest.setdefault(run["device"]["name"], {})[run["part"]] = run
-    tables = [table for parts in newest.values() for table in _layer_table(parts)]
+    tables = [table for parts in newest.values() if "goals" in parts for table in _layer_table(parts)]
     shape = results("layer")[-1]["shape"]
     title = (
         f"`zipvl_attn`, the whole layer, times as fast as dense cuDNN attention (and its own time): {shape['Hq']}/"
