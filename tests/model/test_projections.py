@@ -71,6 +71,18 @@ def test_the_same_model(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(skipped[1], whole[1], **TOLERANCE)
 
 
+@pytest.mark.parametrize("kept", [{"ratio": 0.25}, {"tau": 0.9}], ids=str)
+def test_what_is_not_finite_stays_so(kept: dict[str, float]) -> None:
+    """Where scores are not finite every token is selected, whatever the ratio, and each needs its output."""
+    model = make_llama()
+    embedded = model.get_input_embeddings()(text_inputs(300)["input_ids"]).detach().clone()
+    embedded[:, 10] = torch.nan
+    with zipvl.sparse(model, **kept, skip_projections=True) as stats:
+        logits = model(inputs_embeds=embedded).logits
+    assert stats.active and stats.layers[0].kept == [300]
+    assert bool(logits[:, 10:].isnan().all())
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("Qwen2")
