@@ -191,7 +191,7 @@ def row_of(case: Case, times: dict[str, Any]) -> list[str]:
 
 def main(
     part: Annotated[list[Part] | None, typer.Option(help="Which rows; may be repeated. [all]")] = None,
-    most_tokens: Annotated[int, typer.Option(help="Leave out longer sequences.")] = LENGTHS[-1],
+    max_tokens: Annotated[int, typer.Option(help="Leave out longer sequences.")] = LENGTHS[-1],
     record: Annotated[bool, typer.Option(help="Append to benchmarks/results/layer.jsonl.")] = True,
 ) -> None:
     """Times one layer on this machine's GPU; goals in brackets, the last column what is over 1.03 x dense + 10 us."""
@@ -204,7 +204,7 @@ def main(
     for chosen in part or list(Part):
         rows = []
         for case in CASES[chosen]:
-            if case.N > most_tokens:
+            if case.N > max_tokens:
                 continue
             times = measure(case, parts=chosen is not Part.model)
             table.add_row(*row_of(case, times))

@@ -12,7 +12,7 @@ import torch
 
 from zipvl.config import ZipVLConfig
 
-__all__ = ["SHORTEST", "dense_below", "most_kept"]
+__all__ = ["SHORTEST", "dense_below", "max_kept"]
 
 _PARTS = 2**16  # a ratio is rounded up to as many parts, so that its share of a symbol is a product of integers
 SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the default configuration
@@ -34,7 +34,7 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
     return _by_cost(query_heads, head_dim, config.cost_key)
 
 
-def most_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -> int | None:
+def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -> int | None:
     """What the host knows of a selection before it is made: no row keeps more tokens, unless its scores are not finite.
 
     Args:

@@ -17,7 +17,7 @@ ZIPVL_HOST_DEVICE constexpr int stages(std::int64_t head_dim) { return head_dim 
 
 // Warps of a block of threads, one block a multiprocessor: fewer blocks leave fewer partial results (4 warps, two
 // blocks a multiprocessor: 1 us longer). Head dim 256 has the registers of 4.
-ZIPVL_HOST_DEVICE constexpr int most_warps(std::int64_t head_dim) { return head_dim == 256 ? 4 : 8; }
+ZIPVL_HOST_DEVICE constexpr int max_warps(std::int64_t head_dim) { return head_dim == 256 ? 4 : 8; }
 
 // A warp's queries: a row a head, 16 bytes longer than its channels.
 ZIPVL_HOST_DEVICE constexpr int query_bytes(std::int64_t head_dim) {
@@ -37,7 +37,7 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t warp_bytes(std::int64_t head_dim) {
 // with 128 registers, which do not hold the loop over the keys unrolled, take the same time at head dim 128. Where
 // shared memory does not hold their rings (head dim 256 at 8 bits, GPUs with 99 KB) blocks have the least warps.
 ZIPVL_HOST_DEVICE constexpr int quantized_warps(std::int64_t head_dim) { return head_dim == 256 ? 8 : 12; }
-constexpr int kLeastQuantizedWarps = 4;
+constexpr int kMinQuantizedWarps = 4;
 // Buffers of a warp's ring, each of a block of 64 tokens.
 ZIPVL_HOST_DEVICE constexpr int quantized_stages(int bits) { return bits == 2 ? 2 : 1; }
 

@@ -15,8 +15,8 @@ inline void append_text(std::string& text, const std::string& part) { text += pa
 template <typename Number, typename = std::enable_if_t<std::is_arithmetic_v<Number>>>
 void append_text(std::string& text, Number part) {
   if constexpr (std::is_floating_point_v<Number>) {
-    constexpr int kMostCharacters = 32;  // "%g" gives at most 13
-    char number[kMostCharacters];
+    constexpr int kMaxCharacters = 32;  // "%g" gives at most 13
+    char number[kMaxCharacters];
     std::snprintf(number, sizeof(number), "%g", static_cast<double>(part));
     text += number;
   } else {

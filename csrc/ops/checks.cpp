@@ -354,8 +354,8 @@ void not_negative(const char* op, std::initializer_list<std::pair<const char*, s
 
 void probe_counts(const char* op, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed) {
   not_negative(op, {{"num_recent", num_recent}, {"num_random", num_random}, {"seed", seed}});
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  if (num_recent > kMost || num_random > kMost || num_recent + num_random > kMost) {
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  if (num_recent > kMax || num_random > kMax || num_recent + num_random > kMax) {
     fail(op, "num_recent + num_random must be below 2**31, got ", num_recent, " and ", num_random);
   }
   if (num_recent + num_random == 0) {

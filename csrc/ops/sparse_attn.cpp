@@ -11,7 +11,7 @@ namespace zipvl::ops {
 namespace {
 
 // The most selected tokens any row can have, as far as the host knows without asking the device.
-std::int64_t most_keys(const Tensor& count, std::int64_t tokens) {
+std::int64_t max_keys(const Tensor& count, std::int64_t tokens) {
   if (!aten::host_may_read(count)) {
     return tokens;
   }
@@ -33,7 +33,7 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     return aten::transpose(aten::empty(shape, q.scalar_type(), q.device()), 1, 2);
   }
   const auto plan = plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens,
-                                            sizes.head_dim, most_keys(count, sizes.tokens), causal, all_queries,
+                                            sizes.head_dim, max_keys(count, sizes.tokens), causal, all_queries,
                                             aten::host_may_read(q), host_threads(q)});
   return aten::sparse_attn(q, k, v, index, count, scale_or_default(scale, sizes.head_dim), plan, causal, all_queries);
 }

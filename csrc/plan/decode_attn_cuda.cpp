@@ -8,7 +8,7 @@
 namespace zipvl::plan {
 namespace {
 
-constexpr std::int64_t kMostTiles = 2147483647;  // they are numbered with 32 bits, and so are blocks of a grid
+constexpr std::int64_t kMaxTiles = 2147483647;  // they are numbered with 32 bits, and so are blocks of a grid
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -30,8 +30,8 @@ std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAtt
   if (!problem.aligned) {
     return "the kernels take rows of q and of the cache that begin at multiples of 16 bytes";
   }
-  if (items(problem, plan) * tiles > kMostTiles || problem.batch * problem.query_heads > kMostTiles) {
-    return join("the kernels take at most ", kMostTiles, " tiles of tokens");
+  if (items(problem, plan) * tiles > kMaxTiles || problem.batch * problem.query_heads > kMaxTiles) {
+    return join("the kernels take at most ", kMaxTiles, " tiles of tokens");
   }
   if (!holds(problem, plan.shared_bytes)) {
     return join("the kernel needs ", plan.shared_bytes, " bytes of shared memory, the GPU has ", problem.shared_bytes);
@@ -60,7 +60,7 @@ DecodeAttnCudaPlan common_plan(const DecodeAttnCudaProblem& problem) {
 
 DecodeAttnCudaPlan plan_decode_attn_cuda(const DecodeAttnCudaProblem& problem) {
   DecodeAttnCudaPlan plan = common_plan(problem);
-  plan.warps = decode_shape::most_warps(problem.head_dim);
+  plan.warps = decode_shape::max_warps(problem.head_dim);
   if (!holds(problem, plan.warps * decode_shape::warp_bytes(problem.head_dim))) {
     plan.warps /= 2;  // 8.6 and 8.9 have 99 KB
   }
@@ -78,13 +78,13 @@ DecodeAttnCudaPlan plan_decode_attn_quantized_cuda(const DecodeAttnCudaProblem& 
       decode_shape::quantized_warp_bytes(problem.head_dim, segments.high_bits, segments.low_bits);
   plan.warps = decode_shape::quantized_warps(problem.head_dim);
   if (!holds(problem, plan.warps * warp_bytes)) {
-    plan.warps = decode_shape::kLeastQuantizedWarps;
+    plan.warps = decode_shape::kMinQuantizedWarps;
   }
   plan.shared_bytes = plan.warps * warp_bytes;
   const std::int64_t tiles =
       ceil_div(problem.slots, decode_shape::kTileTokens) + segments.high_blocks + segments.low_blocks;
   plan.reason = why_not_native(problem, plan, tiles);
-  set_blocks(problem, plan, tiles, decode_shape::kLeastQuantizedWarps);
+  set_blocks(problem, plan, tiles, decode_shape::kMinQuantizedWarps);
   return plan;
 }
 

@@ -11,7 +11,7 @@ constexpr double kDense = 5.47, kDensePerToken = 2536, kDensePerPair = 3.398;
 constexpr double kZipvlByTau = 4.906;
 constexpr double kZipvl = 24.47, kZipvlPerToken = 1739, kZipvlPerPair = 3.377;
 
-constexpr std::int64_t kGranule = 64, kMostTokens = std::int64_t{1} << 17;  // lengths that are asked about
+constexpr std::int64_t kGranule = 64, kMaxTokens = std::int64_t{1} << 17;  // lengths that are asked about
 
 }  // namespace
 
@@ -31,12 +31,12 @@ std::int64_t plan_dense_below(const DenseBelowProblem& problem) {
   const auto pays = [&](std::int64_t tokens) {
     const LayerCost cost = plan_layer_cost(
         {1, problem.query_heads, tokens, problem.head_dim, problem.share, problem.by_tau, problem.all_queries});
-    return cost.zipvl_us <= (problem.by_tau ? kMostFactor * cost.dense_us + kMostExtraUs : cost.dense_us);
+    return cost.zipvl_us <= (problem.by_tau ? kMaxFactor * cost.dense_us + kMaxExtraUs : cost.dense_us);
   };
-  if (!pays(kMostTokens)) {
+  if (!pays(kMaxTokens)) {
     return kNeverPays;
   }
-  std::int64_t tokens = kMostTokens;
+  std::int64_t tokens = kMaxTokens;
   while (tokens > kGranule && pays(tokens - kGranule)) {
     tokens -= kGranule;
   }

@@ -32,11 +32,11 @@ struct DenseBelowProblem {
 };
 
 // The fewest tokens from which on ZipVL pays for one batch row. With a ratio that is where it is faster than dense
-// attention. With tau it is where even the largest selection, that of equal scores, costs at most kMostFactor times
-// dense attention and kMostExtraUs.
+// attention. With tau it is where even the largest selection, that of equal scores, costs at most kMaxFactor times
+// dense attention and kMaxExtraUs.
 std::int64_t plan_dense_below(const DenseBelowProblem& problem);
 
-constexpr double kMostFactor = 1.03, kMostExtraUs = 10.0;
+constexpr double kMaxFactor = 1.03, kMaxExtraUs = 10.0;
 constexpr std::int64_t kNeverPays = std::int64_t{1} << 21;  // more tokens than the kernels take
 
 }  // namespace zipvl::plan

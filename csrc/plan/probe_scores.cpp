@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kScoresPerBlock = std::int64_t{1} << 20;
 // Probes go up in position, and a block computes only the columns up to its last probe: short blocks skip more of what
 // causal hides, and 16 probes of a group's heads are rows enough for a matrix product.
-constexpr std::int64_t kMostProbes = 16;
+constexpr std::int64_t kMaxProbes = 16;
 // A block holds its scores, their softmax and a mask, of 4, 4 and 1 bytes; K of one head as float32 stands beside them.
 constexpr std::int64_t kBytesPerScore = 9;
 
@@ -25,7 +25,7 @@ ProbeScoresPlan plan_probe_scores(const ProbeScoresProblem& problem) {
   const std::int64_t group = problem.query_heads / problem.kv_heads;
   const std::int64_t rows = std::max<std::int64_t>(1, kScoresPerBlock / std::max<std::int64_t>(1, problem.tokens));
   ProbeScoresPlan plan{};
-  plan.probes_per_block = std::clamp<std::int64_t>(rows, 1, std::min(problem.probes, kMostProbes));
+  plan.probes_per_block = std::clamp<std::int64_t>(rows, 1, std::min(problem.probes, kMaxProbes));
   plan.heads_per_block = std::clamp<std::int64_t>(rows / plan.probes_per_block, 1, group);
   plan.head_tasks = head_tasks(problem.kv_heads, problem.threads);
   plan.blocks = problem.batch * problem.kv_heads * ceil_div(group, plan.heads_per_block) *

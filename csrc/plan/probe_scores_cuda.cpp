@@ -14,12 +14,12 @@ constexpr std::int64_t kMultiprocessors = 132;
 // H200 at 28/4 heads: 16 tiles a chunk beat 8 by 4% at 32K tokens, and 4 beat 2 by 1% at 4K.
 constexpr std::int64_t kFirstItemsEach = 2;
 // Longer chunks would save nothing more: a block loads 256 rows once for 16 tiles of keys.
-constexpr std::int64_t kMostChunkTiles = 16;
+constexpr std::int64_t kMaxChunkTiles = 16;
 // Shorter ones would load more rows than keys.
-constexpr std::int64_t kLeastChunkTiles = 4;
+constexpr std::int64_t kMinChunkTiles = 4;
 // Clusters of one batch row. An H200 holds 15 at once, as cudaOccupancyMaxActiveClusters says: a cluster lies within
 // one of its groups of multiprocessors, some of which are of less than 16. A second wave costs more than it saves.
-constexpr std::int64_t kMostClusters = 15;
+constexpr std::int64_t kMaxClusters = 15;
 constexpr std::int64_t kAlignment = 256;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -28,7 +28,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 // alone is no cluster, and may not store into one.
 void plan_clusters(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& plan) {
   const std::int64_t units = ceil_div(plan.rows, kProbeUnitRows);
-  const std::int64_t clusters = std::min(units, kMostClusters / problem.kv_heads);  // of a head
+  const std::int64_t clusters = std::min(units, kMaxClusters / problem.kv_heads);  // of a head
   if (!problem.clusters || problem.tokens <= kProbeTileKeys ||
       problem.tokens > kProbeClusterBlocks * probe_cluster_keys(problem.head_dim) ||
       clusters * kProbeClusterUnits < units) {
@@ -47,7 +47,7 @@ void plan_passes(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& pla
   // A power of two divides the usual lengths, and leaves no short chunk over.
   const auto fair = static_cast<std::uint64_t>(row_keys / (kMultiprocessors * kFirstItemsEach));
   const std::int64_t chunk_tiles =
-      std::clamp(static_cast<std::int64_t>(std::bit_ceil(fair)), kLeastChunkTiles, kMostChunkTiles);
+      std::clamp(static_cast<std::int64_t>(std::bit_ceil(fair)), kMinChunkTiles, kMaxChunkTiles);
   plan.chunk_keys = chunk_tiles * kProbeTileKeys;
   plan.splits = ceil_div(key_tiles, chunk_tiles);
   plan.first_items = heads * row_blocks * plan.splits;

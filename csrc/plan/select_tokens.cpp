@@ -10,20 +10,20 @@ namespace {
 // A block's tokens, of which each of its threads holds 8, 16 or 32 in registers.
 constexpr std::int64_t kShares[] = {4096, 8192, 16384};
 constexpr std::int64_t kLargestShare = 16384;
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;  // whose keys' low bits the 40 bits of a merged bin hold
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;  // whose keys' low bits the 40 bits of a merged bin hold
 // Beside the copies of the budget's histogram.
 constexpr std::int64_t kBlockBytes = 16 * 1024;
 // Measured on an H200, tau 0.975, us (one block / cluster of 4 / of 8 / grid of 8 / of 32):
 //   4,096 tokens 6.9 / 10.8 / 10.9 / 15.3 / -;   8,192: 9.9 / 10.9 / 10.9 / 16.3 / -;
 //   16,384: 15.8 / 10.7 / 10.8 / 15.9 / -;       32,768: - / 14.2 / 11.5 / 16.6 / 18.0;
 //   65,536: - / 21.2 / 14.8 / 19.9 / 18.8;       131,072: - / - / 22.6 / 28.5 / 20.3
-constexpr std::int64_t kMostBlockTokens = 8192;
-constexpr std::int64_t kSmallCluster = 4, kMostSmallClusterTokens = 16384;
-constexpr std::int64_t kMostClusterTokens = 65536;
+constexpr std::int64_t kMaxBlockTokens = 8192;
+constexpr std::int64_t kSmallCluster = 4, kMaxSmallClusterTokens = 16384;
+constexpr std::int64_t kMaxClusterTokens = 65536;
 // 131,072 tokens: 64 blocks 23.9 us, 132 39.7. Every meeting costs more with every block.
 constexpr std::int64_t kGridBlocks = 32;
 // Where there are no clusters.
-constexpr std::int64_t kMostLoneTokens = 16384;
+constexpr std::int64_t kMaxLoneTokens = 16384;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -50,16 +50,16 @@ SelectTokensPlan plan_select_tokens(const SelectTokensProblem& problem) {
   for (const std::int64_t size : kShares) {
     largest = block_bytes(size) <= problem.shared_bytes ? size : largest;
   }
-  if (largest == 0 || problem.tokens > kMostTokens) {
+  if (largest == 0 || problem.tokens > kMaxTokens) {
     return {SelectTeam::kNone, 0, 0, 0, 0, 0};
   }
-  const bool clusters = problem.clusters && problem.tokens <= kMostClusterTokens;
-  if (problem.tokens <= (clusters ? kMostBlockTokens : std::min(kMostLoneTokens, largest))) {
+  const bool clusters = problem.clusters && problem.tokens <= kMaxClusterTokens;
+  if (problem.tokens <= (clusters ? kMaxBlockTokens : std::min(kMaxLoneTokens, largest))) {
     plan.team = SelectTeam::kBlock;
     plan.blocks_per_row = 1;
   } else if (clusters) {
     plan.team = SelectTeam::kCluster;
-    plan.blocks_per_row = problem.tokens <= kMostSmallClusterTokens ? kSmallCluster : kSelectMostClusterBlocks;
+    plan.blocks_per_row = problem.tokens <= kMaxSmallClusterTokens ? kSmallCluster : kSelectMaxClusterBlocks;
   } else {
     plan.team = SelectTeam::kGrid;
     const std::int64_t wanted = std::min({ceil_div(problem.tokens, kShares[0]), kGridBlocks, problem.multiprocessors});

@@ -11,15 +11,15 @@ constexpr std::int64_t kSelectThreads = 512;                    // a block
 constexpr std::int64_t kSelectBins = 2048;                      // of a histogram
 constexpr std::int64_t kSelectMassBinsBytes = kSelectBins * 8;  // a copy of the budget's histogram in shared memory
 constexpr std::int64_t kSelectTokensPerCopy = 4096;             // of a block's tokens
-constexpr std::int64_t kSelectMostClusterBlocks = 8;            // what every sm_90 device takes
-constexpr std::int64_t kSelectMostListed = 1024;                // candidates that blocks list for each other
+constexpr std::int64_t kSelectMaxClusterBlocks = 8;             // what every sm_90 device takes
+constexpr std::int64_t kSelectMaxListed = 1024;                 // candidates that blocks list for each other
 constexpr std::int64_t kSelectGathers = 2;                      // exchanges of records a row
 constexpr std::int64_t kSelectRecordBytes = 16;                 // what a block sends in one
 // Device memory of a grid's row: the meeting point, three histograms in turn, two lists, and records.
 constexpr std::int64_t kSelectMeetingBytes = 128;
 constexpr std::int64_t kSelectMergedBytes = kSelectBins * 12;
 constexpr std::int64_t kSelectMerged = 3;
-constexpr std::int64_t kSelectListBytes = kSelectMostListed * 4;
+constexpr std::int64_t kSelectListBytes = kSelectMaxListed * 4;
 
 // The blocks that share a row, and what they meet in.
 enum class SelectTeam {

@@ -14,8 +14,8 @@ constexpr std::int64_t kHostScores = std::int64_t{1} << 21;
 constexpr std::int64_t kDeviceScores = std::int64_t{1} << 24;
 // Under causal a block of n queries computes n**2 / 2 scores that are then hidden. Measured at 1,024 keys, 28/4 heads
 // on two cores: 38 ms with 32 or 64 queries a block, 59 with 128, 80 with 256; one fused causal call takes 46.
-constexpr std::int64_t kMostHostRows = 64;
-constexpr std::int64_t kMostDeviceRows = 512;
+constexpr std::int64_t kMaxHostRows = 64;
+constexpr std::int64_t kMaxDeviceRows = 512;
 // A block holds its scores and their softmax in float32; the mask is one byte a query and key, for all heads.
 constexpr std::int64_t kBytesPerScore = 8;
 
@@ -27,7 +27,7 @@ SparseAttnPlan plan_sparse_attn(const SparseAttnProblem& problem) {
   SparseAttnPlan plan{};
   const std::int64_t keys = std::max<std::int64_t>(1, problem.keys);
   const std::int64_t scores = problem.count_on_host ? kHostScores : kDeviceScores;
-  const std::int64_t most = problem.count_on_host ? kMostHostRows : kMostDeviceRows;
+  const std::int64_t most = problem.count_on_host ? kMaxHostRows : kMaxDeviceRows;
   plan.rows_per_block = std::clamp<std::int64_t>(scores / (problem.query_heads * keys), 1, most);
   plan.head_tasks = head_tasks(problem.kv_heads, problem.threads);
   const std::int64_t queries = problem.all_queries ? problem.tokens : problem.keys;

@@ -5,9 +5,9 @@
 namespace zipvl::plan {
 namespace {
 
-constexpr std::int64_t kMostBatches = 64;  // batch rows in the scheduler's table in shared memory
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;
-constexpr std::int64_t kMostTiles = 2147483647;  // they are numbered with an int
+constexpr std::int64_t kMaxBatches = 64;  // batch rows in the scheduler's table in shared memory
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxTiles = 2147483647;  // they are numbered with an int
 constexpr std::int64_t kQueryBlock = 128, kPackedRows = 128;
 
 std::string why_not_native(const SparseAttnCudaProblem& problem) {
@@ -23,15 +23,15 @@ std::string why_not_native(const SparseAttnCudaProblem& problem) {
   if (!(static_cast<float>(problem.scale) > 0.0F)) {
     return join("the kernels take a scale above 0, got ", problem.scale);
   }
-  if (problem.batch > kMostBatches) {
-    return join("the kernels take at most ", kMostBatches, " batch rows, got ", problem.batch);
+  if (problem.batch > kMaxBatches) {
+    return join("the kernels take at most ", kMaxBatches, " batch rows, got ", problem.batch);
   }
-  if (problem.tokens > kMostTokens) {
-    return join("the kernels take at most ", kMostTokens, " tokens, got ", problem.tokens);
+  if (problem.tokens > kMaxTokens) {
+    return join("the kernels take at most ", kMaxTokens, " tokens, got ", problem.tokens);
   }
   const std::int64_t blocks = (problem.tokens + kQueryBlock - 1) / kQueryBlock;
-  if (problem.batch * problem.query_heads * blocks > kMostTiles) {
-    return join("the kernels take at most ", kMostTiles, " tiles of ", kQueryBlock, " queries");
+  if (problem.batch * problem.query_heads * blocks > kMaxTiles) {
+    return join("the kernels take at most ", kMaxTiles, " tiles of ", kQueryBlock, " queries");
   }
   return "";
 }

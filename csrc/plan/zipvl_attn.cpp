@@ -11,7 +11,7 @@ constexpr std::int64_t kAlignment = 256;
 constexpr std::int64_t kWordBytes = 4, kElementBytes = 2;
 // Of a row's sums, which one multiprocessor reads. On an H200 at 28/4 heads the layer took 38.4 us for 40.1 with 96 KiB
 // of them (2,048 tokens), 49.6 for 50.8 with 141, and 66.6 for 66.0 with 192.
-constexpr std::int64_t kMostSumsBytes = std::int64_t{160} << 10;
+constexpr std::int64_t kMaxSumsBytes = std::int64_t{160} << 10;
 
 }  // namespace
 
@@ -25,7 +25,7 @@ ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScores
   plan.draws_ahead = problem.masked || scores.cluster_blocks == 0;
   plan.selects_sums = scores.cluster_blocks > 0 && select.team == SelectTeam::kBlock &&
                       select.tokens_per_block == kSelectTokensPerCopy &&
-                      problem.kv_heads * scores.row_splits * problem.tokens * kWordBytes <= kMostSumsBytes;
+                      problem.kv_heads * scores.row_splits * problem.tokens * kWordBytes <= kMaxSumsBytes;
   std::int64_t end = 0;
   const auto take = [&end](std::int64_t bytes) {
     const std::int64_t begin = end;

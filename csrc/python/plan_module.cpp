@@ -242,8 +242,8 @@ PYBIND11_MODULE(_plan, m) {
       py::kw_only(), py::arg("query_heads"), py::arg("head_dim"), py::arg("ratio") = std::nullopt,
       py::arg("tau") = 0.975, py::arg("all_queries") = false);
   m.attr("NEVER_PAYS") = kNeverPays;
-  m.attr("MOST_FACTOR") = kMostFactor;
-  m.attr("MOST_EXTRA_US") = kMostExtraUs;
+  m.attr("MOST_FACTOR") = kMaxFactor;
+  m.attr("MOST_EXTRA_US") = kMaxExtraUs;
   py::class_<DecodeAttnCudaPlan>(m, "DecodeAttnCudaPlan")
       .def_readonly("reason", &DecodeAttnCudaPlan::reason)
       .def_readonly("warps", &DecodeAttnCudaPlan::warps)

@@ -79,7 +79,7 @@ def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) ->
     for tokens in (1, 10, 99, 100, 1024, 4099):
         for fewest in ({}, {"min_tokens": 30}, {"keep_recent": 17}):
             config = ZipVLConfig(ratio=ratio, **fewest)
-            most = policy.most_kept(config, tokens, 40, masked)
+            most = policy.max_kept(config, tokens, 40, masked)
             assert most is not None and most <= tokens
             assert most <= math.ceil(ratio * tokens) + 1 + max(30, 40 * masked)
             scores = torch.rand(2, tokens) + 0.1
@@ -93,5 +93,5 @@ def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) ->
 
 
 def test_what_the_device_decides_is_not_known_before() -> None:
-    assert policy.most_kept(ZipVLConfig(tau=0.5), 1000, 256, False) is None
-    assert policy.most_kept(ZipVLConfig(ratio=0.5, dense_above=0.9), 1000, 256, False) is None
+    assert policy.max_kept(ZipVLConfig(tau=0.5), 1000, 256, False) is None
+    assert policy.max_kept(ZipVLConfig(ratio=0.5, dense_above=0.9), 1000, 256, False) is None

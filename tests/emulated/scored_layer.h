@@ -24,12 +24,12 @@ struct Case {
   int probes() const { return recent + random; }
 };
 
-inline Case random_case(int least_tokens = 1, int most_tokens = 500) {
+inline Case random_case(int min_tokens = 1, int max_tokens = 500) {
   const int kv_heads = uniform(1, 3), groups[] = {1, 2, 3, 7};
   Case c{uniform(1, 3),
          kv_heads * groups[uniform(0, 3)],
          kv_heads,
-         uniform(least_tokens, most_tokens),
+         uniform(min_tokens, max_tokens),
          uniform(1, 40),
          uniform(0, 40),
          uniform(0, 3) != 0,

@@ -21,7 +21,7 @@ namespace {
 using namespace zipvl::cuda;
 using emulated::uniform;
 
-constexpr int kMostTokens = 16384;  // of one block
+constexpr int kMaxTokens = 16384;  // of one block
 
 // Bools, which std::vector has no pointer to.
 std::unique_ptr<bool[]> draw_mask(int size, int one_in) {
@@ -47,7 +47,7 @@ float draw_score(int kind) {
 
 void check(emulated::Report& report) {
   const int blocks = 2 << uniform(0, 2), each = uniform(0, 1) == 0 ? 4096 : 8192;
-  const int batch = uniform(1, 2), tokens = uniform(1, std::min(kMostTokens, blocks * each)), kind = uniform(0, 4);
+  const int batch = uniform(1, 2), tokens = uniform(1, std::min(kMaxTokens, blocks * each)), kind = uniform(0, 4);
   std::vector<float> scores(2 * batch * tokens);
   for (float& score : scores) {
     score = draw_score(kind);
@@ -79,7 +79,7 @@ void check(emulated::Report& report) {
     params.index = index[cluster].data();
     params.count = count[cluster].data();
     params.blocks_per_row = cluster ? blocks : 1;
-    params.tokens_per_block = cluster ? each : kMostTokens;
+    params.tokens_per_block = cluster ? each : kMaxTokens;
     cluster ? launch_select_tokens_cluster(params, nullptr) : launch_select_tokens(params, nullptr);
   }
   report(index[0] == index[1] && count[0] == count[1] && count[0][0] >= 0,

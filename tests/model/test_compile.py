@@ -131,7 +131,7 @@ def test_a_compiled_prefill_holds_what_is_kept(dynamic: bool, kept: dict[str, fl
             expected = model(**inputs)
             with deterministic():  # memory that is not written is NaN
                 actual = compiled(**inputs)
-            most = policy.most_kept(config, tokens, 50, True)
+            most = policy.max_kept(config, tokens, 50, True)
             for layer in actual.past_key_values.layers:
                 assert layer.packed.keys.shape[2] == layer.packed.longest == (most or tokens)
                 assert all(states.isfinite().all() for states in layer.packed.token_states())

@@ -102,7 +102,7 @@ class ZipVLCacheLayer(DynamicLayer):
     ) -> None:
         """The prefill was sparse and this is what it attended to: ``keys``, ``values [B, Hkv, N, D]``, whose first
         ``count [B]`` tokens become a ``drop`` cache; the tensors are taken, not copied. ``most``: no count is known to
-        be larger (``policy.most_kept``)."""
+        be larger (``policy.max_kept``)."""
         self._take_prompt()
         self._drop(keys, values, count, most)
 

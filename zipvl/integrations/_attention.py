@@ -108,7 +108,7 @@ def _prefill(
         "keep_mask": short_rows(token_mask, dense_below),
         "token_mask": token_mask,
     }
-    most = policy.most_kept(config, tokens, dense_below, token_mask is not None)
+    most = policy.max_kept(config, tokens, dense_below, token_mask is not None)
     if layer is not None and config.cache == "drop":
         out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options, dense_above=config.dense_above)
         layer.keep_packed(keys, values, count, most)

@@ -229,7 +229,7 @@ def _sparse_forward(
     )
     out = ops.sparse_attn(queries(index, count), keys, values, index, count, scale=module.scaling)
     if layer is not None:
-        most = policy.most_kept(config, x.shape[1], dense_below, token_mask is not None)
+        most = policy.max_kept(config, x.shape[1], dense_below, token_mask is not None)
         layer.keep_selected(index, count, token_mask, out.shape[1], most)
     _attention.record(run, layer, layer_index(module), keys, token_mask, None, index, count, dense_below)
     return ops.project_outputs(out.transpose(1, 2).flatten(2), module.o_proj.weight, index, count)

@@ -10,9 +10,9 @@ namespace zipvl::cuda {
 
 template <cudaDeviceAttr Attribute>
 int device_attribute(int device) {
-  constexpr int kMostDevices = 64;
-  static std::array<std::atomic<int>, kMostDevices> known{};  // value + 1; 0: not asked yet
-  if (device < 0 || device >= kMostDevices) {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::atomic<int>, kMaxDevices> known{};  // value + 1; 0: not asked yet
+  if (device < 0 || device >= kMaxDevices) {
     int value = 0;
     cudaDeviceGetAttribute(&value, Attribute, device);
     return value;

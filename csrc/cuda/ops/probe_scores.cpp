@@ -17,16 +17,16 @@ namespace zipvl::cuda {
 namespace {
 
 constexpr const char* kOp = "probe_scores";
-constexpr std::int64_t kMostBatches = 64;
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxBatches = 64;
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;
 
 // The kernels' dtypes, head dimensions and sizes; the layout of k is the family's matter.
 bool kernels_take(const checks::AttentionSizes& sizes, const Tensor& q, std::int64_t probes) {
   const auto type = q.scalar_type();
   const std::int64_t d = sizes.head_dim;
   return (type == aten::ScalarType::Half || type == aten::ScalarType::BFloat16) &&
-         (d == 64 || d == 96 || d == 128 || d == 256) && probes <= kMostProbes && sizes.batch <= kMostBatches &&
-         sizes.tokens <= kMostTokens;
+         (d == 64 || d == 96 || d == 128 || d == 256) && probes <= kMaxProbes && sizes.batch <= kMaxBatches &&
+         sizes.tokens <= kMaxTokens;
 }
 
 // Without what the plan says.

@@ -18,8 +18,8 @@ namespace zipvl::cuda {
 namespace {
 
 constexpr std::int64_t kVectorBytes = 16;
-constexpr std::int64_t kMostChunks = 8;     // an empty one costs four launches, some 10 us
-constexpr std::int64_t kLeastChunk = 4096;  // rows; a product of 3,584 columns has tiles for seven waves on an H100
+constexpr std::int64_t kMaxChunks = 8;    // an empty one costs four launches, some 10 us
+constexpr std::int64_t kMinChunk = 4096;  // rows; a product of 3,584 columns has tiles for seven waves on an H100
 
 bool is_aligned(const Tensor& x, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % static_cast<std::uintptr_t>(bytes) == 0;
@@ -92,7 +92,7 @@ void products(const char* op, ChosenRows chosen, const Tensor& x, const Tensor& 
   const bool counts = chosen.count != nullptr && product_can_count(x, weight);
   const Tensor group = counts ? aten::unsqueeze(aten::transpose(weight, 0, 1), 0) : weight;
   const std::int64_t places = chosen.batch * chosen.places;
-  const std::int64_t chunk = std::min(places, std::max(kLeastChunk, (places + kMostChunks - 1) / kMostChunks));
+  const std::int64_t chunk = std::min(places, std::max(kMinChunk, (places + kMaxChunks - 1) / kMaxChunks));
   const Tensor packed = aten::empty({chunk, x.size(2)}, x.scalar_type(), x.device());
   const Tensor total = aten::empty({1}, aten::ScalarType::Int, x.device());
   for (; chosen.first < places; chosen.first += chunk) {
@@ -136,7 +136,7 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
   checks::project_queries(kOp, x, weight, bias, cos, sin, index, count, norm_weight, norm_eps);
   const std::int64_t head_dim = cos.size(2), heads = weight.size(0) / head_dim;
   const auto pairs = [](const std::optional<Tensor>& t) { return !t || pairs_are_aligned(*t); };
-  if (!kernels_take(x, index) || head_dim % 4 != 0 || head_dim > PlaceQueriesParams::kMostHeadDim || !pairs(cos) ||
+  if (!kernels_take(x, index) || head_dim % 4 != 0 || head_dim > PlaceQueriesParams::kMaxHeadDim || !pairs(cos) ||
       !pairs(sin) || !pairs(bias) || !pairs(norm_weight)) {
     return ops::project_queries(x, weight, bias, cos, sin, index, count, norm_weight, norm_eps);
   }

@@ -15,12 +15,12 @@ constexpr int kThreads = 128;
 // 2 tensors x 2 rows x 16 bytes x 1,280 threads = 80 KB in flight on a multiprocessor; 25 KB hide the latency of
 // memory. 4 and 8 rows a lane leave too few tiles for short prompts: 4.2 and 4.4 us for 4.1 at 4,096 tokens.
 constexpr int kRowsInFlight = 2;
-constexpr int kMostLanesPerRow = 32;
+constexpr int kMaxLanesPerRow = 32;
 constexpr int kBlocksPerMultiprocessor = 10;  // resident, at 48 registers a thread
 // Blocks for each that is resident: with 1 the last tiles leave multiprocessors idle (38.0 us for 37.3 at 131,072
 // tokens), with 16 the blocks that find nothing to do cost more than that (48.5).
 constexpr int kWaves = 2;
-constexpr std::int64_t kMostGrid = 65535;  // gridDim.y and gridDim.z
+constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y and gridDim.z
 
 // Rows to copy and to zero of one batch row. Rows and positions fit an int, as every entry of index does.
 struct Rows {
@@ -124,13 +124,13 @@ cudaError_t launch(PackKvParams params, cudaStream_t stream) {
   }
   const auto row_vectors =
       static_cast<int>(params.head_dim * params.element_bytes / static_cast<std::int64_t>(sizeof(Vector)));
-  const int lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::min(row_vectors, kMostLanesPerRow))));
+  const int lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::min(row_vectors, kMaxLanesPerRow))));
   const std::int64_t tile_rows = kThreads / lanes * kRowsInFlight;
-  const std::int64_t most_rows = std::min(params.capacity, params.tokens + params.tail - 1);
-  const std::int64_t tiles = std::min((most_rows + tile_rows - 1) / tile_rows, kMostGrid);
-  const std::int64_t batch_blocks = std::min(params.batch, kMostGrid);
-  const std::int64_t most_blocks = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor * kWaves;
-  const std::int64_t blocks = std::clamp<std::int64_t>(most_blocks / (batch_blocks * params.heads), 1, tiles);
+  const std::int64_t max_rows = std::min(params.capacity, params.tokens + params.tail - 1);
+  const std::int64_t tiles = std::min((max_rows + tile_rows - 1) / tile_rows, kMaxGrid);
+  const std::int64_t batch_blocks = std::min(params.batch, kMaxGrid);
+  const std::int64_t max_blocks = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor * kWaves;
+  const std::int64_t blocks = std::clamp<std::int64_t>(max_blocks / (batch_blocks * params.heads), 1, tiles);
 
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

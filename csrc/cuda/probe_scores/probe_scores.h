@@ -50,7 +50,7 @@ struct ProbeScoresParams {
   int multiprocessors;
 };
 
-constexpr int kMostProbes = 256;  // a thread each in the kernels that read them
+constexpr int kMaxProbes = 256;  // a thread each in the kernels that read them
 
 // Hopper's wgmma and TMA; k must satisfy probe_scores_fits_sm90.
 cudaError_t launch_probe_scores_sm90(const ProbeScoresParams& params, cudaStream_t stream);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-static_assert(kThreads >= kMostProbes);
+static_assert(kThreads >= kMaxProbes);
 constexpr int kUnitRows = 64;
 constexpr int kWordsPerWarp = 8;  // of the packed mask
 constexpr int kWordsPerBlock = kWarps * kWordsPerWarp;
@@ -50,7 +50,7 @@ __device__ void gather_pieces(const ProbeScoresParams& params, int block, int bl
 }
 
 __device__ void write_limits(const ProbeScoresParams& params, int b) {
-  __shared__ std::int32_t limits[kMostProbes];
+  __shared__ std::int32_t limits[kMaxProbes];
   if (static_cast<int>(threadIdx.x) < params.probes) {
     limits[threadIdx.x] = limit_of(params, probe_position(params, b, threadIdx.x));
   }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParam
 // all before it is done, so that the probes that see a token are counted while it runs.
 template <bool kProbesAreThere>
 __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresParams params, int blocks_each) {
-  __shared__ std::int32_t near_limit[kMostProbes];
+  __shared__ std::int32_t near_limit[kMaxProbes];
   __shared__ int near_count;
   ptx::let_next_kernel_start();
   const int b = static_cast<int>(blockIdx.x) / blocks_each;
@@ -228,8 +228,8 @@ int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 
 cudaError_t launch_gather_rows(const ProbeScoresParams& params, cudaStream_t stream) {
   const std::int64_t pieces =
       static_cast<std::int64_t>(params.batch) * params.kv_heads * params.rows * (params.head_dim / kPieceElements);
-  constexpr int kMostBlocks = 1 << 16;
-  const GatherRoles roles{std::min(ceil_div(pieces, kThreads), kMostBlocks), params.batch,
+  constexpr int kMaxBlocks = 1 << 16;
+  const GatherRoles roles{std::min(ceil_div(pieces, kThreads), kMaxBlocks), params.batch,
                           ceil_div(params.words, kWordsPerBlock)};
   const int mask_blocks = params.mask_words == nullptr ? 0 : params.batch * roles.mask_blocks_each;
   return launch_dependent(&gather_rows_kernel,

@@ -54,10 +54,10 @@ struct PlaceQueriesParams {
   std::int64_t sin_stride[2];
   void* q;  // [batch, tokens, heads, head_dim]; rows that are not chosen stay
   std::int64_t heads;
-  int head_dim;  // a multiple of 4, up to kMostHeadDim
+  int head_dim;  // a multiple of 4, up to kMaxHeadDim
   int multiprocessors;
 
-  static constexpr int kMostHeadDim = 256;  // what a warp keeps in registers: 8 elements a lane
+  static constexpr int kMaxHeadDim = 256;  // what a warp keeps in registers: 8 elements a lane
 };
 
 cudaError_t launch_place_queries(const PlaceQueriesParams& params, cudaStream_t stream);

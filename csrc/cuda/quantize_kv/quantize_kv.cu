@@ -15,7 +15,7 @@ namespace {
 using quantized::kBlockTokens;
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kMostGrid = 65535;  // gridDim.y and gridDim.z
+constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y and gridDim.z
 
 __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 
 template <typename Element>
 cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
-  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(n < kMostGrid ? n : kMostGrid); };
+  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(n < kMaxGrid ? n : kMaxGrid); };
   if (params.largest != nullptr) {
     largest_kernel<Element><<<dim3(static_cast<unsigned>(params.chunks), grid_of(params.heads), grid_of(params.batch)),
                               kThreads, 0, stream>>>(params);
@@ -218,9 +218,9 @@ cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
   if (const cudaError_t error = launch_split_tokens(params, stream); error != cudaSuccess) {
     return error;
   }
-  const int most_bits = params.bits[0] > params.bits[1] ? params.bits[0] : params.bits[1];
+  const int max_bits = params.bits[0] > params.bits[1] ? params.bits[0] : params.bits[1];
   const int shared = kBlockTokens * (params.head_dim + 1) * static_cast<int>(sizeof(float)) +
-                     kBlockTokens * params.head_dim * most_bits / 8;
+                     kBlockTokens * params.head_dim * max_bits / 8;
   const auto kernel = pack_kernel<Element>;
   // The attribute is the kernel's, and another thread of the host may ask for less between here and the launch.
   static std::mutex mutex;

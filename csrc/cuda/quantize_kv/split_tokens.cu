@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
 }  // namespace
 
 cudaError_t launch_split_tokens(const QuantizeKvParams& params, cudaStream_t stream) {
-  constexpr std::int64_t kMostGrid = 65535;  // gridDim.y
+  constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y
   const dim3 grid(static_cast<unsigned>(params.chunks),
-                  static_cast<unsigned>(params.batch < kMostGrid ? params.batch : kMostGrid));
+                  static_cast<unsigned>(params.batch < kMaxGrid ? params.batch : kMaxGrid));
   count_kernel<<<grid, kThreads, 0, stream>>>(params);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     return error;

@@ -13,8 +13,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBins = plan::kSelectBins;
 constexpr int kBinBits = 11;
 constexpr int kBinsEach = kBins / kThreads;  // of a thread where bins are searched
-constexpr int kMostListed = plan::kSelectMostListed;
-constexpr int kMostPaired = kThreads / 4;
+constexpr int kMaxListed = plan::kSelectMaxListed;
+constexpr int kMaxPaired = kThreads / 4;
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 static_assert(kBins == 1 << kBinBits && kBinsEach == 4);
 
@@ -50,8 +50,8 @@ struct Four {
 
 struct Shared {
   std::uint32_t rank[kBins];
-  std::uint32_t list[kMostListed];
-  std::uint32_t pairs[kMostPaired];
+  std::uint32_t list[kMaxListed];
+  std::uint32_t pairs[kMaxPaired];
   Scan scan;
   std::uint32_t rank_sums[kWarps], tallies[kWarps];
   std::int32_t top[kWarps];

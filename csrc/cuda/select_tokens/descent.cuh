@@ -81,8 +81,8 @@ __device__ inline int shift_of(const Cut& cut) { return max(0, 32 - __clz(cut.sp
 // lists no more than it compares: its threads list one after the other. The bins are empty before, and after.
 template <bool kMass, int kItems, typename Team>
 __device__ Cut resolve(Team& team, const std::uint32_t (&keys)[kItems], Cut cut, MassBins* mass, Shared& shared) {
-  const std::uint32_t most_listed = team.size() > 1 ? kMostListed : kMostPaired;
-  while (cut.span > 0 && cut.inside > most_listed) {
+  const std::uint32_t max_listed = team.size() > 1 ? kMaxListed : kMaxPaired;
+  while (cut.span > 0 && cut.inside > max_listed) {
     const int shift = shift_of(cut);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -103,8 +103,8 @@ __device__ Cut resolve(Team& team, const std::uint32_t (&keys)[kItems], Cut cut,
   const int listed = static_cast<int>(cut.inside);
   team.gather_list(shared, listed);
   const std::uint32_t* few = shared.list;
-  if (cut.inside > kMostPaired) {
-    while (cut.span > 0 && cut.inside > kMostPaired) {
+  if (cut.inside > kMaxPaired) {
+    while (cut.span > 0 && cut.inside > kMaxPaired) {
       const int shift = shift_of(cut);
 #pragma unroll 1
       for (int i = threadIdx.x; i < listed; i += kThreads) {

@@ -84,13 +84,13 @@ __device__ Cut search(const Four& four, const Cut& cut, int shift, Shared& share
   return shared.cut;
 }
 
-// The key itself, among the at most kMostPaired keys of the cut; four threads compare one with all.
+// The key itself, among the at most kMaxPaired keys of the cut; four threads compare one with all.
 template <bool kMass>
 __device__ Cut search_pairs(const std::uint32_t* keys, const Cut& cut, Shared& shared) {
   const int i = static_cast<int>(threadIdx.x) / 4, keys_inside = static_cast<int>(cut.inside);
   if (static_cast<int>(threadIdx.x) / 32 * 8 < keys_inside) {  // whole warps
     const std::uint32_t mine = keys[min(i, keys_inside - 1)];
-    std::uint32_t mass = 0, greater = 0, equal = 0, equal_before = 0;  // kMostPaired masses of 24 bits
+    std::uint32_t mass = 0, greater = 0, equal = 0, equal_before = 0;  // kMaxPaired masses of 24 bits
 #pragma unroll 4
     for (int j = static_cast<int>(threadIdx.x) % 4; j < keys_inside; j += 4) {
       const std::uint32_t key = keys[j];

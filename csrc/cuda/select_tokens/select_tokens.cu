@@ -22,7 +22,7 @@ struct GridTeam {
   int rank_, size_;
   Meeting* meeting;
   unsigned char* merged;  // three histograms in turn: kBins 8-byte words of budget bins, kBins words of rank bins
-  std::uint32_t* lists;   // [2, kMostListed]
+  std::uint32_t* lists;   // [2, kMaxListed]
   uint4* records;         // [gathers, size]
   unsigned meetings = 0;
   int merges = 0, listings = 0;
@@ -98,7 +98,7 @@ struct GridTeam {
   }
 
   __device__ void gather_list(Shared& shared, int all) {
-    std::uint32_t* list = lists + listings * kMostListed;
+    std::uint32_t* list = lists + listings * kMaxListed;
     int* listed = &meeting->listed[listings++];
     __syncthreads();
     const int mine = shared.listed;

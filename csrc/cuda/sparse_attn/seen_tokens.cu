@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kThreads) seen_tokens_kernel(SeenTokensParams 
 }  // namespace
 
 cudaError_t launch_seen_tokens(const SeenTokensParams& params, cudaStream_t stream) {
-  constexpr std::int64_t kMostGridY = 65535;
+  constexpr std::int64_t kMaxGridY = 65535;
   const dim3 grid(static_cast<unsigned>((params.tokens + kThreads - 1) / kThreads),
-                  static_cast<unsigned>(params.batch < kMostGridY ? params.batch : kMostGridY));
+                  static_cast<unsigned>(params.batch < kMaxGridY ? params.batch : kMaxGridY));
   seen_tokens_kernel<<<grid, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }

@@ -41,7 +41,7 @@ struct PlaceRange {
 };
 
 // Every lane of a warp calls. By the arithmetic of walk().
-template <int Least, typename Rows>
+template <int MinTiles, typename Rows>
 __device__ __forceinline__ PlaceRange place_range(const Rows& rows, int blocks, const OutputHead& head) {
   const auto counts = rows.count(head.b);
   const auto of_row = static_cast<std::uint32_t>(rows.tiles(counts));
@@ -51,11 +51,11 @@ __device__ __forceinline__ PlaceRange place_range(const Rows& rows, int blocks, 
   if (of_row == 0) {
     return {0, 0};
   }
-  if (stay_apart(load, blocks, of_item, Least)) {
-    const Shares shares(of_row, static_cast<std::uint32_t>(of_item), Least);
+  if (stay_apart(load, blocks, of_item, MinTiles)) {
+    const Shares shares(of_row, static_cast<std::uint32_t>(of_item), MinTiles);
     return {static_cast<std::int64_t>(item) * of_item, static_cast<int>(shares.count)};
   }
-  const Shares shares(load.total, static_cast<std::uint32_t>(blocks), Least);
+  const Shares shares(load.total, static_cast<std::uint32_t>(blocks), MinTiles);
   const std::uint32_t first = row_first(rows, head.b) + static_cast<std::uint32_t>(head.in_row) * of_row;
   const auto low = static_cast<int>(shares.owner(first)), high = static_cast<int>(shares.owner(first + of_row - 1));
   return {std::int64_t{low} + item, high - low + 1};

@@ -9,12 +9,12 @@
 
 namespace zipvl::cuda::decode {
 
-template <typename Element, int D, int Least, int Threads>
+template <typename Element, int D, int MinTiles, int Threads>
 __global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
     combine_kernel(const __grid_constant__ DecodeAttnParams params) {
   ptx::let_next_kernel_start();
   const OutputHead head = output_head(params);
-  const PlaceRange range = place_range<Least>(row_tiles(params), params.blocks, head);
+  const PlaceRange range = place_range<MinTiles>(row_tiles(params), params.blocks, head);
   ptx::wait_for_previous_kernel();
   const std::int64_t at = blockIdx.x;
   combine<Element, D, Threads>(range, head, params.partials, static_cast<Element*>(params.out) + at * D,
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters)
   const DecodeAttnParams& attn = params.attn;
   ptx::let_next_kernel_start();
   const OutputHead head = output_head(attn);
-  const PlaceRange range = place_range<decode_shape::kLeastQuantizedWarps>(LineOfTiles(params), attn.blocks, head);
+  const PlaceRange range = place_range<decode_shape::kMinQuantizedWarps>(LineOfTiles(params), attn.blocks, head);
   ptx::wait_for_previous_kernel();
   const std::int64_t at = blockIdx.x;
   combine<Element, D, Threads>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
@@ -85,18 +85,18 @@ cudaError_t launch_with_warps(const DecodeAttnParams& params, cudaStream_t strea
 
 template <typename Element, int D>
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream) {
-  constexpr int kMost = decode_shape::most_warps(D);
-  return params.warps == kMost ? launch_with_warps<Element, D, kMost>(params, stream)
-                               : launch_with_warps<Element, D, kMost / 2>(params, stream);
+  constexpr int kMaxWarps = decode_shape::max_warps(D);
+  return params.warps == kMaxWarps ? launch_with_warps<Element, D, kMaxWarps>(params, stream)
+                                   : launch_with_warps<Element, D, kMaxWarps / 2>(params, stream);
 }
 
 template <typename Element, int D>
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream) {
-  constexpr int kMost = decode_shape::quantized_warps(D), kLeast = decode_shape::kLeastQuantizedWarps;
+  constexpr int kMaxWarps = decode_shape::quantized_warps(D), kMinWarps = decode_shape::kMinQuantizedWarps;
   DecodeAttnQuantizedParams with_bits = params;
   with_bits.code_bits = CodeElement<Element>::kBits;
-  return launch_pair(params.attn.warps == kMost ? decode_attn_quantized_kernel<Element, D, kMost>
-                                                : decode_attn_quantized_kernel<Element, D, kLeast>,
+  return launch_pair(params.attn.warps == kMaxWarps ? decode_attn_quantized_kernel<Element, D, kMaxWarps>
+                                                    : decode_attn_quantized_kernel<Element, D, kMinWarps>,
                      combine_quantized_kernel<Element, D, kCombineThreads>,
                      combine_quantized_kernel<Element, D, kCombineThreadsOfMany>, with_bits, params.attn, stream);
 }

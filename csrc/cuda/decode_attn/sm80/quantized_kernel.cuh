@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Warps * 32, 1)
   extern __shared__ __align__(128) unsigned char shared[];
   const LineOfTiles line(params);
   const int warp_bytes = params.attn.shared_bytes / Warps;
-  walk<D, Warps, decode_shape::kLeastQuantizedWarps>(
+  walk<D, Warps, decode_shape::kMinQuantizedWarps>(
       params.attn, line, shared, warp_bytes, [&](WarpState<D>& state, const auto& piece) {
         // A warp's queries, which there are no registers for, then its ring.
         unsigned char* own = shared + threadIdx.x / 32 * warp_bytes;

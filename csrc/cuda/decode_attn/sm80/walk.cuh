@@ -32,8 +32,8 @@ struct Piece {
 };
 
 // Waits for the kernel before this one, then works. attend(state, piece): the calling warp's part of a piece; it may
-// use `warp_bytes` of `shared`, the warp's own, and leaves no copy to it under way. Least: as in Shares.
-template <int D, int Warps, int Least, typename Rows, typename Attend>
+// use `warp_bytes` of `shared`, the warp's own, and leaves no copy to it under way. MinTiles: as in Shares.
+template <int D, int Warps, int MinTiles, typename Rows, typename Attend>
 __device__ __forceinline__ void walk(const DecodeAttnParams& params, const Rows& rows, unsigned char* shared,
                                      int warp_bytes, const Attend& attend) {
   // What attend() has no registers for. First what is known before any count is, a block's item if items stay apart:
@@ -67,17 +67,17 @@ __device__ __forceinline__ void walk(const DecodeAttnParams& params, const Rows&
   const int of_item = kept.of_item;
   const Load load = measure(rows, piece.counts);
   std::uint32_t at = 0, last = 0;  // in the line
-  if (stay_apart(load, params.blocks, of_item, Least)) {
+  if (stay_apart(load, params.blocks, of_item, MinTiles)) {
     const auto part = static_cast<std::uint32_t>(kept.part);
     const Shares shares(static_cast<std::uint32_t>(rows.tiles(piece.counts)), static_cast<std::uint32_t>(of_item),
-                        Least);
+                        MinTiles);
     if (part >= shares.count) {
       return;
     }
     piece.first = static_cast<int>(shares.first(part));
     piece.end = static_cast<int>(shares.first(part + 1));
   } else {
-    const Shares shares(load.total, static_cast<std::uint32_t>(params.blocks), Least);
+    const Shares shares(load.total, static_cast<std::uint32_t>(params.blocks), MinTiles);
     if (static_cast<std::uint32_t>(block) >= shares.count) {
       return;
     }

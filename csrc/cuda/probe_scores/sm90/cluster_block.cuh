@@ -22,7 +22,7 @@ struct ClusterTraits {
   static constexpr int kRows = kWarpgroups * kUnitRows;
   static constexpr int kTileKeys = plan::kProbeTileKeys;
   static constexpr int kTiles = plan::probe_cluster_keys(HeadDim) / kTileKeys;
-  static constexpr int kMostBlocks = plan::kProbeClusterBlocks;
+  static constexpr int kMaxBlocks = plan::kProbeClusterBlocks;
   static constexpr int kSlabs = (HeadDim + kSlabColumns - 1) / kSlabColumns;
   static constexpr int kPieces = HeadDim / kPieceElements;
   static constexpr std::uint32_t kTileBytes = kSlabs * kTileKeys * kSlabColumns * sizeof(Element);
@@ -35,7 +35,7 @@ template <typename Traits>
 struct ClusterShared {
   alignas(1024) typename Traits::Element rows[Traits::kSlabs][Traits::kRows * kSlabColumns];
   alignas(1024) typename Traits::Element keys[Traits::kTiles][Traits::kSlabs][Traits::kTileKeys * kSlabColumns];
-  float part_lse[Traits::kMostBlocks][Traits::kRows];  // over each block's keys
+  float part_lse[Traits::kMaxBlocks][Traits::kRows];  // over each block's keys
   alignas(16) float lse[Traits::kRows];
   alignas(16) std::int32_t limit[Traits::kRows];
   alignas(16) std::int64_t source[Traits::kRows];  // where a row starts in q, in elements; -1: no probe
@@ -43,7 +43,7 @@ struct ClusterShared {
   int2 range[Traits::kWarpgroups][2];                            // least and greatest limit of 32 rows
   std::uint32_t words[Traits::kTiles * Traits::kTileKeys / 32];  // of the packed mask; unused where there is none
   int first_real;                                                // of this block's keys
-  int first_real_of[Traits::kMostBlocks];                        // of each block's
+  int first_real_of[Traits::kMaxBlocks];                         // of each block's
   std::uint64_t keys_here[Traits::kTiles], parts_here;           // mbarriers
 };
 

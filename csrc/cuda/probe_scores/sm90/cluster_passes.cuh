@@ -99,11 +99,11 @@ __device__ __forceinline__ void exchange_parts(const ProbeScoresParams& params, 
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   if (thread < kUnitRows) {
     const int row = slot * kUnitRows + thread;
-    float part[Traits::kMostBlocks];
+    float part[Traits::kMaxBlocks];
     float most = -INFINITY;
     int first_real = params.tokens;
 #pragma unroll
-    for (int from = 0; from < Traits::kMostBlocks; ++from) {
+    for (int from = 0; from < Traits::kMaxBlocks; ++from) {
       const bool valid = from < item.size;
       part[from] = valid ? shared.part_lse[from][row] : -INFINITY;
       most = fmaxf(most, part[from]);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void exchange_parts(const ProbeScoresParams& params, 
     const float base = most == -INFINITY ? 0.0F : most;
     float sum = 0.0F;
 #pragma unroll
-    for (int from = 0; from < Traits::kMostBlocks; ++from) {
+    for (int from = 0; from < Traits::kMaxBlocks; ++from) {
       sum += ptx::exp2(part[from] - base);
     }
     shared.lse[row] = log_sum_exp(base, sum, first_real <= shared.limit[row]);

@@ -10,7 +10,7 @@ namespace zipvl::cuda {
 namespace select {
 namespace {
 
-constexpr int kMostBlocks = plan::kSelectMostClusterBlocks;
+constexpr int kMaxBlocks = plan::kSelectMaxClusterBlocks;
 
 // A budget bin's 64 bits: its count, 21 bits, above the sum of its keys' low bits.
 struct alignas(16) Histogram {
@@ -23,9 +23,9 @@ struct ClusterShared {
   Histogram mine;    // of this block's keys, the bins that others add up
   Histogram parts;   // of every block, the bins that this one adds up: [size, kBins / size]
   Histogram merged;  // of the row
-  std::uint32_t lists[2][kMostBlocks][kMostListed];
-  uint4 listed[2][kMostBlocks];
-  uint4 records[plan::kSelectGathers][kMostBlocks];
+  std::uint32_t lists[2][kMaxBlocks][kMaxListed];
+  uint4 listed[2][kMaxBlocks];
+  uint4 records[plan::kSelectGathers][kMaxBlocks];
   std::uint64_t parts_here, merged_here, lists_here[2], records_here[plan::kSelectGathers];  // mbarriers
 };
 

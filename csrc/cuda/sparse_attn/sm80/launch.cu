@@ -25,9 +25,9 @@ cudaError_t launch_for(const SparseAttnParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream) {
-  constexpr std::int64_t kMostBatches = 65535;                 // gridDim.y
-  constexpr std::int64_t kMostTokens = std::int64_t{1} << 21;  // gridDim.z at 64 rows a block, less one
-  if (params.batch < 1 || params.batch > kMostBatches || params.tokens < 1 || params.tokens > kMostTokens ||
+  constexpr std::int64_t kMaxBatches = 65535;                 // gridDim.y
+  constexpr std::int64_t kMaxTokens = std::int64_t{1} << 21;  // gridDim.z at 64 rows a block, less one
+  if (params.batch < 1 || params.batch > kMaxBatches || params.tokens < 1 || params.tokens > kMaxTokens ||
       !(params.scale > 0.0F)) {
     return cudaErrorInvalidValue;
   }

@@ -11,7 +11,7 @@ constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 constexpr int kZeroBytes = 4096;  // of shared zeros that the copy engine writes to rows outside the selection
-constexpr int kMostBatches = 64;  // batch rows in the scheduler's table
+constexpr int kMaxBatches = 64;   // batch rows in the scheduler's table
 // Packed K and V that the tiles running side by side may read: most of the H100's 50 MB of L2, less what queries and
 // outputs pass through it.
 constexpr std::int64_t kL2Bytes = std::int64_t{32} << 20;
@@ -55,11 +55,11 @@ enum class NamedBarrier { kTurn0 = 1 };
 
 // The order of the tiles, made once a block (scheduler.cuh).
 struct TileTable {
-  int batches;                   // with at least one tile
-  int blocks[kMostBatches];      // query blocks of those batch rows, descending
-  int batch[kMostBatches];       // which batch row
-  int section_heads;             // key/value heads whose tiles run together, so that their K and V stay in L2
-  int before[kMostBatches + 1];  // (block, batch) pairs before the levels that k + 1 batch rows share; last: all
+  int batches;                  // with at least one tile
+  int blocks[kMaxBatches];      // query blocks of those batch rows, descending
+  int batch[kMaxBatches];       // which batch row
+  int section_heads;            // key/value heads whose tiles run together, so that their K and V stay in L2
+  int before[kMaxBatches + 1];  // (block, batch) pairs before the levels that k + 1 batch rows share; last: all
 };
 
 // What a consumer thread needs of its two rows before and after the loop over the keys, but seldom in it.
