@@ -42,8 +42,8 @@ std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAtt
 // Blocks for as many items as there are, each with `tiles` tiles, of which a block is started for `least`.
 void set_blocks(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan, std::int64_t tiles,
                 std::int64_t least) {
-  plan.blocks = static_cast<int>(
-      std::clamp<std::int64_t>(items(problem, plan) * ceil_div(tiles, least), 1, problem.multiprocessors));
+  plan.blocks =
+      static_cast<int>(std::clamp<std::int64_t>(items(problem, plan) * ceil_div(tiles, least), 1, problem.num_sms));
   // Each step from block to block or from item to item starts one partial result.
   plan.places = plan.blocks + items(problem, plan);
   constexpr std::int64_t kFloatBytes = 4;

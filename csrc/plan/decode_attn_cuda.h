@@ -11,7 +11,7 @@ struct DecodeAttnCudaProblem {
   std::int64_t slots;   // of the cache in full precision
   bool half_precision;  // float16 or bfloat16
   bool aligned;         // every row of q and of the caches begins at a multiple of 16 bytes
-  std::int64_t multiprocessors;
+  std::int64_t num_sms;
   std::int64_t shared_bytes;  // that a block of threads can have
 };
 

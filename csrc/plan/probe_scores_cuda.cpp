@@ -9,7 +9,7 @@ namespace zipvl::plan {
 namespace {
 
 // The splits of one batch row fill a chip of this many multiprocessors (H100, H200: 132).
-constexpr std::int64_t kMultiprocessors = 132;
+constexpr std::int64_t kNumSms = 132;
 // Items a multiprocessor gets in the first pass at least: the causal limit makes some of them short. Measured on an
 // H200 at 28/4 heads: 16 tiles a chunk beat 8 by 4% at 32K tokens, and 4 beat 2 by 1% at 4K.
 constexpr std::int64_t kFirstItemsEach = 2;
@@ -45,7 +45,7 @@ void plan_passes(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& pla
   const std::int64_t row_blocks = ceil_div(plan.rows, kProbeBlockRows);
   const std::int64_t row_keys = problem.kv_heads * row_blocks * key_tiles;
   // A power of two divides the usual lengths, and leaves no short chunk over.
-  const auto fair = static_cast<std::uint64_t>(row_keys / (kMultiprocessors * kFirstItemsEach));
+  const auto fair = static_cast<std::uint64_t>(row_keys / (kNumSms * kFirstItemsEach));
   const std::int64_t chunk_tiles =
       std::clamp(static_cast<std::int64_t>(std::bit_ceil(fair)), kMinChunkTiles, kMaxChunkTiles);
   plan.chunk_keys = chunk_tiles * kProbeTileKeys;
@@ -53,8 +53,8 @@ void plan_passes(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& pla
   plan.first_items = heads * row_blocks * plan.splits;
 
   const std::int64_t key_blocks = ceil_div(problem.tokens, kProbeBlockRows);
-  plan.row_splits = std::clamp<std::int64_t>(kMultiprocessors / (problem.kv_heads * key_blocks), 1,
-                                             plan.rows_padded / kProbeRowAlignment);
+  plan.row_splits =
+      std::clamp<std::int64_t>(kNumSms / (problem.kv_heads * key_blocks), 1, plan.rows_padded / kProbeRowAlignment);
   plan.second_items = heads * key_blocks * plan.row_splits;
 }
 

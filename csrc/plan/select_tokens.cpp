@@ -62,12 +62,12 @@ SelectTokensPlan plan_select_tokens(const SelectTokensProblem& problem) {
     plan.blocks_per_row = problem.tokens <= kMaxSmallClusterTokens ? kSmallCluster : kSelectMaxClusterBlocks;
   } else {
     plan.team = SelectTeam::kGrid;
-    const std::int64_t wanted = std::min({ceil_div(problem.tokens, kShares[0]), kGridBlocks, problem.multiprocessors});
+    const std::int64_t wanted = std::min({ceil_div(problem.tokens, kShares[0]), kGridBlocks, problem.num_sms});
     plan.blocks_per_row = std::max({std::int64_t{2}, wanted, ceil_div(problem.tokens, largest)});
-    if (plan.blocks_per_row > problem.multiprocessors) {
+    if (plan.blocks_per_row > problem.num_sms) {
       return {SelectTeam::kNone, 0, 0, 0, 0, 0};
     }
-    plan.row_groups = std::max<std::int64_t>(1, std::min(problem.batch, problem.multiprocessors / plan.blocks_per_row));
+    plan.row_groups = std::max<std::int64_t>(1, std::min(problem.batch, problem.num_sms / plan.blocks_per_row));
     plan.row_workspace_bytes = kSelectMeetingBytes + kSelectMerged * kSelectMergedBytes + 2 * kSelectListBytes +
                                kSelectGathers * plan.blocks_per_row * kSelectRecordBytes;
     plan.workspace_bytes = problem.batch * plan.row_workspace_bytes;

@@ -31,7 +31,7 @@ enum class SelectTeam {
 
 struct SelectTokensProblem {
   std::int64_t batch, tokens;
-  std::int64_t multiprocessors;
+  std::int64_t num_sms;
   std::int64_t shared_bytes;  // of shared memory, the most a block may have
   bool clusters;              // the device has them
 };

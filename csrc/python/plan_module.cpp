@@ -90,16 +90,15 @@ PYBIND11_MODULE(_plan, m) {
       .def("__str__", &SelectTokensPlan::describe);
   m.def(
       "plan_select_tokens",
-      [](std::int64_t batch, std::int64_t tokens, std::int64_t multiprocessors, std::int64_t shared_bytes,
-         bool clusters) {
-        if (batch < 0 || tokens < 0 || multiprocessors < 1) {
-          throw std::invalid_argument("sizes must satisfy batch, tokens >= 0, multiprocessors >= 1; got batch " +
-                                      std::to_string(batch) + ", tokens " + std::to_string(tokens) +
-                                      ", multiprocessors " + std::to_string(multiprocessors));
+      [](std::int64_t batch, std::int64_t tokens, std::int64_t num_sms, std::int64_t shared_bytes, bool clusters) {
+        if (batch < 0 || tokens < 0 || num_sms < 1) {
+          throw std::invalid_argument("sizes must satisfy batch, tokens >= 0, num_sms >= 1; got batch " +
+                                      std::to_string(batch) + ", tokens " + std::to_string(tokens) + ", num_sms " +
+                                      std::to_string(num_sms));
         }
-        return plan_select_tokens({batch, tokens, multiprocessors, shared_bytes, clusters});
+        return plan_select_tokens({batch, tokens, num_sms, shared_bytes, clusters});
       },
-      py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+      py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("num_sms"), py::arg("shared_bytes"),
       py::arg("clusters"));
 
   py::class_<ProbeScoresCudaPlan>(m, "ProbeScoresCudaPlan")
@@ -198,23 +197,22 @@ PYBIND11_MODULE(_plan, m) {
       "plan_zipvl_attn",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
          std::int64_t head_dim, std::int64_t probes, bool masked, bool half_precision, bool all_queries, bool hopper,
-         std::int64_t multiprocessors, std::int64_t shared_bytes, bool returns_packed) {
+         std::int64_t num_sms, std::int64_t shared_bytes, bool returns_packed) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
-        if (tokens < 1 || probes < 1 || multiprocessors < 1) {
-          throw std::invalid_argument("tokens, probes and multiprocessors must be at least 1, got " +
-                                      std::to_string(tokens) + ", " + std::to_string(probes) + " and " +
-                                      std::to_string(multiprocessors));
+        if (tokens < 1 || probes < 1 || num_sms < 1) {
+          throw std::invalid_argument("tokens, probes and num_sms must be at least 1, got " + std::to_string(tokens) +
+                                      ", " + std::to_string(probes) + " and " + std::to_string(num_sms));
         }
         return plan_zipvl_attn(
             {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed},
             plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper}),
-            plan_select_tokens({batch, tokens, multiprocessors, shared_bytes, hopper}),
+            plan_select_tokens({batch, tokens, num_sms, shared_bytes, hopper}),
             plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,
                                    /*scale=*/1.0, /*causal=*/true, all_queries, hopper}));
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
       py::arg("head_dim"), py::arg("probes") = 128, py::arg("masked") = false, py::arg("half_precision") = true,
-      py::arg("all_queries") = false, py::arg("hopper") = true, py::arg("multiprocessors") = 132,
+      py::arg("all_queries") = false, py::arg("hopper") = true, py::arg("num_sms") = 132,
       py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false);
 
   py::class_<LayerCost>(m, "LayerCost")
@@ -256,25 +254,25 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan_decode_attn_cuda",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
-         bool half_precision, bool aligned, std::int64_t multiprocessors, std::int64_t shared_bytes) {
+         bool half_precision, bool aligned, std::int64_t num_sms, std::int64_t shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
         return plan_decode_attn_cuda(
-            {batch, query_heads, kv_heads, head_dim, slots, half_precision, aligned, multiprocessors, shared_bytes});
+            {batch, query_heads, kv_heads, head_dim, slots, half_precision, aligned, num_sms, shared_bytes});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
-      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("multiprocessors"),
+      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("num_sms"),
       py::arg("shared_bytes"));
   m.def(
       "plan_decode_attn_quantized_cuda",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
-         std::int64_t high_blocks, std::int64_t low_blocks, int high_bits, int low_bits, std::int64_t multiprocessors,
+         std::int64_t high_blocks, std::int64_t low_blocks, int high_bits, int low_bits, std::int64_t num_sms,
          std::int64_t shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
         return plan_decode_attn_quantized_cuda({batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true,
-                                                /*aligned=*/true, multiprocessors, shared_bytes},
+                                                /*aligned=*/true, num_sms, shared_bytes},
                                                {high_blocks, low_blocks, high_bits, low_bits});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
       py::arg("head_dim"), py::arg("high_blocks"), py::arg("low_blocks"), py::arg("high_bits") = 4,
-      py::arg("low_bits") = 2, py::arg("multiprocessors"), py::arg("shared_bytes"));
+      py::arg("low_bits") = 2, py::arg("num_sms"), py::arg("shared_bytes"));
 }

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from zipvl import _plan
 
-HOPPER: dict[str, Any] = {"multiprocessors": 132, "shared_bytes": 232448}
-SMALL: dict[str, Any] = {"multiprocessors": 82, "shared_bytes": 101376}
+HOPPER: dict[str, Any] = {"num_sms": 132, "shared_bytes": 232448}
+SMALL: dict[str, Any] = {"num_sms": 82, "shared_bytes": 101376}
 SIZES: dict[str, Any] = {"batch": 1, "query_heads": 28, "kv_heads": 4, "slots": 131072, "head_dim": 128}
 
 
@@ -78,8 +78,8 @@ def test_a_place_for_every_partial_result(
         low_bits=bits[1],
         **HOPPER,
     )
-    assert 1 <= plan.blocks <= HOPPER["multiprocessors"]
-    assert plan.blocks >= min(HOPPER["multiprocessors"], batch * kv_heads * plan.head_chunks * (slots + high + low > 0))
+    assert 1 <= plan.blocks <= HOPPER["num_sms"]
+    assert plan.blocks >= min(HOPPER["num_sms"], batch * kv_heads * plan.head_chunks * (slots + high + low > 0))
     assert plan.places == plan.blocks + batch * kv_heads * plan.head_chunks
     assert plan.shared_bytes <= HOPPER["shared_bytes"]
     assert (plan.reason == "") == (batch * kv_heads * plan.head_chunks * (-(-slots // 16) + high + low) < 2**31)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from zipvl import _plan
 
-H100 = {"multiprocessors": 132, "shared_bytes": 227 * 1024, "clusters": True}
-A100 = {"multiprocessors": 108, "shared_bytes": 163 * 1024, "clusters": False}
-L40 = {"multiprocessors": 142, "shared_bytes": 99 * 1024, "clusters": False}
+H100 = {"num_sms": 132, "shared_bytes": 227 * 1024, "clusters": True}
+A100 = {"num_sms": 108, "shared_bytes": 163 * 1024, "clusters": False}
+L40 = {"num_sms": 142, "shared_bytes": 99 * 1024, "clusters": False}
 BLOCK_BYTES = 16 * 1024  # histogram of ranks, lists, sums, result
 CLUSTER_BYTES = 3 * 2048 * 12 + 2 * 8 * 1024 * 4 + 1024  # histograms, lists, records
 
@@ -18,13 +18,13 @@ CLUSTER_BYTES = 3 * 2048 * 12 + 2 * 8 * 1024 * 4 + 1024  # histograms, lists, re
 @given(
     batch=st.integers(0, 64),
     tokens=st.integers(0, 2**21),
-    multiprocessors=st.integers(1, 200),
+    num_sms=st.integers(1, 200),
     device=st.sampled_from([H100, A100, L40]),
 )
-def test_blocks_cover_the_row_and_fit(batch: int, tokens: int, multiprocessors: int, device: dict[str, int]) -> None:
-    plan = _plan.plan_select_tokens(**{**device, "batch": batch, "tokens": tokens, "multiprocessors": multiprocessors})
+def test_blocks_cover_the_row_and_fit(batch: int, tokens: int, num_sms: int, device: dict[str, int]) -> None:
+    plan = _plan.plan_select_tokens(**{**device, "batch": batch, "tokens": tokens, "num_sms": num_sms})
     if plan.team == _plan.SelectTeam.NONE:
-        assert tokens > min(2**20, 16384 * multiprocessors) or multiprocessors < 2
+        assert tokens > min(2**20, 16384 * num_sms) or num_sms < 2
         return
     assert plan.tokens_per_block in (4096, 8192, 16384)
     assert plan.blocks_per_row * plan.tokens_per_block >= tokens
@@ -33,7 +33,7 @@ def test_blocks_cover_the_row_and_fit(batch: int, tokens: int, multiprocessors: 
     if plan.team == _plan.SelectTeam.CLUSTER:
         assert device["clusters"] and plan.blocks_per_row <= 8, "the most that every sm_90 device takes"
     if plan.team == _plan.SelectTeam.GRID:
-        assert plan.row_groups >= 1 and plan.row_groups * plan.blocks_per_row <= multiprocessors, "all blocks resident"
+        assert plan.row_groups >= 1 and plan.row_groups * plan.blocks_per_row <= num_sms, "all blocks resident"
         assert plan.workspace_bytes == batch * (128 + 3 * 2048 * 12 + 2 * 1024 * 4 + 2 * 16 * plan.blocks_per_row)
     else:
         assert plan.workspace_bytes == 0
@@ -49,5 +49,5 @@ def test_real_devices_take_every_length(tokens: int, device: dict[str, int]) -> 
 
 
 def test_bad_sizes_are_named() -> None:
-    with pytest.raises(ValueError, match="tokens -1, multiprocessors 132"):
+    with pytest.raises(ValueError, match="tokens -1, num_sms 132"):
         _plan.plan_select_tokens(batch=1, tokens=-1, **H100)

@@ -28,7 +28,7 @@ def sizes(tokens: int, **changes: Any) -> dict[str, int]:
         clusters=shape.get("hopper", True),
     )
     select = _plan.plan_select_tokens(
-        batch=B, tokens=tokens, multiprocessors=132, shared_bytes=232448, clusters=shape.get("hopper", True)
+        batch=B, tokens=tokens, num_sms=132, shared_bytes=232448, clusters=shape.get("hopper", True)
     )
     clustered = scores.cluster_blocks > 0 and select.team == _plan.SelectTeam.BLOCK
     summed = clustered and 4 * Hkv * scores.row_splits * tokens <= 160 * 1024

@@ -18,7 +18,7 @@ namespace {
 
 using namespace zipvl::cuda;
 
-constexpr int kMultiprocessors = 3;  // few, so that each has several tiles
+constexpr int kNumSms = 3;  // few, so that each has several tiles
 
 // Packed rows past what pack_kv has to write are NaN.
 template <typename Element, int D>
@@ -40,8 +40,8 @@ void attend(SparseAttnParams params) {
                         params.tokens},
                        nullptr);
   }
-  launch_pack_kv(attn::sm90::packing(params, kMultiprocessors, /*overlap_previous=*/false), nullptr);
-  attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kMultiprocessors, nullptr);
+  launch_pack_kv(attn::sm90::packing(params, kNumSms, /*overlap_previous=*/false), nullptr);
+  attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kNumSms, nullptr);
 }
 
 template <typename Element, int D>

@@ -21,7 +21,7 @@ using emulated::normal;
 using emulated::uniform;
 
 struct Shape {
-  int batch, query_heads, kv_heads, multiprocessors;
+  int batch, query_heads, kv_heads, num_sms;
   int items() const { return batch * kv_heads; }
   int group() const { return query_heads / kv_heads; }
 };
@@ -141,9 +141,8 @@ double decode(const Shape& shape) {
   const int slots = uniform(1, 20) * uniform(1, 40);
   const std::vector<std::int32_t> lengths = random_lengths(shape.batch, slots);
   const auto k = random_rows<Element, D>(shape, slots, lengths), v = random_rows<Element, D>(shape, slots, lengths);
-  Call<Element, D> call(
-      shape, plan::plan_decode_attn_cuda({shape.batch, shape.query_heads, shape.kv_heads, D, slots, true, true,
-                                          shape.multiprocessors, emulated::kSharedBytes}));
+  Call<Element, D> call(shape, plan::plan_decode_attn_cuda({shape.batch, shape.query_heads, shape.kv_heads, D, slots,
+                                                            true, true, shape.num_sms, emulated::kSharedBytes}));
   call.set_cache(k, v, slots, lengths);
   decode::launch_decode_attn<Element, D>(call.params, nullptr);
   return call.error([&](int b, int h) {
@@ -232,7 +231,7 @@ double decode_quantized(const Shape& shape) {
   }
   Call<Element, D> call(
       shape, plan::plan_decode_attn_quantized_cuda({shape.batch, shape.query_heads, shape.kv_heads, D, slots, true,
-                                                    true, shape.multiprocessors, emulated::kSharedBytes},
+                                                    true, shape.num_sms, emulated::kSharedBytes},
                                                    {high.capacity, low.capacity, high.bits, low.bits}));
   if (slots > 0) {
     call.set_cache(k, v, slots, lengths);
@@ -271,8 +270,8 @@ double decode_quantized(const Shape& shape) {
 int main(int count, char** arguments) {
   return emulated::run_cases(count, arguments, [](emulated::Report& report) {
     const auto check = [&](const char* name, const Shape& shape, double error, double most) {
-      report(error <= most, "%-30s batch %2d heads %2d/%d multiprocessors %2d error %.5f", name, shape.batch,
-             shape.query_heads, shape.kv_heads, shape.multiprocessors, error);
+      report(error <= most, "%-30s batch %2d heads %2d/%d num_sms %2d error %.5f", name, shape.batch, shape.query_heads,
+             shape.kv_heads, shape.num_sms, error);
     };
     Shape shape = random_shape();
     check("decode_attn bf16 128", shape, decode<__nv_bfloat16, 128>(shape), 0.03);

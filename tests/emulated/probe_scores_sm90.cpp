@@ -23,12 +23,12 @@ void check(emulated::Report& report, const char* name, bool clusters) {
   // Past 512 tokens a row of probes has several parts, past 1,024 a block of a cluster several tiles of keys.
   emulated::ScoredLayer<Token, D> layer(clusters ? emulated::random_case(129, 1400) : emulated::random_case(1, 1100));
   const emulated::Case& c = layer.c;
-  const int multiprocessors = emulated::uniform(0, 1) == 0 ? emulated::uniform(1, 4) : 132;
+  const int num_sms = emulated::uniform(0, 1) == 0 ? emulated::uniform(1, 4) : 132;
   const bool probes = layer.probe_index(), draws = !c.masked && emulated::uniform(0, 1) == 0;
   int blocks = 0;
   const double error = layer.probe_scores(
       [&](ProbeScoresParams params) {
-        params.multiprocessors = multiprocessors;
+        params.num_sms = num_sms;
         blocks = params.cluster_blocks;
         if (blocks > 0 && draws) {
           params.probe_index = nullptr;
@@ -40,7 +40,7 @@ void check(emulated::Report& report, const char* name, bool clusters) {
   report(probes && error < 1e-4,
          "%s batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s on %3d, clusters of %d%s: error %.1e", name, c.batch,
          c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "", c.masked ? " masked" : "",
-         multiprocessors, blocks, blocks > 0 && draws ? ", drawn there" : "", error);
+         num_sms, blocks, blocks > 0 && draws ? ", drawn there" : "", error);
 }
 
 }  // namespace

@@ -140,7 +140,7 @@ struct ScoredLayer {
     params.probes = c.probes();
     params.causal = c.causal;
     params.scale_log2 = 1.4426950408889634F / std::sqrt(static_cast<float>(D));
-    params.multiprocessors = 132;
+    params.num_sms = 132;
     launch(params);
     double worst = 0.0;
     for (int b = 0; b < c.batch; ++b) {

@@ -127,7 +127,7 @@ struct Layer : emulated::ScoredLayer<Token, D> {
     params.head_dim = D;
     params.element_bytes = sizeof(Token);
     params.tail = 1;
-    params.multiprocessors = 4;
+    params.num_sms = 4;
     launch_pack_kv(params, nullptr);
     bool right = true;
     for (int head = 0; head < c.batch * c.kv_heads; ++head) {

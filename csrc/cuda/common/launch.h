@@ -1,5 +1,5 @@
 // Launches that may begin while the kernel before them in the stream ends (programmatic dependent launch), where the
-// device runs code that knows of it. Such a kernel calls ptx::wait_for_previous_kernel before it touches memory that
+// device runs code that knows of it. Such a kernel calls ptx::wait_on_dependent_grids before it touches memory that
 // another wrote, or that another may still read.
 #pragma once
 
@@ -8,7 +8,7 @@
 namespace zipvl::cuda {
 
 // Whether this device runs the code compiled for Hopper, and so has dependent launches. Elsewhere it runs that of
-// compute capability 8.0, in which wait_for_previous_kernel is nothing: a dependent launch could read what is not
+// compute capability 8.0, in which wait_on_dependent_grids is nothing: a dependent launch could read what is not
 // written yet.
 bool runs_hopper_code(int device);
 

@@ -94,8 +94,8 @@ struct WarpState {
 // Weights of 16 tokens as the B operand: tokens by heads.
 template <typename Element>
 __device__ __forceinline__ void weights_operand(std::uint32_t (&b)[2], const float (&p)[4]) {
-  b[0] = ptx::transpose_8x8(pack_pair<Element>(p[0], p[1]));
-  b[1] = ptx::transpose_8x8(pack_pair<Element>(p[2], p[3]));
+  b[0] = ptx::movmatrix_trans(pack_pair<Element>(p[0], p[1]));
+  b[1] = ptx::movmatrix_trans(pack_pair<Element>(p[2], p[3]));
 }
 
 // Queries of up to eight heads in a warp's shared memory, a row each.

@@ -44,7 +44,7 @@ plan::DecodeAttnCudaProblem problem_of(const checks::AttentionSizes& sizes, cons
           slots,
           q.scalar_type() != aten::ScalarType::Float,
           all_aligned && aligned(q, 2),
-          multiprocessors(device),
+          num_sms(device),
           shared_bytes_per_block(device)};
 }
 

@@ -27,7 +27,7 @@ KernelFamily kernel_family(int device) {
   return runs_hopper_code(device) && !sm80_is_forced() ? KernelFamily::kSm90 : KernelFamily::kSm80;
 }
 
-int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
+int num_sms(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 
 int shared_bytes_per_block(int device) { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device); }
 

@@ -18,7 +18,7 @@ enum class KernelFamily { kSm90, kSm80 };
 // The family for this device. ZIPVL_FORCE_SM80=1 in the environment, read on every call, takes sm80 on Hopper too.
 KernelFamily kernel_family(int device);
 
-int multiprocessors(int device);
+int num_sms(int device);
 
 int shared_bytes_per_block(int device);  // the most that a block may ask for
 

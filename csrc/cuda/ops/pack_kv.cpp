@@ -39,7 +39,7 @@ PackKvParams pack_kv_params(const Tensor& k, const Tensor& v, void* k_packed, vo
   }
   params.element_bytes = k.scalar_type() == aten::ScalarType::Float ? 4 : 2;
   params.tail = 1;
-  params.multiprocessors = multiprocessors(k.get_device_index());
+  params.num_sms = num_sms(k.get_device_index());
   params.overlap_previous = runs_hopper_code(k.get_device_index());
   return params;
 }

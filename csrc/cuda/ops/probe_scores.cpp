@@ -56,7 +56,7 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const Tensor&
   // Not 0, of which -inf, a hidden score, would make NaN.
   params.scale_log2 =
       std::max(static_cast<float>(std::fabs(scale) * std::numbers::log2e), std::numeric_limits<float>::min());
-  params.multiprocessors = multiprocessors(q.get_device_index());
+  params.num_sms = num_sms(q.get_device_index());
   return params;
 }
 

@@ -66,7 +66,7 @@ CopyRowsParams copy_params(const ChosenRows& chosen, const Tensor& full, const T
   params.full_stride[0] = full.size(0) > 1 ? full.stride(0) * element / kVectorBytes : 0;
   params.full_stride[1] = full.size(1) > 1 ? full.stride(1) * element / kVectorBytes : 0;
   params.row_vectors = full.size(2) * element / kVectorBytes;
-  params.multiprocessors = multiprocessors(full.get_device_index());
+  params.num_sms = num_sms(full.get_device_index());
   return params;
 }
 
@@ -151,7 +151,7 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
   params.q = q.mutable_data_ptr();
   params.heads = heads;
   params.head_dim = static_cast<int>(head_dim);
-  params.multiprocessors = multiprocessors(x.get_device_index());
+  params.num_sms = num_sms(x.get_device_index());
   products(kOp, chosen_rows(index, count, x.size(1)), x, weight, bias, [&](const Product& product) {
     params.chosen = product.chosen;
     params.packed = product.packed.const_data_ptr();

@@ -24,8 +24,8 @@ constexpr const char* kOp = "select_tokens";
 }  // namespace
 
 plan::SelectTokensPlan select_tokens_plan(std::int64_t batch, std::int64_t tokens, int device) {
-  return plan::plan_select_tokens({batch, tokens, multiprocessors(device), shared_bytes_per_block(device),
-                                   kernel_family(device) == KernelFamily::kSm90});
+  return plan::plan_select_tokens(
+      {batch, tokens, num_sms(device), shared_bytes_per_block(device), kernel_family(device) == KernelFamily::kSm90});
 }
 
 SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens, const plan::SelectTokensPlan& plan,

@@ -16,7 +16,7 @@ constexpr int kThreads = 128;
 // memory. 4 and 8 rows a lane leave too few tiles for short prompts: 4.2 and 4.4 us for 4.1 at 4,096 tokens.
 constexpr int kRowsInFlight = 2;
 constexpr int kMaxLanesPerRow = 32;
-constexpr int kBlocksPerMultiprocessor = 10;  // resident, at 48 registers a thread
+constexpr int kBlocksPerSm = 10;  // resident, at 48 registers a thread
 // Blocks for each that is resident: with 1 the last tiles leave multiprocessors idle (38.0 us for 37.3 at 131,072
 // tokens), with 16 the blocks that find nothing to do cost more than that (48.5).
 constexpr int kWaves = 2;
@@ -47,11 +47,11 @@ __device__ void read_index(int (&entry)[kRowsInFlight], const PackKvParams& para
 
 // Vector: what one lane moves at once. lanes: of a row, a power of two up to 32. row_vectors: Vectors of a row.
 template <typename Vector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     pack_kv_kernel(const __grid_constant__ PackKvParams params, int lanes, int row_vectors) {
   // In this order: once the next kernel starts, whatever came before this one is done and may be read.
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
+  ptx::wait_on_dependent_grids();
+  ptx::launch_dependent_grids();
   const int rows_at_once = kThreads / lanes, lane = threadIdx.x % lanes, first = threadIdx.x / lanes;
   const int tile_rows = rows_at_once * kRowsInFlight;
   for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {
@@ -129,7 +129,7 @@ cudaError_t launch(PackKvParams params, cudaStream_t stream) {
   const std::int64_t max_rows = std::min(params.capacity, params.tokens + params.tail - 1);
   const std::int64_t tiles = std::min((max_rows + tile_rows - 1) / tile_rows, kMaxGrid);
   const std::int64_t batch_blocks = std::min(params.batch, kMaxGrid);
-  const std::int64_t max_blocks = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor * kWaves;
+  const std::int64_t max_blocks = std::int64_t{params.num_sms} * kBlocksPerSm * kWaves;
   const std::int64_t blocks = std::clamp<std::int64_t>(max_blocks / (batch_blocks * params.heads), 1, tiles);
 
   cudaLaunchAttribute overlap{};

@@ -27,7 +27,7 @@ struct PackKvParams {
   // Rows from count on, up to the next multiple of `tail` and never beyond `capacity`, are written as zeros, so that a
   // tile of `tail` rows holds no garbage. 1: none is.
   std::int64_t tail;
-  int multiprocessors;  // of the device: what the grid is sized for
+  int num_sms;  // of the device: what the grid is sized for
   // Launched as a dependent of the kernel before it in the stream (runs_hopper_code of common/launch.h): its start
   // overlaps that kernel's end. The kernel itself lets the next one start as soon as it runs.
   bool overlap_previous;

@@ -48,8 +48,8 @@ __device__ std::int64_t slot_of(std::int64_t rank, const ProbeSplit& split, cons
 
 __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams params) {
   __shared__ int warp_totals[kWarps];
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
   const std::int64_t b = blockIdx.x, probes = params.num_recent + params.num_random;
   std::int32_t* out = params.out + b * probes;
   const bool* mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];

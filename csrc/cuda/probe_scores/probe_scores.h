@@ -47,7 +47,7 @@ struct ProbeScoresParams {
   bool causal;
   bool negate;       // the scale is negative: the rows are gathered with their sign flipped
   float scale_log2;  // |scale| * log2(e), greater than 0
-  int multiprocessors;
+  int num_sms;
 };
 
 constexpr int kMaxProbes = 256;  // a thread each in the kernels that read them

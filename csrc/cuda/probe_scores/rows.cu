@@ -87,8 +87,8 @@ __device__ void pack_mask(const ProbeScoresParams& params, int b, int block) {
 }
 
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(ProbeScoresParams params, GatherRoles roles) {
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
   int block = static_cast<int>(blockIdx.x);
   if (block < roles.limit_blocks) {
     write_limits(params, block);
@@ -136,8 +136,8 @@ __device__ __forceinline__ Stats merge(Stats a, Stats b, float scale_log2) {
 // A block takes 32 rows of one key/value head, eight threads a row; then the eight in a fixed order.
 __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParams params) {
   __shared__ float2 part[kCombineGroups][kCombineRows];
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
   const int blocks_each = params.rows_padded / kCombineRows;
   const std::int64_t head = blockIdx.x / blocks_each;  // of all batch rows
   const int row_in_block = threadIdx.x % kCombineRows, split_group = threadIdx.x / kCombineRows;
@@ -171,7 +171,7 @@ template <bool kProbesAreThere>
 __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresParams params, int blocks_each) {
   __shared__ std::int32_t near_limit[kMaxProbes];
   __shared__ int near_count;
-  ptx::let_next_kernel_start();
+  ptx::launch_dependent_grids();
   const int b = static_cast<int>(blockIdx.x) / blocks_each;
   const int first = static_cast<int>(blockIdx.x) % blocks_each * kThreads;
   const int token = first + static_cast<int>(threadIdx.x);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
   }
   __syncthreads();
   if (!kProbesAreThere) {
-    ptx::wait_for_previous_kernel();
+    ptx::wait_on_dependent_grids();
   }
   const bool valid = token < params.tokens;
   const int limit =
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
   int viewers = 0;
   if (kProbesAreThere) {
     viewers = count_viewers();
-    ptx::wait_for_previous_kernel();
+    ptx::wait_on_dependent_grids();
   }
   const bool real = valid && (params.token_mask == nullptr ||
                               params.token_mask[b * params.mask_stride[0] + token * params.mask_stride[1]]);

@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kVectorsInFlight = 4;  // of 16 bytes, a lane: 128 KB in flight on a multiprocessor of 2,048 threads
-constexpr int kBlocksPerMultiprocessor = 16;  // two waves of resident ones, so that the last rows do not leave it idle
-constexpr std::int64_t kMaxGrid = 65535;      // gridDim.y
+constexpr int kVectorsInFlight = 4;       // of 16 bytes, a lane: 128 KB in flight on a multiprocessor of 2,048 threads
+constexpr int kBlocksPerSm = 16;          // two waves of resident ones, so that the last rows do not leave it idle
+constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y
 
 enum class Direction { kGather, kScatter };
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_consta
 template <Direction kDirection>
 cudaError_t launch(const CopyRowsParams& params, cudaStream_t stream) {
   const std::int64_t batch = std::min(params.chosen.batch, kMaxGrid);
-  const std::int64_t most = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor;
+  const std::int64_t most = std::int64_t{params.num_sms} * kBlocksPerSm;
   const std::int64_t rows = std::min(params.chosen.places, params.chosen.chunk);
   const std::int64_t blocks =
       std::clamp<std::int64_t>((rows + kWarps - 1) / kWarps, 1, std::max<std::int64_t>(most / batch, 1));

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerMultiprocessor = 16;
+constexpr int kBlocksPerSm = 16;
 constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y
 constexpr int kPairsPerStep = 2;          // consecutive elements of each half a lane takes at once: 4 bytes
 constexpr int kSteps = PlaceQueriesParams::kMaxHeadDim / 2 / (32 * kPairsPerStep);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) place_queries_kernel(const __grid_co
 
 cudaError_t launch_place_queries(const PlaceQueriesParams& params, cudaStream_t stream) {
   const std::int64_t batch = std::min(params.chosen.batch, kMaxGrid);
-  const std::int64_t most = std::int64_t{params.multiprocessors} * kBlocksPerMultiprocessor;
+  const std::int64_t most = std::int64_t{params.num_sms} * kBlocksPerSm;
   const std::int64_t tasks = std::min(params.chosen.places, params.chosen.chunk) * params.heads;
   const std::int64_t blocks =
       std::clamp<std::int64_t>((tasks + kWarps - 1) / kWarps, 1, std::max<std::int64_t>(most / batch, 1));

@@ -30,7 +30,7 @@ struct CopyRowsParams {
   std::int64_t full_stride[2];  // batch, token; in 16 bytes
   std::int64_t row_vectors;
   std::int32_t* total;  // [1], how many rows the chunk has, written; may be null
-  int multiprocessors;  // of the device: what the grid is sized for
+  int num_sms;          // of the device: what the grid is sized for
 };
 
 // packed = the chosen rows of full.
@@ -55,7 +55,7 @@ struct PlaceQueriesParams {
   void* q;  // [batch, tokens, heads, head_dim]; rows that are not chosen stay
   std::int64_t heads;
   int head_dim;  // a multiple of 4, up to kMaxHeadDim
-  int multiprocessors;
+  int num_sms;
 
   static constexpr int kMaxHeadDim = 256;  // what a warp keeps in registers: 8 elements a lane
 };

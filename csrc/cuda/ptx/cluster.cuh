@@ -47,7 +47,8 @@ __device__ __forceinline__ void store_async(std::uint32_t target, const uint4& v
 }
 
 // `bytes` (a multiple of 16) of this block's shared memory into that of a block of the cluster, both aligned to 16
-// bytes; they complete on that block's `barrier`. Ordinary stores into `source` come before by fence_async_shared.
+// bytes; they complete on that block's `barrier`. Ordinary stores into `source` come before by
+// fence_proxy_async_shared.
 __device__ __forceinline__ void bulk_copy_to_block(std::uint32_t target, const void* source, std::uint32_t bytes,
                                                    std::uint32_t barrier) {
   asm volatile(

@@ -12,7 +12,7 @@ __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, std::uint3
 }
 
 // Makes initialised barriers visible to the asynchronous copies of this block.
-__device__ __forceinline__ void mbarrier_init_fence() {
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -21,13 +21,13 @@ __device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier) {
 }
 
 // One arrival, and `bytes` more to come from asynchronous copies.
-__device__ __forceinline__ void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(std::uint64_t* barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
 // Arrives once this thread's cp.async copies so far are done; counts as one of the barrier's own arrivals.
-__device__ __forceinline__ void mbarrier_arrive_after_cp_async(std::uint64_t* barrier) {
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(std::uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
 }
 
 // Whether the phase of this parity is complete; does not wait.
-__device__ __forceinline__ bool mbarrier_test(std::uint64_t* barrier, std::uint32_t parity) {
+__device__ __forceinline__ bool mbarrier_test_wait(std::uint64_t* barrier, std::uint32_t parity) {
   std::uint32_t complete;
   asm volatile(
       "{\n"

@@ -46,7 +46,7 @@ __device__ __forceinline__ void ldmatrix(std::uint32_t (&x)[4], std::uint32_t ad
 }
 
 // The same, each matrix transposed.
-__device__ __forceinline__ void ldmatrix_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
+__device__ __forceinline__ void ldmatrix_trans(std::uint32_t (&x)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
@@ -55,7 +55,7 @@ __device__ __forceinline__ void ldmatrix_transposed(std::uint32_t (&x)[4], std::
 
 // One 8 x 8 matrix of 16-bit elements, of which each lane holds columns 2 (lane % 4) and the next of row lane / 4,
 // transposed.
-__device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t x) {
+__device__ __forceinline__ std::uint32_t movmatrix_trans(std::uint32_t x) {
   std::uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(x));
   return transposed;

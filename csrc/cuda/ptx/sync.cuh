@@ -17,27 +17,27 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 
 // Registers a thread of this warpgroup, sm_90a; every warp of it calls.
 template <int Registers>
-__device__ __forceinline__ void grow_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
 template <int Registers>
-__device__ __forceinline__ void shrink_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // Programmatic dependent launch: waits until the kernels before this one in the stream are done and their writes seen;
 // returns at once in a kernel launched without the attribute.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void wait_on_dependent_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Lets the next kernel of the stream start; its own wait still orders memory.
-__device__ __forceinline__ void let_next_kernel_start() {
+__device__ __forceinline__ void launch_dependent_grids() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 #else
-__device__ __forceinline__ void wait_for_previous_kernel() {}
-__device__ __forceinline__ void let_next_kernel_start() {}
+__device__ __forceinline__ void wait_on_dependent_grids() {}
+__device__ __forceinline__ void launch_dependent_grids() {}
 #endif
 
 }  // namespace zipvl::cuda::ptx

@@ -49,6 +49,8 @@ __device__ __forceinline__ void bulk_wait_read() {
 }
 
 // Shared memory written by ordinary stores before this is seen by wgmma and bulk copies after it.
-__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 }  // namespace zipvl::cuda::ptx

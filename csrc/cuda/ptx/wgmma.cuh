@@ -28,7 +28,7 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from moving uses of the registers of an unfinished product across this place.
 template <int Count>
-__device__ __forceinline__ void wgmma_fence_registers(float (&d)[Count]) {
+__device__ __forceinline__ void wgmma_fence_operand(float (&d)[Count]) {
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
     asm volatile("" : "+f"(d[i])::"memory");

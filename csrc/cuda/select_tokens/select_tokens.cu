@@ -143,8 +143,8 @@ extern __shared__ uint4 dynamic_shared[];
 template <int kItems>
 __global__ void __launch_bounds__(kThreads, 1) by_block(const __grid_constant__ SelectTokensParams params) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
   BlockTeam<kItems / 8> team;
   select_row<kItems>(team, GivenScores(params, blockIdx.x), blockIdx.x, params,
                      reinterpret_cast<MassBins*>(&shared + 1), shared);

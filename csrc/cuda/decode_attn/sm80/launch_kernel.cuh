@@ -12,10 +12,10 @@ namespace zipvl::cuda::decode {
 template <typename Element, int D, int MinTiles, int Threads>
 __global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
     combine_kernel(const __grid_constant__ DecodeAttnParams params) {
-  ptx::let_next_kernel_start();
+  ptx::launch_dependent_grids();
   const OutputHead head = output_head(params);
   const PlaceRange range = place_range<MinTiles>(row_tiles(params), params.blocks, head);
-  ptx::wait_for_previous_kernel();
+  ptx::wait_on_dependent_grids();
   const std::int64_t at = blockIdx.x;
   combine<Element, D, Threads>(range, head, params.partials, static_cast<Element*>(params.out) + at * D,
                                params.lse + at);
@@ -25,10 +25,10 @@ template <typename Element, int D, int Threads>
 __global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
     combine_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
   const DecodeAttnParams& attn = params.attn;
-  ptx::let_next_kernel_start();
+  ptx::launch_dependent_grids();
   const OutputHead head = output_head(attn);
   const PlaceRange range = place_range<decode_shape::kMinQuantizedWarps>(LineOfTiles(params), attn.blocks, head);
-  ptx::wait_for_previous_kernel();
+  ptx::wait_on_dependent_grids();
   const std::int64_t at = blockIdx.x;
   combine<Element, D, Threads>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
 }

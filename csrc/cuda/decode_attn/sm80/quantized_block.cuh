@@ -223,7 +223,7 @@ struct QuantizedTile {
   // matrix of two rows, each four times, gives a lane the same column of both.
   static __device__ __forceinline__ void load_by_token(std::uint32_t (&x)[kTokenTiles], const unsigned char* values,
                                                        int lane) {
-    ptx::ldmatrix_transposed(x, ptx::shared_address(values) + (lane / 8 * 2 + lane % 2) * 16);
+    ptx::ldmatrix_trans(x, ptx::shared_address(values) + (lane / 8 * 2 + lane % 2) * 16);
   }
 
   // Adds the weighted value codes, in units of 2**-24, and kValueUpper times too much of channels 16 m + 8 + i.

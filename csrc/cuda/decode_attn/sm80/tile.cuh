@@ -85,7 +85,7 @@ struct KvTile {
 #pragma unroll
     for (int m = 0; m < D / 16; ++m) {
       std::uint32_t values[4];
-      ptx::ldmatrix_transposed(values, tile + kRowsBytes + place(lane % 8 + matrix / 2 * 8, 2 * m + matrix % 2));
+      ptx::ldmatrix_trans(values, tile + kRowsBytes + place(lane % 8 + matrix / 2 * 8, 2 * m + matrix % 2));
       ptx::mma_16x8x16<Element>(state.out[m], values, weights[0], weights[1]);
     }
   }

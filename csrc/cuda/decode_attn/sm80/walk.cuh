@@ -59,8 +59,8 @@ __device__ __forceinline__ void walk(const DecodeAttnParams& params, const Rows&
     kept.last = 0;
   }
   __syncthreads();
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();  // after the wait: what starts then reads counts that earlier kernels wrote
+  ptx::wait_on_dependent_grids();
+  ptx::launch_dependent_grids();  // after the wait: what starts then reads counts that earlier kernels wrote
 
   Piece<typename Rows::Counts> piece{kept.b, kept.head, kept.first_head, kept.heads, 0, 0, {}};
   piece.counts = rows.count(piece.b);

@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   const std::uint32_t shared = ptx::shared_address(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
 
   auto item = static_cast<int>(blockIdx.x);
   const int row_blocks = params.rows_padded / kBlockRows;

@@ -76,7 +76,7 @@ template <typename Traits>
 __device__ __forceinline__ void load_keys(ClusterShared<Traits>& shared, const ClusterItem<Traits>& item,
                                           const CUtensorMap* keys) {
   for (int t = 0; t < item.tiles; ++t) {
-    ptx::mbarrier_arrive_expect(&shared.keys_here[t], Traits::kTileBytes);
+    ptx::mbarrier_arrive_expect_tx(&shared.keys_here[t], Traits::kTileBytes);
 #pragma unroll
     for (int slab = 0; slab < Traits::kSlabs; ++slab) {
       ptx::tma_load_4d(shared.keys[t][slab], keys, &shared.keys_here[t], slab * kSlabColumns, item.first_key(t), item.h,
@@ -153,7 +153,7 @@ __device__ __forceinline__ void gather_rows(const ProbeScoresParams& params, Clu
   }
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
-  ptx::fence_async_shared();
+  ptx::fence_proxy_async_shared();
 }
 
 }  // namespace zipvl::cuda::probe::sm90

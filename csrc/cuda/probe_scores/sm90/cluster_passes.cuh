@@ -18,7 +18,7 @@ template <typename Traits, int kValues>
 __device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, int a_slab_bytes, std::uint64_t b,
                                          int b_slab_bytes) {
   using Product = ptx::Wgmma<typename Traits::Element, kValues * 2, false>;
-  ptx::wgmma_fence_registers(s);
+  ptx::wgmma_fence_operand(s);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, i
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
-  ptx::wgmma_fence_registers(s);
+  ptx::wgmma_fence_operand(s);
 }
 
 constexpr int kRowBytes = kSlabColumns * 2;  // of a slab
@@ -175,17 +175,17 @@ __device__ __forceinline__ void begin(ClusterShared<Traits>& shared, const Probe
       ptx::mbarrier_init(&shared.keys_here[t], 1);
     }
     ptx::mbarrier_init(&shared.parts_here, 1);
-    ptx::mbarrier_init_fence();
-    ptx::mbarrier_arrive_expect(&shared.parts_here,
-                                params.cluster_blocks * static_cast<int>(sizeof(shared.part_lse[0]) + sizeof(int)));
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(&shared.parts_here,
+                                   params.cluster_blocks * static_cast<int>(sizeof(shared.part_lse[0]) + sizeof(int)));
     ptx::tma_prefetch(keys);
     shared.first_real = params.token_mask == nullptr ? 0 : params.tokens;
   }
   __syncthreads();
   ptx::cluster_arrive();  // waited for before the first store into another block
   // In this order: once the next kernel starts, whatever came before this one is done and may be read.
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
+  ptx::wait_on_dependent_grids();
+  ptx::launch_dependent_grids();
 }
 
 template <typename Traits>

@@ -52,7 +52,7 @@ __host__ __device__ __forceinline__ int first_items(const ProbeScoresParams& par
 template <typename Traits>
 __device__ __forceinline__ void stream_keys(const ProbeScoresParams& params, const CUtensorMap* keys,
                                             SharedStorage<Traits>& shared) {
-  RingPlace<Traits::kStages> place;
+  PipelineState<Traits::kStages> place;
   for (ItemWalk walk(first_items<Traits>(params)); walk.valid(); walk.next()) {
     const FirstItem<Traits> item(params, walk.item());
     for (int tile = item.first_tile; tile < item.last_tile; ++tile) {

@@ -51,7 +51,7 @@ cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams, const CUtensorMa
       error != cudaSuccess) {
     return error;
   }
-  return launch_dependent(kernel, static_cast<unsigned>(std::min(items, params.multiprocessors)), Traits::kThreads,
+  return launch_dependent(kernel, static_cast<unsigned>(std::min(items, params.num_sms)), Traits::kThreads,
                           kSharedBytes, stream, params, held_map, stream_map);
 }
 

@@ -24,27 +24,27 @@ __device__ __forceinline__ void begin(SharedStorage<Traits>& shared, const CUten
     for (int i = 0; i < Traits::kConsumers; ++i) {
       ptx::mbarrier_init(&shared.held_full[i], 1);
     }
-    ptx::mbarrier_init_fence();
+    ptx::fence_mbarrier_init();
     ptx::tma_prefetch(held);
     ptx::tma_prefetch(stream);
   }
   __syncthreads();
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
 }
 
 // One thread of the loading warp: a tile of kStreamRows rows from `first_row` of head (h, b) on, and `more_bytes` that
 // the caller copies onto the same barrier.
 template <typename Traits>
-__device__ __forceinline__ void load_stream(SharedStorage<Traits>& shared, const RingPlace<Traits::kStages>& place,
+__device__ __forceinline__ void load_stream(SharedStorage<Traits>& shared, const PipelineState<Traits::kStages>& place,
                                             const CUtensorMap* map, int first_row, int h, int b,
                                             std::uint32_t more_bytes = 0) {
-  ptx::mbarrier_wait(&shared.empty[place.stage], place.parity ^ 1);
-  ptx::mbarrier_arrive_expect(&shared.full[place.stage], Traits::kStreamBytes + more_bytes);
+  ptx::mbarrier_wait(&shared.empty[place.index], place.phase ^ 1);
+  ptx::mbarrier_arrive_expect_tx(&shared.full[place.index], Traits::kStreamBytes + more_bytes);
 #pragma unroll
   for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-    ptx::tma_load_4d(shared.stream[place.stage] + slab * Traits::kStreamRows * kSlabColumns, map,
-                     &shared.full[place.stage], slab * kSlabColumns, first_row, h, b);
+    ptx::tma_load_4d(shared.stream[place.index] + slab * Traits::kStreamRows * kSlabColumns, map,
+                     &shared.full[place.index], slab * kSlabColumns, first_row, h, b);
   }
 }
 
@@ -57,13 +57,13 @@ struct Consumer {
   SharedStorage<Traits>& shared;
   int warpgroup;
   std::uint32_t held_parity = 0;
-  RingPlace<Traits::kStages> place;
+  PipelineState<Traits::kStages> place;
 
   // Asks for the warpgroup's rows of an item. All its warps are done with the rows before; the barrier says so.
   __device__ __forceinline__ void request(const CUtensorMap* map, int first_row, int h, int b) {
     ptx::named_barrier_sync(1 + warpgroup, kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) {
-      ptx::mbarrier_arrive_expect(&shared.held_full[warpgroup], Traits::kHeldBytes);
+      ptx::mbarrier_arrive_expect_tx(&shared.held_full[warpgroup], Traits::kHeldBytes);
 #pragma unroll
       for (int slab = 0; slab < Traits::kSlabs; ++slab) {
         ptx::tma_load_4d(shared.held[warpgroup] + slab * kUnitRows * kSlabColumns, map, &shared.held_full[warpgroup],
@@ -78,13 +78,13 @@ struct Consumer {
     held_parity ^= 1;
   }
 
-  __device__ __forceinline__ void await_tile() { ptx::mbarrier_wait(&shared.full[place.stage], place.parity); }
+  __device__ __forceinline__ void await_tile() { ptx::mbarrier_wait(&shared.full[place.index], place.phase); }
 
   // s = held rows x tile rows^T, done on return.
   __device__ __forceinline__ void multiply(float (&s)[kScores]) const {
     const std::uint64_t held = ptx::wgmma_descriptor(shared.held[warpgroup]);
-    const std::uint64_t tile = ptx::wgmma_descriptor(shared.stream[place.stage]);
-    ptx::wgmma_fence_registers(s);
+    const std::uint64_t tile = ptx::wgmma_descriptor(shared.stream[place.index]);
+    ptx::wgmma_fence_operand(s);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -95,14 +95,14 @@ struct Consumer {
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_registers(s);
+    ptx::wgmma_fence_operand(s);
   }
 
   // This warp is done with the tile.
   __device__ __forceinline__ void release() {
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) {
-      ptx::mbarrier_arrive(&shared.empty[place.stage]);
+      ptx::mbarrier_arrive(&shared.empty[place.index]);
     }
     place.advance();
   }

@@ -51,7 +51,7 @@ template <typename Traits>
 __device__ __forceinline__ void stream_rows(const ProbeScoresParams& params, const CUtensorMap* rows,
                                             SharedStorage<Traits>& shared) {
   constexpr std::uint32_t kBytes = Traits::kStreamRows * 4;  // of lse, and of limit
-  RingPlace<Traits::kStages> place;
+  PipelineState<Traits::kStages> place;
   for (ItemWalk walk(second_items<Traits>(params)); walk.valid(); walk.next()) {
     const SecondItem<Traits> item(params, walk.item());
     const std::int64_t head = static_cast<std::int64_t>(item.b) * params.kv_heads + item.h;
@@ -61,11 +61,11 @@ __device__ __forceinline__ void stream_rows(const ProbeScoresParams& params, con
       }
       const int row = tile * Traits::kStreamRows;
       load_stream(shared, place, rows, row, item.h, item.b, 2 * kBytes);
-      ptx::bulk_load(shared.lse[place.stage], params.row_lse + head * params.rows_padded + row, kBytes,
-                     &shared.full[place.stage]);
-      ptx::bulk_load(shared.limit[place.stage],
+      ptx::bulk_load(shared.lse[place.index], params.row_lse + head * params.rows_padded + row, kBytes,
+                     &shared.full[place.index]);
+      ptx::bulk_load(shared.limit[place.index],
                      params.row_limit + item.b * static_cast<std::int64_t>(params.rows_padded) + row, kBytes,
-                     &shared.full[place.stage]);
+                     &shared.full[place.index]);
       place.advance();
     }
   }
@@ -92,8 +92,8 @@ __device__ __forceinline__ void sum_weights(const ProbeScoresParams& params, con
       if (range.y >= first_key) {
         float s[Consumer<Traits>::kScores];
         consumer.multiply(s);
-        const float* lse = shared.lse[consumer.place.stage];
-        const std::int32_t* limit = shared.limit[consumer.place.stage];
+        const float* lse = shared.lse[consumer.place.index];
+        const std::int32_t* limit = shared.limit[consumer.place.index];
         if (last_key <= range.x) {
           add_weights<false>(sum, s, lse, limit, first_key + key_of_thread, params.scale_log2);
         } else {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/ring.cuh"
+#include "cuda/common/pipeline.cuh"
 #include "cuda/ptx/shared_address.cuh"
 
 namespace zipvl::cuda::probe::sm90 {

@@ -103,9 +103,9 @@ extern __shared__ uint4 dynamic_shared[];
 __global__ void __launch_bounds__(kThreads, 1) by_block_of_sums(const __grid_constant__ SelectTokensParams params,
                                                                 const __grid_constant__ ProbeScoresParams from) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-  ptx::let_next_kernel_start();
+  ptx::launch_dependent_grids();
   const SummedScores scores(from, blockIdx.x);
-  ptx::wait_for_previous_kernel();
+  ptx::wait_on_dependent_grids();
   BlockTeam<kItems / 8> team;
   select_row<kItems>(team, scores, blockIdx.x, params, reinterpret_cast<MassBins*>(&shared + 1), shared);
 }

@@ -48,7 +48,7 @@ struct ClusterTeam {
       for (int i = 0; i < plan::kSelectGathers; ++i) {
         ptx::mbarrier_init(&shared.records_here[i], 1);
       }
-      ptx::mbarrier_init_fence();
+      ptx::fence_mbarrier_init();
     }
     ptx::cluster_arrive();  // waited for before the first store into another block
   }
@@ -84,11 +84,11 @@ struct ClusterTeam {
     if constexpr (kRank) {
       *reinterpret_cast<uint4*>(here.rank + first) = {four.rank[0], four.rank[1], four.rank[2], four.rank[3]};
     }
-    ptx::fence_async_shared();
+    ptx::fence_proxy_async_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(&shared.parts_here, kBinBytes * (kBins - share));
-      ptx::mbarrier_arrive_expect(&shared.merged_here, kBinBytes * (kBins - share));
+      ptx::mbarrier_arrive_expect_tx(&shared.parts_here, kBinBytes * (kBins - share));
+      ptx::mbarrier_arrive_expect_tx(&shared.merged_here, kBinBytes * (kBins - share));
     }
     begin();
     if (lane < size_ && lane != rank_) {
@@ -121,7 +121,7 @@ struct ClusterTeam {
         shared.merged.rank[rank_ * share + bin] = sum;
       }
     }
-    ptx::fence_async_shared();
+    ptx::fence_proxy_async_shared();
     __syncthreads();
     if (lane < size_ && lane != rank_) {
       if constexpr (kMass) {
@@ -156,7 +156,7 @@ struct ClusterTeam {
     __syncthreads();
     const int mine = block.listed, warp = static_cast<int>(threadIdx.x) / 32;
     if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(&shared.lists_here[which], 16 * size_ + 4 * all);
+      ptx::mbarrier_arrive_expect_tx(&shared.lists_here[which], 16 * size_ + 4 * all);
     }
     for (int i = threadIdx.x; i < size_ * mine; i += kThreads) {
       const int to = i % size_;
@@ -188,7 +188,7 @@ struct ClusterTeam {
   __device__ void gather(int slot, const T& mine, int n, const Use& use) {
     static_assert(sizeof(T) == sizeof(uint4));
     if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(&shared.records_here[slot], size_ * static_cast<int>(sizeof(T)));
+      ptx::mbarrier_arrive_expect_tx(&shared.records_here[slot], size_ * static_cast<int>(sizeof(T)));
     }
     if (static_cast<int>(threadIdx.x) < size_) {
       uint4 record;
@@ -220,8 +220,8 @@ template <int kItems>
 __global__ void __launch_bounds__(kThreads, 1) by_cluster(const __grid_constant__ SelectTokensParams params) {
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic_shared);
   ClusterTeam<kItems / 8> team(shared);
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  ptx::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
   const std::int64_t b = blockIdx.x / team.size();
   select_row<kItems>(team, GivenScores(params, b), b, params, reinterpret_cast<MassBins*>(&shared + 1), shared.block);
 }

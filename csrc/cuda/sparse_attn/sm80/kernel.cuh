@@ -99,7 +99,7 @@ __device__ __forceinline__ void attend_block(const SparseAttnParams& params, con
 
 // first_wave: places of a head and batch row that start at once.
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     sparse_attn_sm80(const __grid_constant__ SparseAttnParams params, int first_wave) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(memory);

@@ -10,7 +10,7 @@
 namespace zipvl::cuda::attn::sm80 {
 
 template <typename Traits>
-cudaError_t launch(const SparseAttnParams& params, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const SparseAttnParams& params, int num_sms, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SharedStorage<Traits>);
   auto* kernel = &sparse_attn_sm80<Traits>;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -19,7 +19,7 @@ cudaError_t launch(const SparseAttnParams& params, int multiprocessors, cudaStre
   }
   // At least one block of zeros for each head and batch row, unless every row is computed.
   const std::int64_t places = (params.tokens + Traits::kBlockM - 1) / Traits::kBlockM + (params.all_queries ? 0 : 1);
-  const std::int64_t blocks_at_once = multiprocessors * Traits::kBlocksPerMultiprocessor;
+  const std::int64_t blocks_at_once = num_sms * Traits::kBlocksPerSm;
   const dim3 grid(static_cast<unsigned>(params.query_heads), static_cast<unsigned>(params.batch),
                   static_cast<unsigned>(places));
   kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(
@@ -31,9 +31,9 @@ cudaError_t launch(const SparseAttnParams& params, int multiprocessors, cudaStre
 // measured on an H200 that was 5% slower.
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  int device = 0, num_sms = 0, shared_bytes = 0;
   for (const cudaError_t error :
-       {cudaGetDevice(&device), cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+       {cudaGetDevice(&device), cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
         cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)}) {
     if (error != cudaSuccess) {
       return error;
@@ -42,11 +42,11 @@ cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream) {
   if constexpr (HeadDim != 128) {
     using Two = Traits<ElementType, HeadDim, 2>;
     constexpr int kReservedBytes = 1024;  // of every block, by the driver
-    if (shared_bytes >= Two::kBlocksPerMultiprocessor * static_cast<int>(sizeof(SharedStorage<Two>) + kReservedBytes)) {
-      return launch<Two>(params, multiprocessors, stream);
+    if (shared_bytes >= Two::kBlocksPerSm * static_cast<int>(sizeof(SharedStorage<Two>) + kReservedBytes)) {
+      return launch<Two>(params, num_sms, stream);
     }
   }
-  return launch<Traits<ElementType, HeadDim, 1>>(params, multiprocessors, stream);
+  return launch<Traits<ElementType, HeadDim, 1>>(params, num_sms, stream);
 }
 
 }  // namespace zipvl::cuda::attn::sm80

@@ -71,7 +71,7 @@ __device__ __forceinline__ void add_values(Output<Traits>& o, const Scores<Trait
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
       std::uint32_t v[4];
-      ptx::ldmatrix_transposed(v, step_address<Traits>(at.v, step) + n * kTileBytes);
+      ptx::ldmatrix_trans(v, step_address<Traits>(at.v, step) + n * kTileBytes);
 #pragma unroll
       for (int m = 0; m < Traits::kRowTiles; ++m) {
         ptx::mma_16x8x16<Element>(o[m][2 * step], p[m], v[0], v[1]);

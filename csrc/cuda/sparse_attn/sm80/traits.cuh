@@ -20,7 +20,7 @@ struct Traits {
   static constexpr bool kWide = HeadDim == 256 && Stages == 2;
   static constexpr int kWarps = kWide ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarpThreads;
-  static constexpr int kBlocksPerMultiprocessor = kWide ? 1 : 2;
+  static constexpr int kBlocksPerSm = kWide ? 1 : 2;
   // A warp owns kBlockM / kWarps query rows. Output and scores of a thread take
   // (kBlockM / kWarps) * (kHeadDim + kBlockN) / 32 registers: 192 at D 128 and 64, 160 at D 96 and 256. More spills.
   static constexpr int kBlockM = HeadDim == 256 && !kWide ? 64 : 128;

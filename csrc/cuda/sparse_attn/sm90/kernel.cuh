@@ -22,7 +22,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
     ptx::mbarrier_init(&shared.v_full[i], 1);
     ptx::mbarrier_init(&shared.v_empty[i], kConsumerWarps);
   }
-  ptx::mbarrier_init_fence();
+  ptx::fence_mbarrier_init();
 }
 
 template <typename Traits>
@@ -122,10 +122,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
-    ptx::shrink_registers<Traits::kProducerRegisters>();
+    ptx::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     produce<Traits>(params, &k_map, &v_map, shared);
   } else {
-    ptx::grow_registers<Traits::kConsumerRegisters>();
+    ptx::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     consume<Traits>(params, shared);
   }
 }

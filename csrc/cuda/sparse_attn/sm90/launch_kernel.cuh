@@ -34,8 +34,7 @@ inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* 
 }
 
 template <typename ElementType, int HeadDim>
-cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* seen, int multiprocessors,
-                          cudaStream_t stream) {
+cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* seen, int num_sms, cudaStream_t stream) {
   using Tr = Traits<ElementType, HeadDim>;
   const AttnParams params = attn_params(problem, seen);
   const auto map_of = [&](const void* data, CUtensorMap* map) {
@@ -67,7 +66,7 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(tiles, multiprocessors)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms)));
   config.blockDim = dim3(Tr::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;

@@ -18,11 +18,11 @@ __device__ __forceinline__ void load_keys_values(const AttnParams& params, const
                                                  const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
   constexpr int kBlockN = Traits::kBlockN;
   StageParity k_parity, v_parity;
-  ptx::wait_for_previous_kernel();  // it packs what is loaded here
+  ptx::wait_on_dependent_grids();  // it packs what is loaded here
   const auto load = [&](const CUtensorMap* map, typename Traits::Element* target, std::uint64_t* full,
                         std::uint64_t* empty, StageParity& parity, int stage, const Tile& tile, int block) {
     ptx::mbarrier_wait(&empty[stage], parity.of(stage) ^ 1);
-    ptx::mbarrier_arrive_expect(&full[stage], Traits::kKeyBytes);
+    ptx::mbarrier_arrive_expect_tx(&full[stage], Traits::kKeyBytes);
 #pragma unroll
     for (int slab = 0; slab < Traits::kSlabs; ++slab) {
       ptx::tma_load_4d(target + stage * Traits::kKeyElements + slab * kBlockN * kSlabColumns, map, &full[stage],
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
   static_assert(kPieces <= kWarpThreads && kRows % kWarpThreads == 0);
   const int piece = lane % kPieces, row_of_lane = lane / kPieces;
   const bool inside = piece * kPieceElements < Traits::kHeadDim;
-  RingPlace<Traits::kQueryStages> place;
+  PipelineState<Traits::kQueryStages> place;
   for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
     const Tile tile = walk.tile();
     const int rows = query_rows(params, tile.batch);
@@ -74,8 +74,8 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
             params.all_queries ? row : min(max(__ldcg(index + row * params.index_stride[1]), 0), params.tokens - 1);
       }
     }
-    ptx::mbarrier_wait(&shared.q_empty[place.stage], place.parity ^ 1);
-    const std::uint32_t target = ptx::shared_address(shared.q[place.stage]) + (piece / 8) * Traits::kBlockM * 128;
+    ptx::mbarrier_wait(&shared.q_empty[place.index], place.phase ^ 1);
+    const std::uint32_t target = ptx::shared_address(shared.q[place.index]) + (piece / 8) * Traits::kBlockM * 128;
 #pragma unroll
     for (int i = 0; i < kRows / kWarpThreads; ++i) {
 #pragma unroll kRowsAhead
@@ -87,7 +87,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
         }
       }
     }
-    ptx::mbarrier_arrive_after_cp_async(&shared.q_full[place.stage]);
+    ptx::cp_async_mbarrier_arrive_noinc(&shared.q_full[place.index]);
     place.advance();
   }
 }
@@ -113,7 +113,7 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   for (int i = lane; i < kZeroBytes / 16; i += kWarpThreads) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
-  ptx::fence_async_shared();
+  ptx::fence_proxy_async_shared();
   __syncwarp();
   const std::int64_t token_bytes =
       static_cast<std::int64_t>(params.query_heads) * Traits::kHeadDim * sizeof(typename Traits::Element);

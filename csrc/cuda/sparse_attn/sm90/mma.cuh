@@ -41,14 +41,14 @@ class Consumer {
     for (int i = 0; i < kOutputs; ++i) {
       o[i] = 0.0F;
     }
-    ptx::mbarrier_wait(&shared_.q_full[q_.stage], q_.parity);
+    ptx::mbarrier_wait(&shared_.q_full[q_.index], q_.phase);
     Queries query;
     if constexpr (Traits::kQueriesInRegisters) {
       load_fragments(query.fragment);
       release_queries();
     } else {
-      ptx::fence_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
-      query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.stage] + warpgroup_ * 64 * kSlabColumns);
+      ptx::fence_proxy_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
+      query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.index] + warpgroup_ * 64 * kSlabColumns);
     }
     int block = blocks - 1;
     ptx::mbarrier_wait(&shared_.k_full[0], k_parity_.of(0));
@@ -56,7 +56,7 @@ class Consumer {
     issue_scores<0>(s, query);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_registers(s);
+    ptx::wgmma_fence_operand(s);
     release(shared_.k_empty, 0, k_parity_);
     const bool arrived = next_arrived<0>(block);
     weigh<true>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
@@ -82,7 +82,7 @@ class Consumer {
 
   // The queries of a tile without keys were loaded all the same.
   __device__ __forceinline__ void skip() {
-    ptx::mbarrier_wait(&shared_.q_full[q_.stage], q_.parity);
+    ptx::mbarrier_wait(&shared_.q_full[q_.index], q_.phase);
     release_queries();
   }
 
@@ -114,8 +114,8 @@ class Consumer {
                                        RowState& rows, const Queries& query, int block) {
     float rescale[2];
     ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
-    ptx::wgmma_fence_registers(s);
-    ptx::wgmma_fence_registers(o);
+    ptx::wgmma_fence_operand(s);
+    ptx::wgmma_fence_operand(o);
     ptx::wgmma_fence();
     issue_scores<kStage>(s, query);
     ptx::wgmma_commit();
@@ -124,16 +124,16 @@ class Consumer {
     ptx::wgmma_commit();
     pass_turn();
     ptx::wgmma_wait<1>();
-    ptx::wgmma_fence_registers(s);
+    ptx::wgmma_fence_operand(s);
     release(shared_.k_empty, kStage, k_parity_);
     const bool arrived = next_arrived<kStage>(block);
     weigh<kMasked>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
     // The exponentials belong here, under the product of the weights before. Left in one basic block with the wait
     // below, the compiler sinks them behind it; waiting for what comes next ends the block.
-    ptx::wgmma_fence_registers(s);
+    ptx::wgmma_fence_operand(s);
     await_next<kStage>(block, arrived);
     ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_registers(o);
+    ptx::wgmma_fence_operand(o);
     release(shared_.v_empty, kStage ^ 1, v_parity_);
     rescale_output(o, rescale);
     to_fragments<Element>(s, p);
@@ -145,12 +145,12 @@ class Consumer {
     if constexpr (!Traits::kQueriesInRegisters) {
       release_queries();
     }
-    ptx::wgmma_fence_registers(o);
+    ptx::wgmma_fence_operand(o);
     ptx::wgmma_fence();
     issue_output<kStage>(o, p);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_registers(o);
+    ptx::wgmma_fence_operand(o);
     release(shared_.v_empty, kStage, v_parity_);
   }
 
@@ -158,8 +158,8 @@ class Consumer {
   // there is one. Asked before the exponentials and waited for after them, so that the answer costs no time.
   template <int kStage>
   __device__ __forceinline__ bool next_arrived(int block) const {
-    const bool values = ptx::mbarrier_test(&shared_.v_full[kStage], v_parity_.of(kStage));
-    const bool keys = ptx::mbarrier_test(&shared_.k_full[kStage ^ 1], k_parity_.of(kStage ^ 1));
+    const bool values = ptx::mbarrier_test_wait(&shared_.v_full[kStage], v_parity_.of(kStage));
+    const bool keys = ptx::mbarrier_test_wait(&shared_.k_full[kStage ^ 1], k_parity_.of(kStage ^ 1));
     return values && (keys || block == 0);
   }
 
@@ -208,7 +208,7 @@ class Consumer {
   __device__ __forceinline__ void load_fragments(std::uint32_t (&fragment)[kFragments][4]) const {
     const int lane = threadIdx.x % kWarpThreads;
     const int row = warpgroup_ * 64 + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
-    const std::uint32_t begin = ptx::shared_address(shared_.q[q_.stage]) + row * 128;
+    const std::uint32_t begin = ptx::shared_address(shared_.q[q_.index]) + row * 128;
 #pragma unroll
     for (int k = 0; k < kFragments; ++k) {
       const int piece = (k % kStepsPerSlab) * 2 + lane / 16;
@@ -228,7 +228,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void release_queries() {
-    arrive(&shared_.q_empty[q_.stage]);
+    arrive(&shared_.q_empty[q_.index]);
     q_.advance();
   }
 
@@ -243,7 +243,7 @@ class Consumer {
   SharedStorage<Traits>& shared_;
   float scale_log2_;
   int warpgroup_;
-  RingPlace<Traits::kQueryStages> q_;
+  PipelineState<Traits::kQueryStages> q_;
   StageParity k_parity_, v_parity_;
 };
 

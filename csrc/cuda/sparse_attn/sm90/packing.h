@@ -8,7 +8,7 @@
 namespace zipvl::cuda::attn::sm90 {
 
 // overlap_previous: PackKvParams'.
-inline PackKvParams packing(const SparseAttnParams& attn, int multiprocessors, bool overlap_previous) {
+inline PackKvParams packing(const SparseAttnParams& attn, int num_sms, bool overlap_previous) {
   PackKvParams params{};
   params.k = attn.k;
   params.v = attn.v;
@@ -33,7 +33,7 @@ inline PackKvParams packing(const SparseAttnParams& attn, int multiprocessors, b
   params.head_dim = attn.head_dim;
   params.element_bytes = 2;
   params.tail = kPackedRows;
-  params.multiprocessors = multiprocessors;
+  params.num_sms = num_sms;
   params.overlap_previous = overlap_previous;
   return params;
 }

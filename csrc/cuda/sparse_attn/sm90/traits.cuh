@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/ring.cuh"
+#include "cuda/common/pipeline.cuh"
 
 namespace zipvl::cuda::attn::sm90 {
 

@@ -37,18 +37,20 @@ inline void advance(std::uint64_t* barrier, unsigned arrivals, std::int64_t byte
 inline void mbarrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
   reinterpret_cast<Mbarrier&>(*barrier) = {0, arrivals, arrivals, 0, kBegun};
 }
-inline void mbarrier_init_fence() {}
+inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(std::uint64_t* barrier) { advance(barrier, 1, 0); }
-inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
+inline void mbarrier_arrive_expect_tx(std::uint64_t* barrier, std::uint32_t bytes) {
   state_of(barrier).bytes += bytes;
   advance(barrier, 1, 0);
 }
-inline void mbarrier_arrive_after_cp_async(std::uint64_t* barrier) {
+inline void cp_async_mbarrier_arrive_noinc(std::uint64_t* barrier) {
   emulated::Block::current_block->after_copies([barrier] { advance(barrier, 1, 0); });
 }
-inline bool mbarrier_test(std::uint64_t* barrier, std::uint32_t parity) { return state_of(barrier).phase != parity; }
+inline bool mbarrier_test_wait(std::uint64_t* barrier, std::uint32_t parity) {
+  return state_of(barrier).phase != parity;
+}
 inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
-  emulated::Block::current_block->wait_until([=] { return mbarrier_test(barrier, parity); });
+  emulated::Block::current_block->wait_until([=] { return mbarrier_test_wait(barrier, parity); });
 }
 
 }  // namespace zipvl::cuda::ptx

@@ -59,7 +59,7 @@ inline void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {
   }
 }
 
-inline void ldmatrix_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
+inline void ldmatrix_trans(std::uint32_t (&x)[4], std::uint32_t address) {
   const std::uint32_t* rows = matrix_rows(address);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
   for (int m = 0; m < 4; ++m) {
@@ -68,7 +68,7 @@ inline void ldmatrix_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
   }
 }
 
-inline std::uint32_t transpose_8x8(std::uint32_t x) {
+inline std::uint32_t movmatrix_trans(std::uint32_t x) {
   const std::uint32_t* all = emulated::Block::current_block->exchange(0xFFFFFFFFU, x);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
   const auto at = [&](int row, int column) { return all[4 * row + column / 2] >> 16 * (column % 2) & 0xFFFFU; };

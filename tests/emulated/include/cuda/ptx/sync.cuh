@@ -7,12 +7,12 @@ namespace zipvl::cuda::ptx {
 inline void named_barrier_sync(int id, int threads) { emulated::Block::current_block->synchronize_named(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { emulated::Block::current_block->arrive_named(id, threads); }
 template <int Registers>
-void grow_registers() {}
+void warpgroup_reg_alloc() {}
 template <int Registers>
-void shrink_registers() {}
+void warpgroup_reg_dealloc() {}
 
 // Kernels run one after the other.
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
+inline void wait_on_dependent_grids() {}
+inline void launch_dependent_grids() {}
 
 }  // namespace zipvl::cuda::ptx

@@ -57,6 +57,6 @@ template <int Pending>
 void bulk_wait_read() {
   emulated::Block::current_block->finish_stores(Pending);
 }
-inline void fence_async_shared() {}
+inline void fence_proxy_async_shared() {}
 
 }  // namespace zipvl::cuda::ptx

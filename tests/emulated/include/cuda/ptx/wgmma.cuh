@@ -29,7 +29,7 @@ void wgmma_wait() {
   __syncwarp();  // nobody's registers change before all have read them
 }
 template <int Count>
-void wgmma_fence_registers(float (&)[Count]) {}
+void wgmma_fence_operand(float (&)[Count]) {}
 
 // Low word: the address in units of 16 bytes. High word: both distances likewise.
 inline std::uint64_t wgmma_descriptor(const void* tile, std::uint32_t group_bytes = 1024,
