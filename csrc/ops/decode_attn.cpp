@@ -1,7 +1,7 @@
 #include <limits>
 
-#include "aten/call.h"
-#include "aten/kernels.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"

@@ -1,8 +1,8 @@
 #include <limits>
 
-#include "aten/call.h"
-#include "aten/kernels.h"
+#include "cpu/kernels.h"
 #include "cpu/quantized_cache.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"

@@ -1,5 +1,5 @@
-#include "aten/call.h"
-#include "aten/kernels.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 

@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "aten/call.h"
-#include "aten/host_reads.h"
-#include "aten/kernels.h"
+#include "cpu/host_reads.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"

@@ -1,7 +1,7 @@
 // Steps 1 to 5 in one call, with and without the packed keys and values. Each step goes through the dispatcher, so this
 // file serves every device.
-#include "aten/call.h"
-#include "aten/kernels.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 

@@ -8,14 +8,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "plan/decode_attn_cuda.h"
+#include "cpu/probe_scores_plan.h"
+#include "cpu/sparse_attn_plan.h"
+#include "cuda/decode_attn/plan.h"
+#include "cuda/layer/plan.h"
+#include "cuda/probe_scores/plan.h"
+#include "cuda/select_tokens/plan.h"
+#include "cuda/sparse_attn/plan.h"
 #include "plan/layer_cost.h"
-#include "plan/probe_scores.h"
-#include "plan/probe_scores_cuda.h"
-#include "plan/select_tokens.h"
-#include "plan/sparse_attn.h"
-#include "plan/sparse_attn_cuda.h"
-#include "plan/zipvl_attn.h"
 #include "python/build_info.h"
 
 namespace py = pybind11;

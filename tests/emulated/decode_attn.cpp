@@ -2,9 +2,9 @@
 // lengths, ragged batches, groups of query heads; slots past the lengths hold NaN.
 //
 //   decode_attn CASES SEED    prints a line a case, and ends with status 1 where one is wrong
+#include "cuda/decode_attn/plan.h"
 #include "cuda/decode_attn/sm80/launch_kernel.cuh"
 #include "cuda_on_cpu.h"
-#include "plan/decode_attn_cuda.h"
 #include "reference.h"
 
 namespace zipvl::cuda::decode {

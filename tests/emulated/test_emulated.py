@@ -22,15 +22,15 @@ ROOT = HERE.parents[1]
 PROGRAMS = {
     "attention": [],
     "attention_sm90": ["cuda/pack_kv/pack_kv.cu", "cuda/sparse_attn/seen_tokens.cu"],
-    "decode_attn": ["plan/decode_attn_cuda.cpp"],
+    "decode_attn": ["cuda/decode_attn/plan.cpp"],
     "probe_scores_sm90": [
-        "plan/probe_scores_cuda.cpp",
+        "cuda/probe_scores/plan.cpp",
         "cuda/probe_index/probe_index.cu",
         "cuda/probe_scores/rows.cu",
     ],
     "quantize_kv": ["cuda/quantize_kv/split_tokens.cu"],
     "selection": [
-        "plan/probe_scores_cuda.cpp",
+        "cuda/probe_scores/plan.cpp",
         "cuda/pack_kv/pack_kv.cu",
         "cuda/probe_index/probe_index.cu",
         "cuda/probe_scores/rows.cu",

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/decode_shape.h"
+#include "cuda/decode_attn/shape.h"
 
 namespace zipvl::cuda {
 

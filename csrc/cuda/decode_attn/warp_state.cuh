@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "common/decode_shape.h"
 #include "cuda/common/quad.cuh"
 #include "cuda/decode_attn/decode_attn.h"
+#include "cuda/decode_attn/shape.h"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/exp2.cuh"
 #include "cuda/ptx/mma.cuh"

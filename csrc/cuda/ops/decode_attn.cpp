@@ -2,16 +2,16 @@
 
 #include <optional>
 
-#include "aten/call.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode_attn/decode_attn.h"
+#include "cuda/decode_attn/plan.h"
 #include "cuda/decode_attn/quantized.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
-#include "plan/decode_attn_cuda.h"
 
 namespace zipvl::cuda {
 namespace {

@@ -1,9 +1,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
-#include "aten/call.h"
 #include "cuda/common/launch.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 
 namespace zipvl::cuda {

@@ -2,9 +2,9 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "aten/call.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/steps.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 
 namespace zipvl::cuda {

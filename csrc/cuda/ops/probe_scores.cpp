@@ -5,11 +5,11 @@
 #include <limits>
 #include <numbers>
 
-#include "aten/call.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
 #include "cuda/probe_scores/planned.h"
+#include "ops/aten.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
 

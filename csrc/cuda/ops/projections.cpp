@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "aten/call.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
 #include "cuda/projections/projections.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 

@@ -4,10 +4,10 @@
 
 #include <optional>
 
-#include "aten/call.h"
 #include "common/quantized_block.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 
 namespace zipvl::cuda {

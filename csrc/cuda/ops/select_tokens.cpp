@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "aten/call.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
+#include "ops/aten.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 

@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/accelerator.h>
 
-#include "aten/call.h"
 #include "cuda/common/launch.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
@@ -8,6 +7,7 @@
 #include "cuda/sparse_attn/sm80/launch.h"
 #include "cuda/sparse_attn/sm90/launch.h"
 #include "cuda/sparse_attn/sm90/packing.h"
+#include "ops/aten.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
 

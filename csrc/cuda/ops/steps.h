@@ -10,13 +10,13 @@
 #include "cuda/ops/device.h"
 #include "cuda/pack_kv/pack_kv.h"
 #include "cuda/probe_index/probe_index.h"
+#include "cuda/probe_scores/plan.h"
 #include "cuda/probe_scores/probe_scores.h"
+#include "cuda/select_tokens/plan.h"
 #include "cuda/select_tokens/select_tokens.h"
 #include "cuda/sparse_attn/params.h"
+#include "cuda/sparse_attn/plan.h"
 #include "ops/checks.h"
-#include "plan/probe_scores_cuda.h"
-#include "plan/select_tokens.h"
-#include "plan/sparse_attn_cuda.h"
 
 namespace zipvl::cuda {
 

@@ -1,18 +1,18 @@
 // The layer as one sequence of kernels: checked once, planned once, one workspace, and nothing between the launches but
 // the stream. What a kernel does not take goes to zipvl::ops, which calls the ops one by one.
-#include "cuda/zipvl_attn/zero_padding.h"
+#include "cuda/layer/zero_padding.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 
+#include "cuda/layer/plan.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
 #include "cuda/probe_scores/planned.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
-#include "plan/zipvl_attn.h"
 
 namespace zipvl::cuda {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/probe_scores/plan.h"
 #include "cuda/probe_scores/probe_scores.h"
-#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda {
 

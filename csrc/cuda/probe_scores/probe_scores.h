@@ -28,7 +28,7 @@ struct ProbeScoresParams {
   float* accumulated;
   float* normalized;  // [batch, tokens], contiguous
 
-  // Workspace, each aligned to 256 bytes and contiguous (plan/probe_scores_cuda.h). One kernel for both passes has only
+  // Workspace, each aligned to 256 bytes and contiguous (cuda/probe_scores/plan.h). One kernel for both passes has only
   // `sums`.
   void* probe_rows;           // [batch, kv_heads, rows, head_dim]
   std::int32_t* row_limit;    // [batch, rows_padded]: the last key a row may see; -1 where the row is no probe

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/select_tokens/plan.h"
 #include "cuda/select_tokens/select_tokens.h"
-#include "plan/select_tokens.h"
 
 namespace zipvl::cuda::select {
 

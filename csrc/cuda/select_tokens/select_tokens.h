@@ -9,7 +9,7 @@ namespace zipvl::cuda {
 
 struct ProbeScoresParams;
 
-// Strides are in elements. csrc/plan/select_tokens.h gives the last group of fields.
+// Strides are in elements. csrc/cuda/select_tokens/plan.h gives the last group of fields.
 struct SelectTokensParams {
   const float* budget_score;  // [batch, tokens]
   const float* rank_score;    // [batch, tokens]

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/decode_shape.h"
+#include "cuda/decode_attn/shape.h"
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"

@@ -3,13 +3,13 @@
 
 #include <cuda.h>
 
+#include "cuda/probe_scores/plan.h"
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/probe_scores/sm90/traits.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda::probe::sm90 {
 

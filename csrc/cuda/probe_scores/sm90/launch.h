@@ -1,8 +1,8 @@
 // The passes on Hopper. ElementType: __half or __nv_bfloat16.
 #pragma once
 
+#include "cuda/probe_scores/plan.h"
 #include "cuda/probe_scores/probe_scores.h"
-#include "plan/probe_scores_cuda.h"
 
 namespace zipvl::cuda::probe::sm90 {
 

@@ -1,9 +1,9 @@
 // The selected rows of K and V, moved to the front: what `drop` keeps as the cache (ZipVL Algorithm 1).
 #include <algorithm>
 
-#include "aten/call.h"
-#include "aten/host_reads.h"
-#include "aten/kernels.h"
+#include "cpu/host_reads.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 namespace {

@@ -1,9 +1,9 @@
-#include "plan/decode_attn_cuda.h"
+#include "cuda/decode_attn/plan.h"
 
 #include <algorithm>
 
-#include "common/decode_shape.h"
 #include "common/text.h"
+#include "cuda/decode_attn/shape.h"
 
 namespace zipvl::plan {
 namespace {

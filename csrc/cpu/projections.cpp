@@ -1,8 +1,8 @@
 // Linear layers on chosen rows alone (queries of the tokens that need one, outputs of the tokens that have one), each
 // step rounded as transformers' modules round it.
-#include "aten/call.h"
-#include "aten/kernels.h"
-#include "aten/positions.h"
+#include "cpu/kernels.h"
+#include "cpu/positions.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 namespace {

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "aten/call.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 

@@ -9,8 +9,8 @@
 #include <optional>
 #include <tuple>
 
-#include "plan/probe_scores.h"
-#include "plan/sparse_attn.h"
+#include "cpu/probe_scores_plan.h"
+#include "cpu/sparse_attn_plan.h"
 
 namespace zipvl::aten {
 

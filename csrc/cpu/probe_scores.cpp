@@ -3,11 +3,11 @@
 #include <limits>
 #include <vector>
 
-#include "aten/call.h"
-#include "aten/head_tasks.h"
-#include "aten/host_reads.h"
-#include "aten/kernels.h"
-#include "aten/positions.h"
+#include "cpu/head_tasks.h"
+#include "cpu/host_reads.h"
+#include "cpu/kernels.h"
+#include "cpu/positions.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 namespace {

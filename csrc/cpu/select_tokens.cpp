@@ -1,8 +1,8 @@
 // How many tokens (layer-wise adaptive ratio) and which (token identification): ZipVL Sec. 3.
 #include <limits>
 
-#include "aten/call.h"
-#include "aten/kernels.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 namespace {

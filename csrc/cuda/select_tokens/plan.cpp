@@ -1,4 +1,4 @@
-#include "plan/select_tokens.h"
+#include "cuda/select_tokens/plan.h"
 
 #include <algorithm>
 

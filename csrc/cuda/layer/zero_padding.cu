@@ -1,5 +1,5 @@
 // A warp a token: it reads the token's mask and stores where that is false.
-#include "cuda/zipvl_attn/zero_padding.h"
+#include "cuda/layer/zero_padding.h"
 
 namespace zipvl::cuda {
 namespace {

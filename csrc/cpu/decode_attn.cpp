@@ -1,9 +1,9 @@
 // One query a row against the first `lengths` slots of its cache, with the log-sum-exp that merges partial results.
 #include <limits>
 
-#include "aten/call.h"
-#include "aten/host_reads.h"
-#include "aten/kernels.h"
+#include "cpu/host_reads.h"
+#include "cpu/kernels.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 

@@ -4,10 +4,10 @@
 #include <limits>
 #include <vector>
 
-#include "aten/call.h"
-#include "aten/head_tasks.h"
-#include "aten/kernels.h"
-#include "aten/positions.h"
+#include "cpu/head_tasks.h"
+#include "cpu/kernels.h"
+#include "cpu/positions.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 namespace {

@@ -1,4 +1,4 @@
-#include "plan/zipvl_attn.h"
+#include "cuda/layer/plan.h"
 
 #include <algorithm>
 

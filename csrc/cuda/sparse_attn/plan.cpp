@@ -1,4 +1,4 @@
-#include "plan/sparse_attn_cuda.h"
+#include "cuda/sparse_attn/plan.h"
 
 #include "common/text.h"
 

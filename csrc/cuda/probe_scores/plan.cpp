@@ -1,4 +1,4 @@
-#include "plan/probe_scores_cuda.h"
+#include "cuda/probe_scores/plan.h"
 
 #include <algorithm>
 #include <bit>

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <string>
 
-#include "plan/probe_scores_cuda.h"
-#include "plan/select_tokens.h"
-#include "plan/sparse_attn_cuda.h"
+#include "cuda/probe_scores/plan.h"
+#include "cuda/select_tokens/plan.h"
+#include "cuda/sparse_attn/plan.h"
 
 namespace zipvl::plan {
 

@@ -1,9 +1,9 @@
-#include "plan/probe_scores.h"
+#include "cpu/probe_scores_plan.h"
 
 #include <algorithm>
 
 #include "common/text.h"
-#include "plan/head_tasks.h"
+#include "cpu/head_tasks_plan.h"
 
 namespace zipvl::plan {
 namespace {

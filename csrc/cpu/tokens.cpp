@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "aten/call.h"
-#include "aten/host_reads.h"
-#include "aten/kernels.h"
-#include "aten/positions.h"
+#include "cpu/host_reads.h"
+#include "cpu/kernels.h"
+#include "cpu/positions.h"
+#include "ops/aten.h"
 
 namespace zipvl::aten {
 namespace {
