@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ZIPVL_HOST_DEVICE __host__ __device__
-#else
-#define ZIPVL_HOST_DEVICE
-#endif
+#include "common/math.h"
 
 namespace zipvl {
 

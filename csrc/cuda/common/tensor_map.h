@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace zipvl::cuda {
+#include "cuda/common/element.h"
 
-enum class Element { kFloat16, kBFloat16 };
+namespace zipvl::cuda {
 
 // A rank-4 view [size[3], size[2], size[1], size[0]] of 16-bit elements, innermost first, and the box one copy brings.
 struct TensorMapView {

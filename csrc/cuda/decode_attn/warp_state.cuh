@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/quad.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/shape.h"
 #include "cuda/ptx/cp_async.cuh"

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/quad.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/exp2.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 

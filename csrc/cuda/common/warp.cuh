@@ -1,4 +1,5 @@
-// What the four lanes that share rows of an accumulator (a quad) do together, and how accumulators become operands.
+// Warps and warpgroups, what the four lanes that share rows of an accumulator (a quad) do together, and how
+// accumulators become operands.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,14 +9,18 @@
 
 namespace zipvl::cuda {
 
+constexpr int kWarpThreads = 32;
+constexpr int kWarpgroupThreads = 128;
+constexpr unsigned kAllLanes = 0xFFFFFFFFU;
+
 __device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFU, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFU, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
 // Two floats rounded to adjacent elements of 16 bits.
