@@ -1,14 +1,16 @@
 // One query a row against the first `lengths` slots of its cache, with the log-sum-exp that merges partial results.
 #include <limits>
 
-#include "cpu/host_reads.h"
-#include "cpu/kernels.h"
+#include "cpu/cpu.h"
+#include "cpu/tokens.h"
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
 
-std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                       const Tensor& lengths, double scale) {
+using namespace aten;
+
+TensorPair decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
+                       double scale) {
   const std::int64_t batch = q.size(0), heads = q.size(1), head_dim = q.size(3);
   const std::int64_t kv_heads = k_cache.size(1), slots = k_cache.size(2), group = heads / kv_heads;
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -43,4 +45,4 @@ std::tuple<Tensor, Tensor> decode_attn(const Tensor& q, const Tensor& k_cache, c
   return {transpose(out, 1, 2), lse};
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

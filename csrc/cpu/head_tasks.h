@@ -12,7 +12,7 @@
 
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
 
 // Calls `make(task)` for each of `tasks` tasks and returns what they made, in order. One task runs on this thread, with
 // ATen's own threads inside.
@@ -35,4 +35,4 @@ std::vector<Tensor> run_tasks(std::int64_t tasks, const Make& make) {
   return made;
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

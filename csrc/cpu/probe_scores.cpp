@@ -3,13 +3,15 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/cpu.h"
 #include "cpu/head_tasks.h"
-#include "cpu/host_reads.h"
-#include "cpu/kernels.h"
-#include "cpu/positions.h"
+#include "cpu/plan.h"
+#include "cpu/tokens.h"
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
+
+using namespace aten;
 namespace {
 
 Columns columns_of(const Positions& probes, std::int64_t tokens, bool causal, bool masked) {
@@ -74,14 +76,15 @@ void add_into(const Tensor& total, std::int64_t begin, const Tensor& part) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const Tensor& probe_index, double scale,
-                                        bool causal, const std::optional<Tensor>& token_mask,
-                                        const plan::ProbeScoresPlan& plan) {
+TensorPair probe_scores(const ops::ProbeScoresArgs& args) {
+  const auto& [q, k, probe_index, scale, causal, token_mask] = args;
   const std::int64_t batch = q.size(0), query_heads = q.size(1), tokens = q.size(2);
   const std::int64_t kv_heads = k.size(1), group = query_heads / kv_heads;
   const Tensor real = real_tokens(token_mask, batch, tokens, q.device());
   const Tensor positions = iota(tokens, ScalarType::Long, q.device());
-  const Tensor factor = scalar(scale, ScalarType::Float);
+  const Tensor factor = scalar(ops::scale_or_default(scale, q.size(3)), ScalarType::Float);
+  const plan::ProbeScoresPlan plan = plan::plan_probe_scores(
+      {batch, query_heads, kv_heads, tokens, probe_index.size(1), q.size(3), ops::host_threads(q)});
   const Tensor accumulated = zeros({batch, tokens}, ScalarType::Float, q.device());
   const Tensor normalized = zeros({batch, tokens}, ScalarType::Float, q.device());
 
@@ -131,4 +134,4 @@ std::tuple<Tensor, Tensor> probe_scores(const Tensor& q, const Tensor& k, const 
   return {accumulated, normalized};
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

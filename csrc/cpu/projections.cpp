@@ -1,10 +1,12 @@
 // Linear layers on chosen rows alone (queries of the tokens that need one, outputs of the tokens that have one), each
 // step rounded as transformers' modules round it.
-#include "cpu/kernels.h"
-#include "cpu/positions.h"
+#include "cpu/cpu.h"
+#include "cpu/tokens.h"
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
+
+using namespace aten;
 namespace {
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -38,9 +40,8 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin) {
 
 }  // namespace
 
-Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& cos,
-                       const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
-                       const std::optional<Tensor>& norm_weight, double norm_eps) {
+Tensor project_queries(const ops::ProjectQueriesArgs& args) {
+  const auto& [x, weight, bias, cos, sin, index, count, norm_weight, norm_eps] = args;
   const std::int64_t batch = x.size(0), tokens = x.size(1), head_dim = cos.size(2), heads = weight.size(0) / head_dim;
   const Tensor q = empty({batch, tokens, heads, head_dim}, x.scalar_type(), x.device());
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -57,7 +58,8 @@ Tensor project_queries(const Tensor& x, const Tensor& weight, const std::optiona
   return transpose(q, 1, 2);
 }
 
-Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count) {
+Tensor project_outputs(const ops::ProjectOutputsArgs& args) {
+  const auto& [x, weight, index, count] = args;
   const std::int64_t batch = x.size(0), tokens = x.size(1);
   const Tensor out = zeros({batch, tokens, weight.size(0)}, x.scalar_type(), x.device());
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -78,4 +80,4 @@ Tensor project_outputs(const Tensor& x, const Tensor& weight, const Tensor& inde
   return out;
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

@@ -1,5 +1,4 @@
-#include "cpu/quantized_cache.h"
-
+// Quantising keys and values into the blocks of common/quantized_block.h and back, by loops over memory.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "common/quantized_block.h"
+#include "cpu/cpu.h"
 
 namespace zipvl::cpu {
 namespace {
@@ -196,8 +196,8 @@ int block_tokens(const std::uint8_t* block) { return std::clamp<int>(load<std::i
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const Tensor& index,
                                                                const Tensor& count, int high_bits, int low_bits,
-                                                               const std::optional<Tensor>& v_factor,
-                                                               const std::optional<Tensor>& token_mask) {
+                                                               const OptionalTensor& v_factor,
+                                                               const OptionalTensor& token_mask) {
   const std::int64_t batch = k.size(0), heads = k.size(1), tokens = k.size(2), head_dim = k.size(3);
   const Tensor factor = zeros({batch, heads, head_dim}, ScalarType::Float);
   if (v_factor) {

@@ -4,12 +4,15 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/cpu.h"
 #include "cpu/head_tasks.h"
-#include "cpu/kernels.h"
-#include "cpu/positions.h"
+#include "cpu/plan.h"
+#include "cpu/tokens.h"
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
+
+using namespace aten;
 namespace {
 
 // x [H, N, D] -> the selected rows [H, n, D] in float32; rows that do not count are 0, whatever stands in x.
@@ -110,13 +113,28 @@ void scatter_valid(const Tensor& rows, const Positions& selection, const Tensor&
   masked_fill_(out, unsqueeze(unsqueeze(logical_not(chosen), 1), 2), 0.0);
 }
 
+// The most selected tokens any row can have, as far as the host knows without asking the device.
+std::int64_t max_keys(const Tensor& count, std::int64_t tokens) {
+  if (!host_may_read(count)) {
+    return tokens;
+  }
+  std::int64_t max = 0;
+  for (std::int64_t b = 0; b < count.size(0); ++b) {
+    max = std::max(max, host_count(count, b, tokens));
+  }
+  return max;
+}
+
 }  // namespace
 
-Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
-                   double scale, const plan::SparseAttnPlan& plan, bool causal, bool all_queries) {
+Tensor sparse_attn(const ops::SparseAttnArgs& args) {
+  const auto& [q, k, v, index, count, scale, causal, all_queries] = args;
   const std::int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   const Tensor places = iota(tokens, ScalarType::Long, q.device());
-  const Tensor factor = scalar(scale, ScalarType::Float);
+  const Tensor factor = scalar(ops::scale_or_default(scale, head_dim), ScalarType::Float);
+  const plan::SparseAttnPlan plan =
+      plan::plan_sparse_attn({batch, heads, k.size(1), tokens, head_dim, max_keys(count, tokens), causal, all_queries,
+                              host_may_read(q), ops::host_threads(q)});
   const Tensor out = zeros({batch, tokens, heads, head_dim}, q.scalar_type(), q.device());
   for (std::int64_t b = 0; b < batch; ++b) {
     const Positions keys = positions_of(select(index, 0, b), select(count, 0, b), tokens);
@@ -157,4 +175,4 @@ Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   return transpose(out, 1, 2);
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/host_reads.h"
-#include "cpu/kernels.h"
-#include "cpu/positions.h"
+#include "cpu/tokens.h"
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
+
+using namespace aten;
 namespace {
 
 Positions host_positions(const Tensor& row, std::int64_t count, std::int64_t tokens) {
@@ -45,17 +45,17 @@ Tensor real_tokens(const std::optional<Tensor>& token_mask, std::int64_t batch, 
   return token_mask ? *token_mask : full({batch, tokens}, 1.0, ScalarType::Bool, device);
 }
 
-Tensor last_real_tokens(const Tensor& real, std::int64_t most) {
-  // A real token is among the last `most` when at least `real - most` real tokens stand before it.
+Tensor last_real_tokens(const Tensor& real, std::int64_t max) {
+  // A real token is among the last `max` when at least `real - max` real tokens stand before it.
   const Tensor rank = cumsum(real, 1, ScalarType::Double);
   const Tensor total = slice(rank, 1, real.size(1) - 1, 1);
-  const Tensor first = minus(total, scalar(static_cast<double>(most), ScalarType::Double));
+  const Tensor first = minus(total, scalar(static_cast<double>(max), ScalarType::Double));
   return logical_and(real, less(first, rank));
 }
 
-std::int64_t host_count(const Tensor& counts, std::int64_t i, std::int64_t most) {
+std::int64_t host_count(const Tensor& counts, std::int64_t i, std::int64_t max) {
   const std::int64_t value = counts.const_data_ptr<std::int32_t>()[i * counts.stride(0)];
-  return std::clamp<std::int64_t>(value, 0, most);
+  return std::clamp<std::int64_t>(value, 0, max);
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

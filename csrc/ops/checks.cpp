@@ -35,14 +35,6 @@ std::string dtype_text(ScalarType type) {
   }
 }
 
-std::string shape_text(const Tensor& tensor) {
-  std::string text;
-  for (std::int64_t d = 0; d < tensor.dim(); ++d) {
-    text += join(d == 0 ? "" : ", ", tensor.size(d));
-  }
-  return join("[", text, "]");
-}
-
 std::string device_text(const Tensor& tensor) {
   switch (tensor.device().type()) {
     case DeviceType::CPU:
@@ -54,6 +46,36 @@ std::string device_text(const Tensor& tensor) {
     default:
       return "device type " + std::to_string(static_cast<int>(tensor.device().type()));
   }
+}
+
+void head_dim(const char* op, Named argument) {
+  if (argument.tensor.size(3) < 1) {
+    fail(op, argument.name, " must have a head dim of at least 1, got shape ", shape_text(argument.tensor));
+  }
+}
+
+void attention_tensor(const char* op, Named argument, const char* layout) {
+  rank(op, argument, 4, layout);
+  floating(op, argument);
+  head_dim(op, argument);
+  unit_last_stride(op, argument);
+}
+
+void same_size(const char* op, Named expected, Named argument, std::int64_t dim, const char* what) {
+  if (argument.tensor.size(dim) != expected.tensor.size(dim)) {
+    fail(op, argument.name, " must have ", expected.name, "'s ", what, " ", expected.tensor.size(dim), ", got ",
+         argument.tensor.size(dim), " (shape ", shape_text(argument.tensor), ")");
+  }
+}
+
+}  // namespace
+
+std::string shape_text(const Tensor& tensor) {
+  std::string text;
+  for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+    text += join(d == 0 ? "" : ", ", tensor.size(d));
+  }
+  return join("[", text, "]");
 }
 
 void rank(const char* op, Named argument, std::int64_t expected, const char* layout) {
@@ -77,30 +99,10 @@ void unit_last_stride(const char* op, Named argument) {
   }
 }
 
-void head_dim(const char* op, Named argument) {
-  if (argument.tensor.size(3) < 1) {
-    fail(op, argument.name, " must have a head dim of at least 1, got shape ", shape_text(argument.tensor));
-  }
-}
-
-void attention_tensor(const char* op, Named argument, const char* layout) {
-  rank(op, argument, 4, layout);
-  floating(op, argument);
-  head_dim(op, argument);
-  unit_last_stride(op, argument);
-}
-
 void same_dtype(const char* op, Named expected, Named argument) {
   if (argument.tensor.scalar_type() != expected.tensor.scalar_type()) {
     fail(op, argument.name, " must have ", expected.name, "'s dtype ", dtype_text(expected.tensor.scalar_type()),
          ", got ", dtype_text(argument.tensor.scalar_type()));
-  }
-}
-
-void same_size(const char* op, Named expected, Named argument, std::int64_t dim, const char* what) {
-  if (argument.tensor.size(dim) != expected.tensor.size(dim)) {
-    fail(op, argument.name, " must have ", expected.name, "'s ", what, " ", expected.tensor.size(dim), ", got ",
-         argument.tensor.size(dim), " (shape ", shape_text(argument.tensor), ")");
   }
 }
 
@@ -109,8 +111,6 @@ void share(const char* op, const char* name, double value) {
     fail(op, name, " must be in (0, 1], got ", value);
   }
 }
-
-}  // namespace
 
 void query(const char* op, const Tensor& q) { attention_tensor(op, {"q", q}, "[B, Hq, N, D]"); }
 
@@ -122,13 +122,17 @@ AttentionSizes attention_inputs(const char* op, const Tensor& q, Named k, std::o
   same_dtype(op, query_argument, k);
   same_size(op, query_argument, k, 0, "batch size");
   same_size(op, query_argument, k, 3, "head dim");
-  if (q.size(1) < 1 || k.tensor.size(1) < 1 || q.size(1) % k.tensor.size(1) != 0) {
-    fail(op, k.name, " has ", k.tensor.size(1), " heads, which does not divide q's ", q.size(1), " query heads");
-  }
+  heads_divide(op, k.name, k.tensor.size(1), q.size(1));
   if (v) {
     kv_pair(op, k, *v);
   }
-  return {q.size(0), q.size(1), k.tensor.size(1), k.tensor.size(2), q.size(3)};
+  return {q.size(0), q.size(1), k.tensor.size(1), q.size(2), k.tensor.size(2), q.size(3)};
+}
+
+void heads_divide(const char* op, const char* kv, std::int64_t kv_heads, std::int64_t query_heads) {
+  if (query_heads < 1 || kv_heads < 1 || query_heads % kv_heads != 0) {
+    fail(op, kv, " has ", kv_heads, " heads, which does not divide q's ", query_heads, " query heads");
+  }
 }
 
 void query_tokens(const char* op, const Tensor& q, std::int64_t expected) {
@@ -153,37 +157,13 @@ void selection(const char* op, const Tensor& like, const Tensor& index, const Te
   dtype(op, {"index", index}, ScalarType::Int);
   shape(op, {"index", index}, {batch, tokens});
   same_device(op, like, {"index", index});
-  dtype(op, {"count", count}, ScalarType::Int);
-  shape(op, {"count", count}, {batch});
-  same_device(op, like, {"count", count});
+  int_vector(op, like, {"count", count}, batch);
 }
 
-void probes(const char* op, const Tensor& q, const Tensor& probe_index) {
-  const Named argument{"probe_index", probe_index};
+void int_vector(const char* op, const Tensor& like, Named argument, std::int64_t size) {
   dtype(op, argument, ScalarType::Int);
-  rank(op, argument, 2, "[B, P]");
-  shape(op, argument, {q.size(0), probe_index.size(1)});
-  same_device(op, q, argument);
-  if (probe_index.size(1) == 0) {
-    fail(op, "probe_index must have at least 1 probe, got shape ", shape_text(probe_index));
-  }
-}
-
-AttentionSizes probe_scores(const char* op, const Tensor& q, const Tensor& k, const Tensor& probe_index,
-                            std::optional<double> scale_argument, const std::optional<Tensor>& token_mask) {
-  const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, std::nullopt);
-  query_tokens(op, q, sizes.tokens);
-  probes(op, q, probe_index);
-  scale(op, scale_argument);
-  mask(op, "token_mask", token_mask, q, sizes.batch, sizes.tokens);
-  return sizes;
-}
-
-void lengths(const char* op, const Tensor& q, const Tensor& lengths) {
-  const Named argument{"lengths", lengths};
-  dtype(op, argument, ScalarType::Int);
-  shape(op, argument, {q.size(0)});
-  same_device(op, q, argument);
+  shape(op, argument, {size});
+  same_device(op, like, argument);
 }
 
 void scores(const char* op, const Tensor& budget_score, const Tensor& rank_score) {
@@ -202,106 +182,43 @@ void budget(const char* op, double tau, std::optional<double> ratio, std::int64_
   not_negative(op, {{"min_tokens", min_tokens}});
 }
 
-void probe_index(const char* op, const Tensor& q, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
-                 const std::optional<Tensor>& token_mask) {
-  query(op, q);
-  probe_counts(op, num_recent, num_random, seed);
-  mask(op, "token_mask", token_mask, q, q.size(0), q.size(2));
+void linear(const char* op, Named x, Named weight) {
+  rank(op, x, 3, "[B, N, C]");
+  floating(op, x);
+  unit_last_stride(op, x);
+  rank(op, weight, 2, "[outputs, C]");
+  same_device(op, x.tensor, weight);
+  same_dtype(op, x, weight);
+  shape(op, weight, {weight.tensor.size(0), x.tensor.size(2)});
 }
 
-void select_tokens(const char* op, const Tensor& budget_score, const Tensor& rank_score, double tau,
-                   std::optional<double> ratio, std::int64_t min_tokens, const std::optional<Tensor>& keep_mask,
-                   const std::optional<Tensor>& token_mask) {
-  scores(op, budget_score, rank_score);
-  budget(op, tau, ratio, min_tokens);
-  const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
-  mask(op, "keep_mask", keep_mask, budget_score, batch, tokens);
-  mask(op, "token_mask", token_mask, budget_score, batch, tokens);
-}
-
-void pack_kv(const char* op, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count) {
-  kv_pair(op, {"k", k}, {"v", v});
-  selection(op, k, index, count, k.size(0), k.size(2));
-}
-
-AttentionSizes layer(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double tau,
-                     std::optional<double> ratio, std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
-                     std::int64_t keep_recent, std::int64_t min_tokens, std::optional<double> scale_argument,
-                     const std::optional<Tensor>& keep_mask, const std::optional<Tensor>& token_mask,
-                     double dense_above) {
-  const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, Named{"v", v});
-  query_tokens(op, q, sizes.tokens);
-  budget(op, tau, ratio, min_tokens);
-  probe_counts(op, num_recent, num_random, seed);
-  not_negative(op, {{"keep_recent", keep_recent}});
-  scale(op, scale_argument);
-  mask(op, "keep_mask", keep_mask, q, sizes.batch, sizes.tokens);
-  mask(op, "token_mask", token_mask, q, sizes.batch, sizes.tokens);
-  share(op, "dense_above", dense_above);
-  return sizes;
-}
-
-namespace {
-
-// x [B, N, C] and weight [O, C], and which rows: index [B, M], count [B].
-void chosen_rows(const char* op, const Tensor& x, const Tensor& weight, const Tensor& index,
-                 const std::optional<Tensor>& count) {
-  rank(op, {"x", x}, 3, "[B, N, C]");
-  floating(op, {"x", x});
-  unit_last_stride(op, {"x", x});
-  rank(op, {"weight", weight}, 2, "[outputs, C]");
-  same_device(op, x, {"weight", weight});
-  same_dtype(op, {"x", x}, {"weight", weight});
-  shape(op, {"weight", weight}, {weight.size(0), x.size(2)});
-  rank(op, {"index", index}, 2, "[B, M]");
-  dtype(op, {"index", index}, ScalarType::Int);
-  shape(op, {"index", index}, {x.size(0), index.size(1)});
-  same_device(op, x, {"index", index});
-  if (count) {
-    dtype(op, {"count", *count}, ScalarType::Int);
-    shape(op, {"count", *count}, {x.size(0)});
-    same_device(op, x, {"count", *count});
-  }
-}
-
-// An optional vector of `size` elements like x.
-void vector_like(const char* op, const Tensor& x, const char* name, const std::optional<Tensor>& vector,
-                 std::int64_t size) {
-  if (vector) {
-    shape(op, {name, *vector}, {size});
-    same_device(op, x, {name, *vector});
-    same_dtype(op, {"x", x}, {name, *vector});
-  }
-}
-
-}  // namespace
-
-void project_queries(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& cos, const Tensor& sin, const Tensor& index, const std::optional<Tensor>& count,
-                     const std::optional<Tensor>& norm_weight, double norm_eps) {
-  chosen_rows(op, x, weight, index, count);
-  rank(op, {"cos", cos}, 3, "[B or 1, N, D]");
-  const std::int64_t head_dim = cos.size(2);
+void query_projection(const char* op, const QueryProjection& given) {
+  const Tensor &x = given.x.tensor, &weight = given.weight.tensor;
+  rank(op, given.cos, 3, "[B or 1, N, D]");
+  const std::int64_t head_dim = given.cos.tensor.size(2);
   if (head_dim < 2 || head_dim % 2 != 0 || weight.size(0) % head_dim != 0 || weight.size(0) == 0) {
-    fail(op, "cos must have an even head dim that divides weight's ", weight.size(0), " outputs, got ", head_dim);
+    fail(op, given.cos.name, " must have an even head dim that divides ", given.weight.name, "'s ", weight.size(0),
+         " outputs, got ", head_dim);
   }
-  for (const Named table : {Named{"cos", cos}, Named{"sin", sin}}) {
+  for (const Named& table : {given.cos, given.sin}) {
     rank(op, table, 3, "[B or 1, N, D]");
-    const std::int64_t rows = table.tensor.size(0) == 1 ? 1 : x.size(0);
-    shape(op, table, {rows, x.size(1), head_dim});
+    shape(op, table, {table.tensor.size(0) == 1 ? 1 : x.size(0), x.size(1), head_dim});
     unit_last_stride(op, table);
     same_device(op, x, table);
-    same_dtype(op, {"x", x}, table);
+    same_dtype(op, given.x, table);
   }
-  vector_like(op, x, "bias", bias, weight.size(0));
-  vector_like(op, x, "norm_weight", norm_weight, head_dim);
-  if (!(norm_eps >= 0.0)) {
-    fail(op, "norm_eps must be at least 0, got ", norm_eps);
+  const auto vector = [&](const char* name, const std::optional<Tensor>& argument, std::int64_t size) {
+    if (argument) {
+      shape(op, {name, *argument}, {size});
+      same_device(op, x, {name, *argument});
+      same_dtype(op, given.x, {name, *argument});
+    }
+  };
+  vector(given.bias_name, given.bias, weight.size(0));
+  vector(given.norm_weight_name, given.norm_weight, head_dim);
+  if (!(given.norm_eps >= 0.0)) {
+    fail(op, given.norm_eps_name, " must be at least 0, got ", given.norm_eps);
   }
-}
-
-void project_outputs(const char* op, const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count) {
-  chosen_rows(op, x, weight, index, count);
 }
 
 void mask(const char* op, const char* name, const std::optional<Tensor>& mask, const Tensor& like, std::int64_t batch,
@@ -338,7 +255,8 @@ void dtype(const char* op, Named argument, ScalarType expected) {
 }
 
 void same_device(const char* op, const Tensor& like, Named argument) {
-  if (device_text(argument.tensor) != device_text(like)) {
+  if (argument.tensor.device().type() != like.device().type() ||
+      argument.tensor.get_device_index() != like.get_device_index()) {
     fail(op, argument.name, " must be on ", device_text(like), " like the other tensors, got ",
          device_text(argument.tensor));
   }
@@ -367,24 +285,6 @@ void scale(const char* op, std::optional<double> value) {
   if (value && !std::isfinite(*value)) {
     fail(op, "scale must be finite, got ", *value);
   }
-}
-
-AttentionSizes decode_attn(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                           const Tensor& lengths_argument, std::optional<double> scale_value) {
-  const AttentionSizes sizes = attention_inputs(op, q, {"k_cache", k_cache}, Named{"v_cache", v_cache});
-  query_tokens(op, q, 1);
-  lengths(op, q, lengths_argument);
-  scale(op, scale_value);
-  return sizes;
-}
-
-AttentionSizes sparse_attn(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
-                           const Tensor& count, std::optional<double> scale_value) {
-  const AttentionSizes sizes = attention_inputs(op, q, {"k", k}, Named{"v", v});
-  query_tokens(op, q, sizes.tokens);
-  selection(op, q, index, count, sizes.batch, sizes.tokens);
-  scale(op, scale_value);
-  return sizes;
 }
 
 }  // namespace zipvl::checks

@@ -1,41 +1,144 @@
-#include <algorithm>
-
-#include "cpu/host_reads.h"
-#include "cpu/kernels.h"
+// sparse_attn: attention among the selected tokens (docs/ops.md, step 5).
+#include "cpu/cpu.h"
+#include "ops/args.h"
 #include "ops/aten.h"
 #include "ops/checks.h"
-#include "ops/defaults.h"
-#include "ops/ops.h"
+#ifdef ZIPVL_CUDA_OPS
+#include "cuda/sparse_attn/seen_tokens.h"
+#include "cuda/sparse_attn/sm80/launch.h"
+#include "cuda/sparse_attn/sm90/launch.h"
+#include "cuda/sparse_attn/sm90/packing.h"
+#include "ops/cuda_steps.h"
+#endif
 
-namespace zipvl::ops {
+namespace zipvl {
 namespace {
 
-// The most selected tokens any row can have, as far as the host knows without asking the device.
-std::int64_t max_keys(const Tensor& count, std::int64_t tokens) {
-  if (!aten::host_may_read(count)) {
-    return tokens;
-  }
-  std::int64_t most = 0;
-  for (std::int64_t b = 0; b < count.size(0); ++b) {
-    most = std::max(most, aten::host_count(count, b, tokens));
-  }
-  return most;
+constexpr const char* kOp = "sparse_attn";
+
+checks::AttentionSizes check(const ops::SparseAttnArgs& args) {
+  const auto sizes = checks::attention_inputs(kOp, args.q, {"k", args.k}, checks::Named{"v", args.v});
+  checks::query_tokens(kOp, args.q, sizes.tokens);
+  checks::selection(kOp, args.q, args.index, args.count, sizes.batch, sizes.tokens);
+  checks::scale(kOp, args.scale);
+  return sizes;
 }
 
 }  // namespace
 
-Tensor sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& count,
-                   std::optional<double> scale, bool causal, bool all_queries) {
-  constexpr const char* kOp = "sparse_attn";
-  const auto sizes = checks::sparse_attn(kOp, q, k, v, index, count, scale);
-  if (sizes.batch == 0 || sizes.tokens == 0) {
-    const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
-    return aten::transpose(aten::empty(shape, q.scalar_type(), q.device()), 1, 2);
-  }
-  const auto plan = plan::plan_sparse_attn({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens,
-                                            sizes.head_dim, max_keys(count, sizes.tokens), causal, all_queries,
-                                            aten::host_may_read(q), host_threads(q)});
-  return aten::sparse_attn(q, k, v, index, count, scale_or_default(scale, sizes.head_dim), plan, causal, all_queries);
+#ifdef ZIPVL_CUDA_OPS
+namespace cuda {
+
+SparseAttnStep sparse_attn_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Tensor& v,
+                                double scale, bool causal, bool all_queries) {
+  SparseAttnStep step{};
+  step.plan =
+      plan::plan_sparse_attn_cuda({sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.tokens, sizes.head_dim,
+                                   is_half(q), rows_are_aligned(q) && rows_are_aligned(k) && rows_are_aligned(v), scale,
+                                   causal, all_queries, kernel_family(q.get_device_index()) == KernelFamily::kSm90});
+  SparseAttnParams& params = step.params;
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  copy_strides(q, params.q_stride);
+  copy_strides(k, params.k_stride);
+  copy_strides(v, params.v_stride);
+  params.batch = sizes.batch;
+  params.query_heads = sizes.query_heads;
+  params.kv_heads = sizes.kv_heads;
+  params.tokens = sizes.tokens;
+  params.head_dim = static_cast<int>(sizes.head_dim);
+  params.element = element_of(q);
+  params.scale = static_cast<float>(scale);
+  params.causal = causal;
+  params.all_queries = all_queries;
+  return step;
 }
 
-}  // namespace zipvl::ops
+void launch_sparse_attn(const char* op, const SparseAttnParams& params, const plan::SparseAttnCudaPlan& plan,
+                        [[maybe_unused]] std::int32_t* seen, [[maybe_unused]] int device, cudaStream_t stream) {
+#ifdef ZIPVL_HAS_SM90
+  if (plan.kernel == plan::SparseAttnKernel::kSm90) {
+    if (plan.seen_tokens) {
+      SeenTokensParams counting{};
+      counting.seen = seen;
+      counting.index = params.index;
+      counting.index_stride[0] = params.index_stride[0];
+      counting.index_stride[1] = params.index_stride[1];
+      counting.count = params.count;
+      counting.count_stride = params.count_stride;
+      counting.batch = params.batch;
+      counting.tokens = params.tokens;
+      check_launch(op, launch_seen_tokens(counting, stream));
+    }
+    check_launch(op, launch_pack_kv(attn::sm90::packing(params, num_sms(device), runs_hopper_code(device)), stream));
+    check_launch(op, attn::sm90::launch_sparse_attn(params, seen, num_sms(device), stream));
+    return;
+  }
+#endif
+  check_launch(op, launch_sparse_attn_sm80(params, stream));
+}
+
+namespace {
+
+ops::Implementation explain(const Tensor& q) {
+  return implementation_of(q, sparse_attn_step(sizes_like(q), q, q, q, 1.0, true, false).plan.reason);
+}
+
+// Nothing where no kernel takes these inputs.
+std::optional<Tensor> run(const ops::SparseAttnArgs& args, const checks::AttentionSizes& sizes) {
+  const Tensor& q = args.q;
+  const DeviceGuard guard(q.get_device_index());
+  auto [plan, params] = sparse_attn_step(sizes, q, args.k, args.v, ops::scale_or_default(args.scale, sizes.head_dim),
+                                         args.causal, args.all_queries);
+  if (plan.kernel == plan::SparseAttnKernel::kAten) {
+    return std::nullopt;
+  }
+  params.index = matrix<std::int32_t>(args.index, params.index_stride);
+  params.count = args.count.const_data_ptr<std::int32_t>();
+  params.count_stride = args.count.stride(0);
+  std::optional<Tensor> k_packed, v_packed, seen;
+  if (plan.kernel == plan::SparseAttnKernel::kSm90) {
+    k_packed = empty({sizes.batch, sizes.kv_heads, plan.capacity, sizes.head_dim}, q.scalar_type(), q);
+    v_packed = empty({sizes.batch, sizes.kv_heads, plan.capacity, sizes.head_dim}, q.scalar_type(), q);
+    params.k_packed = k_packed->mutable_data_ptr();
+    params.v_packed = v_packed->mutable_data_ptr();
+    params.capacity = plan.capacity;
+  }
+  if (plan.seen_tokens) {
+    seen = empty({sizes.batch, sizes.tokens}, ScalarType::Int, q);
+  }
+  const Tensor out = empty_attention_output(q);
+  params.out = out.mutable_data_ptr();
+  launch_sparse_attn(kOp, params, plan, seen ? seen->mutable_data_ptr<std::int32_t>() : nullptr, q.get_device_index(),
+                     stream_of(q));
+  return out;
+}
+
+}  // namespace
+}  // namespace cuda
+#endif
+
+namespace ops {
+
+Tensor sparse_attn(const SparseAttnArgs& args) {
+  const auto sizes = check(args);
+  if (sizes.batch == 0 || sizes.tokens == 0) {
+    const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
+    return aten::transpose(aten::empty(shape, args.q.scalar_type(), args.q.device()), 1, 2);
+  }
+#ifdef ZIPVL_CUDA_OPS
+  if (auto result = cuda::run(args, sizes)) {
+    return *result;
+  }
+#endif
+  return cpu::sparse_attn(args);
+}
+
+}  // namespace ops
+}  // namespace zipvl
+
+ZIPVL_OP(sparse_attn,
+         "(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, *, float? scale=None, bool causal=True, "
+         "bool all_queries=False) -> Tensor",
+         &zipvl::cuda::explain)

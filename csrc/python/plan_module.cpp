@@ -8,8 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/probe_scores_plan.h"
-#include "cpu/sparse_attn_plan.h"
+#include "cpu/plan.h"
 #include "cuda/decode_attn/plan.h"
 #include "cuda/layer/plan.h"
 #include "cuda/probe_scores/plan.h"
@@ -176,35 +175,35 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("scale") = 1.0,
       py::arg("causal") = true, py::arg("all_queries") = false, py::arg("hopper") = true);
 
-  py::class_<ZipvlAttnPlan>(m, "ZipvlAttnPlan")
-      .def_readonly("native", &ZipvlAttnPlan::native)
-      .def_readonly("draws_ahead", &ZipvlAttnPlan::draws_ahead)
-      .def_readonly("selects_sums", &ZipvlAttnPlan::selects_sums)
-      .def_readonly("selection_bytes", &ZipvlAttnPlan::selection_bytes)
-      .def_readonly("attention_bytes", &ZipvlAttnPlan::attention_bytes)
-      .def_property_readonly("workspace_bytes", [](const ZipvlAttnPlan& plan) { return plan.workspace.bytes; })
+  py::class_<LayerPlan>(m, "LayerPlan")
+      .def_readonly("native", &LayerPlan::native)
+      .def_readonly("draws_ahead", &LayerPlan::draws_ahead)
+      .def_readonly("selects_sums", &LayerPlan::selects_sums)
+      .def_readonly("selection_bytes", &LayerPlan::selection_bytes)
+      .def_readonly("attention_bytes", &LayerPlan::attention_bytes)
+      .def_property_readonly("workspace_bytes", [](const LayerPlan& plan) { return plan.workspace.bytes; })
       .def_property_readonly(
           "offsets",
-          [](const ZipvlAttnPlan& plan) {
-            const ZipvlAttnWorkspace& at = plan.workspace;
+          [](const LayerPlan& plan) {
+            const LayerWorkspace& at = plan.workspace;
             return std::map<std::string, std::int64_t>{
                 {"probe_index", at.probe_index}, {"keep_from", at.keep_from},       {"accumulated", at.accumulated},
                 {"normalized", at.normalized},   {"probe_scores", at.probe_scores}, {"select_tokens", at.select_tokens},
                 {"k_packed", at.k_packed},       {"v_packed", at.v_packed},         {"seen", at.seen}};
           })
-      .def("__str__", &ZipvlAttnPlan::describe);
+      .def("__str__", &LayerPlan::describe);
   m.def(
-      "plan_zipvl_attn",
+      "plan_layer",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
          std::int64_t head_dim, std::int64_t probes, bool masked, bool half_precision, bool all_queries, bool hopper,
-         std::int64_t num_sms, std::int64_t shared_bytes, bool returns_packed) {
+         std::int64_t num_sms, std::int64_t shared_bytes, bool returns_packed, bool projects, bool scored) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
         if (tokens < 1 || probes < 1 || num_sms < 1) {
           throw std::invalid_argument("tokens, probes and num_sms must be at least 1, got " + std::to_string(tokens) +
                                       ", " + std::to_string(probes) + " and " + std::to_string(num_sms));
         }
-        return plan_zipvl_attn(
-            {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed},
+        return plan_layer(
+            {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed, projects, scored},
             plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper}),
             plan_select_tokens({batch, tokens, num_sms, shared_bytes, hopper}),
             plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,
@@ -213,7 +212,8 @@ PYBIND11_MODULE(_plan, m) {
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
       py::arg("head_dim"), py::arg("probes") = 128, py::arg("masked") = false, py::arg("half_precision") = true,
       py::arg("all_queries") = false, py::arg("hopper") = true, py::arg("num_sms") = 132,
-      py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false);
+      py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false, py::arg("projects") = false,
+      py::arg("scored") = false);
 
   py::class_<LayerCost>(m, "LayerCost")
       .def_readonly("dense_us", &LayerCost::dense_us)

@@ -15,14 +15,14 @@ constexpr std::int64_t kMaxSumsBytes = std::int64_t{160} << 10;
 
 }  // namespace
 
-ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScoresCudaPlan& scores,
+LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& scores,
                               const SelectTokensPlan& select, const SparseAttnCudaPlan& attention) {
-  ZipvlAttnPlan plan{};
+  LayerPlan plan{};
   plan.native = select.team != SelectTeam::kNone && attention.kernel != SparseAttnKernel::kAten;
   if (!plan.native) {
     return plan;
   }
-  plan.draws_ahead = problem.masked || scores.cluster_blocks == 0;
+  plan.draws_ahead = problem.masked || (!problem.scored && (problem.projects || scores.cluster_blocks == 0));
   plan.selects_sums = scores.cluster_blocks > 0 && select.team == SelectTeam::kBlock &&
                       select.tokens_per_block == kSelectTokensPerCopy &&
                       problem.kv_heads * scores.row_splits * problem.tokens * kWordBytes <= kMaxSumsBytes;
@@ -32,12 +32,12 @@ ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScores
     end += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     return begin;
   };
-  ZipvlAttnWorkspace& space = plan.workspace;
+  LayerWorkspace& space = plan.workspace;
   const std::int64_t row_bytes = problem.batch * problem.tokens * kWordBytes;
   space.probe_index = take(plan.draws_ahead ? problem.batch * problem.probes * kWordBytes : 0);
   space.keep_from = take(problem.masked ? problem.batch * kWordBytes : 0);
-  space.accumulated = take(plan.selects_sums ? 0 : row_bytes);
-  space.normalized = take(plan.selects_sums ? 0 : row_bytes);
+  space.accumulated = take(plan.selects_sums || problem.scored ? 0 : row_bytes);
+  space.normalized = take(plan.selects_sums || problem.scored ? 0 : row_bytes);
   space.probe_scores = take(scores.workspace.bytes);
   space.select_tokens = take(select.workspace_bytes);
   plan.selection_bytes = end;
@@ -54,11 +54,11 @@ ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScores
   return plan;
 }
 
-std::string ZipvlAttnPlan::describe() const {
+std::string LayerPlan::describe() const {
   if (!native) {
-    return "zipvl_attn on CUDA: step by step, because a step has no kernel for these inputs";
+    return "zipvl_layer on CUDA: step by step, because a step has no kernel for these inputs";
   }
-  return join("zipvl_attn on CUDA: ", draws_ahead ? "" : "no kernel for the draw; ",
+  return join("zipvl_layer on CUDA: ", draws_ahead ? "" : "no kernel for the draw; ",
               selects_sums ? "selection from the probes' sums; " : "", workspace.bytes, " bytes of workspace, ",
               selection_bytes, " for the selection and then ", attention_bytes, " for the attention");
 }

@@ -10,19 +10,21 @@
 
 namespace zipvl::plan {
 
-struct ZipvlAttnProblem {
+struct LayerProblem {
   std::int64_t batch, kv_heads, tokens, head_dim, probes;
   bool masked;          // some tokens may not be real
   bool returns_packed;  // the packed keys and values are results, and no workspace
+  bool projects;        // the probes' queries are projected before their scores
+  bool scored;          // scores are given
 };
 
 // Byte offsets, each a multiple of 256. What the selection needs and what the attention needs begin at the same byte:
 // the kernels run one after the other, and select_tokens is the last to read the former.
-struct ZipvlAttnWorkspace {
+struct LayerWorkspace {
   // Until index and count are written:
   std::int64_t probe_index;              // [B, P] int32; unused where nobody draws ahead
   std::int64_t keep_from;                // [B] int32; unused where every token is real
-  std::int64_t accumulated, normalized;  // [B, N] float32; unused where the selection reads sums
+  std::int64_t accumulated, normalized;  // [B, N] float32; unused where the selection reads sums or given scores
   std::int64_t probe_scores;             // ProbeScoresWorkspace
   std::int64_t select_tokens;            // SelectTokensPlan's
   // From then on:
@@ -31,17 +33,17 @@ struct ZipvlAttnWorkspace {
   std::int64_t bytes;
 };
 
-struct ZipvlAttnPlan {
+struct LayerPlan {
   bool native;        // every step has a kernel
   bool draws_ahead;   // a kernel draws the probes; else those that need them do
   bool selects_sums;  // the selection makes the scores of the sums that probe_scores' one kernel leaves
-  ZipvlAttnWorkspace workspace;
+  LayerWorkspace workspace;
   std::int64_t selection_bytes, attention_bytes;  // of the two phases that share the workspace
 
   std::string describe() const;
 };
 
-ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScoresCudaPlan& scores,
+LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& scores,
                               const SelectTokensPlan& select, const SparseAttnCudaPlan& attention);
 
 }  // namespace zipvl::plan

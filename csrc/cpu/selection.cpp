@@ -1,11 +1,31 @@
-// How many tokens (layer-wise adaptive ratio) and which (token identification): ZipVL Sec. 3.
+// Which tokens: the probes (ZipVL Sec. A), how many tokens matter and which (Sec. 3), and their keys and values moved
+// to the front, which is what `drop` keeps as the cache (Algorithm 1).
+#include <algorithm>
 #include <limits>
+#include <vector>
 
-#include "cpu/kernels.h"
+#include "common/probe_draw.h"
+#include "cpu/cpu.h"
+#include "cpu/tokens.h"
 #include "ops/aten.h"
 
-namespace zipvl::aten {
+namespace zipvl::cpu {
+
+using namespace aten;
+
 namespace {
+
+// Positions of row b's real tokens, ascending.
+std::vector<std::int32_t> real_positions(const Tensor& token_mask, std::int64_t b, std::int64_t tokens) {
+  const bool* row = token_mask.const_data_ptr<bool>() + b * token_mask.stride(0);
+  std::vector<std::int32_t> positions;
+  for (std::int64_t n = 0; n < tokens; ++n) {
+    if (row[n * token_mask.stride(1)]) {
+      positions.push_back(static_cast<std::int32_t>(n));
+    }
+  }
+  return positions;
+}
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -48,12 +68,38 @@ Tensor indices(const Tensor& selected) {
   return to(std::get<0>(sort(places, 1, /*descending=*/false)), ScalarType::Int);
 }
 
+// x [H, N, D], position [n] -> rows 0..n of target [H, N, D]
+void pack_rows(const Tensor& x, const Tensor& position, const Tensor& target) {
+  copy_into(slice(target, 1, 0, position.size(0)), take_rows(x, position));
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tensor& rank_score, double tau,
-                                         std::optional<double> ratio, std::int64_t min_tokens,
-                                         const std::optional<Tensor>& keep_mask,
-                                         const std::optional<Tensor>& token_mask) {
+Tensor probe_index(const ops::ProbeIndexArgs& args) {
+  const auto& [q, num_recent, num_random, seed, token_mask] = args;
+  const std::int64_t batch = q.size(0), tokens = q.size(2);
+  const std::int64_t probes = num_recent + num_random;
+  const Tensor out = empty({batch, probes}, ScalarType::Int, q.device());
+  std::int32_t* row = out.mutable_data_ptr<std::int32_t>();
+  for (std::int64_t b = 0; b < batch; ++b, row += probes) {
+    std::vector<std::int32_t> positions;
+    if (token_mask) {
+      positions = real_positions(*token_mask, b, tokens);
+    }
+    const std::int64_t real = token_mask ? static_cast<std::int64_t>(positions.size()) : tokens;
+    const ProbeSplit split = split_probes(real, num_recent, num_random);
+    const std::int64_t count = split.random + split.recent;
+    for (std::int64_t slot = 0; slot < count; ++slot) {
+      const std::int64_t rank = probe_rank(split, static_cast<std::uint64_t>(seed), num_random, slot);
+      row[slot] = token_mask ? positions[static_cast<std::size_t>(rank)] : static_cast<std::int32_t>(rank);
+    }
+    std::fill(row + count, row + probes, -1);
+  }
+  return out;
+}
+
+TensorPair select_tokens(const ops::SelectTokensArgs& args) {
+  const auto& [budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask] = args;
   const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
   const auto device = budget_score.device();
   const Tensor real = real_tokens(token_mask, batch, tokens, device);
@@ -79,12 +125,22 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& budget_score, const Tenso
   return {indices(selected), sum(selected, 1, false, ScalarType::Int)};
 }
 
-std::tuple<Tensor, Tensor> widen_selection(const Tensor& index, const Tensor& count, double dense_above,
-                                           const std::optional<Tensor>& token_mask) {
-  const Tensor real = real_tokens(token_mask, index.size(0), index.size(1), index.device());
-  const Tensor limit = multiply(sum(real, 1, false, kCount), scalar(dense_above, kCount));
-  const Tensor wide = less(limit, to(count, kCount));
-  return {where(unsqueeze(wide, 1), indices(real), index), where(wide, sum(real, 1, false, ScalarType::Int), count)};
+TensorPair pack_kv(const ops::PackKvArgs& args) {
+  const auto& [k, v, index, count] = args;
+  const std::int64_t batch = k.size(0), tokens = k.size(2);
+  const Sizes sizes{batch, k.size(1), tokens, k.size(3)};
+  const Tensor k_packed = empty(sizes, k.scalar_type(), k.device());
+  const Tensor v_packed = empty(sizes, v.scalar_type(), v.device());
+  const Tensor first = scalar(0, ScalarType::Long);
+  const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
+  const Tensor inside = minimum(maximum(to(index, ScalarType::Long), first), last);
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const std::int64_t places = host_may_read(k) ? host_count(count, b, tokens) : tokens;
+    const Tensor position = slice(select(inside, 0, b), 0, 0, places);
+    pack_rows(select(k, 0, b), position, select(k_packed, 0, b));
+    pack_rows(select(v, 0, b), position, select(v_packed, 0, b));
+  }
+  return {k_packed, v_packed};
 }
 
-}  // namespace zipvl::aten
+}  // namespace zipvl::cpu

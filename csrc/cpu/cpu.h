@@ -1,4 +1,6 @@
-// Quantising keys and values into the blocks of common/quantized_block.h and back, by loops over memory.
+// What each op computes where no kernel does: over ATen for tensors of any device, or by loops over a CPU's memory.
+// Arguments are checked, and B, N > 0. On the CPU counts are read, so that work is proportional to what was selected;
+// on any other device nothing is copied to the host: every place is computed and masked.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,17 +9,36 @@
 #include <optional>
 #include <tuple>
 
+#include "ops/args.h"
+
 namespace zipvl::cpu {
 
+using ops::OptionalTensor;
+using ops::TensorPair;
 using torch::stable::Tensor;
 
+// CPU tensors alone.
+Tensor probe_index(const ops::ProbeIndexArgs& args);
+
+TensorPair probe_scores(const ops::ProbeScoresArgs& args);
+TensorPair select_tokens(const ops::SelectTokensArgs& args);
+TensorPair pack_kv(const ops::PackKvArgs& args);
+Tensor sparse_attn(const ops::SparseAttnArgs& args);
+Tensor project_queries(const ops::ProjectQueriesArgs& args);
+Tensor project_outputs(const ops::ProjectOutputsArgs& args);
+
+// q [B, Hq, 1, D], caches [B, Hkv, S, D], lengths [B] int32 -> out [B, Hq, 1, D], lse [B, Hq, 1] float32
+TensorPair decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
+                       double scale);
+
+// ---- quantised caches, CPU tensors alone
 // k, v [B, Hkv, N, D], index [B, N], count [B] int32, v_factor [B, Hkv, D] float32 or absent, token_mask [B, N] bool or
 // absent -> high [B, Hkv, ceil(N / 64) + 1, bytes], blocks [B] int32, low, blocks, v_factor. Bytes of unused blocks are
 // 0.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const Tensor& index,
                                                                const Tensor& count, int high_bits, int low_bits,
-                                                               const std::optional<Tensor>& v_factor,
-                                                               const std::optional<Tensor>& token_mask);
+                                                               const OptionalTensor& v_factor,
+                                                               const OptionalTensor& token_mask);
 
 // One segment of a quantised cache: packed [B, Hkv, M, bytes] uint8 and the blocks [B] int32 of each row in use.
 struct Segment {

@@ -61,7 +61,7 @@ def sizes(tokens: int, **changes: Any) -> dict[str, int]:
 )
 @pytest.mark.parametrize("tokens", [1, 127, 128, 1000, 4097, 131072, 2**20])
 def test_parts_do_not_overlap_within_a_phase(tokens: int, changes: dict[str, Any]) -> None:
-    plan = _plan.plan_zipvl_attn(**LONGVA | changes, tokens=tokens)
+    plan = _plan.plan_layer(**LONGVA | changes, tokens=tokens)
     need = sizes(tokens, **changes)
     assert plan.native
     assert plan.selects_sums == (need["accumulated"] == 0)
@@ -75,9 +75,9 @@ def test_parts_do_not_overlap_within_a_phase(tokens: int, changes: dict[str, Any
 
 
 def test_the_phases_share_their_bytes() -> None:
-    plan = _plan.plan_zipvl_attn(**LONGVA, tokens=131072)
+    plan = _plan.plan_layer(**LONGVA, tokens=131072)
     assert plan.workspace_bytes == plan.attention_bytes == 2 * 4 * 131072 * 128 * 2
-    returned = _plan.plan_zipvl_attn(**LONGVA, tokens=131072, returns_packed=True)
+    returned = _plan.plan_layer(**LONGVA, tokens=131072, returns_packed=True)
     assert returned.attention_bytes == 0 and returned.workspace_bytes == plan.selection_bytes
 
 
@@ -97,24 +97,24 @@ def test_the_phases_share_their_bytes() -> None:
     ids=str,
 )
 def test_when_the_selection_reads_the_probes_sums(changes: dict[str, int], selects_sums: bool) -> None:
-    plan = _plan.plan_zipvl_attn(**LONGVA | changes)
+    plan = _plan.plan_layer(**LONGVA | changes)
     assert plan.selects_sums == selects_sums
     assert ("selection from the probes' sums" in str(plan)) == selects_sums
 
 
 def test_steps_without_a_kernel() -> None:
     for changes in ({"half_precision": False}, {"head_dim": 80}, {"hopper": False, "shared_bytes": 1024}):
-        plan = _plan.plan_zipvl_attn(**LONGVA | changes, tokens=100000)
+        plan = _plan.plan_layer(**LONGVA | changes, tokens=100000)
         assert not plan.native and "step by step" in str(plan)
 
 
 def test_printed() -> None:
-    assert str(_plan.plan_zipvl_attn(**LONGVA, tokens=2048)).startswith(
-        "zipvl_attn on CUDA: no kernel for the draw; selection from the probes' sums; 4194304 bytes of workspace"
+    assert str(_plan.plan_layer(**LONGVA, tokens=2048)).startswith(
+        "zipvl_layer on CUDA: no kernel for the draw; selection from the probes' sums; 4194304 bytes of workspace"
     )
 
 
 @pytest.mark.parametrize("bad", [{"tokens": 0}, {"probes": 0}, {"kv_heads": 3}], ids=str)
 def test_bad_sizes_are_errors(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must"):
-        _plan.plan_zipvl_attn(**LONGVA | {"tokens": 64} | bad)
+        _plan.plan_layer(**LONGVA | {"tokens": 64} | bad)
