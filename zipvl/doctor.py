@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "devices": [{"device": name, "name": _device_name(name)} for name in devices],
         "op_library": op_library,
         "cuda_library": _cuda_library(),
-        "build": _build_info(),
+        "build": _library.build_info(),
         "ops": ops,
     }
 
@@ -137,7 +137,3 @@ def _op_library() -> dict[str, Any]:
 def _cuda_library() -> dict[str, Any]:
     path, error = _library.cuda_library_path(), _library.cuda_library_error()
     return {"path": path and str(path), "found": path is not None, "loaded": error is None, "error": error}
-
-
-def _build_info() -> dict[str, Any]:
-    return dict(import_module("zipvl._plan").build_info())
