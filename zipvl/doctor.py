@@ -91,7 +91,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "pack_kv": ((k, v, index, count), {}),
         "sparse_attn": ((q, k, v, index, count // 2), {}),
         "zipvl_attn": ((q, k, v), {"tau": 0.8, **few}),
-        "zipvl_prefill": ((q, k, v), {"dense_above": 1e-3, **few}),  # every packed row is defined
+        "zipvl_prefill": ((q, k, v), {"tau": 1.0, **few}),  # every packed row is defined
         "decode_attn": ((q[:, :, :1], k, v, count // 2), {}),
         "quantize_kv": (to_quantize, {}),
         "decode_attn_quantized": ((normal(1, 4, 1, 64).half() / 8, *quantized), {}),

@@ -54,10 +54,10 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -
         masked: whether tokens may be padding, so that there may be such rows.
 
     Returns:
-        Tokens, or None: as many as there are, because ``tau`` decides on the device, or ``dense_above`` may, or because
-        the prompt is exported, where a storage of so many would not be one for every length.
+        Tokens, or None: as many as there are, because ``tau`` decides on the device, or because the prompt is exported,
+        where a storage of so many would not be one for every length.
     """
-    if config.ratio is None or config.dense_above < 1.0 or _is_exported():
+    if config.ratio is None or _is_exported():
         return None
     share = (tokens * math.ceil(config.ratio * _PARTS) + _PARTS - 1) // _PARTS
     return min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)

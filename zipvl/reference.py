@@ -385,15 +385,10 @@ def zipvl_prefill(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
-    dense_above: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`zipvl_attn`, and the keys and values of ``T``, which are the ``drop`` cache.
 
-    Args:
-        dense_above: in ``(0, 1]``. A row whose ``T`` is more than this share of its real tokens keeps every real token:
-            where little would be saved, nothing is lost either. 1 never widens ``T``.
-
-    The other arguments are :func:`zipvl_attn`'s.
+    The arguments are :func:`zipvl_attn`'s.
 
     Returns:
         ``out``, ``index``, ``count`` as :func:`zipvl_attn`; ``k_packed``, ``v_packed`` as :func:`pack_kv`.
@@ -414,11 +409,6 @@ def zipvl_prefill(
         keep_mask=keep,
         token_mask=token_mask,
     )
-    for b in range(B):
-        real = _real_tokens(token_mask, b, N, q.device)
-        if int(count[b]) > dense_above * len(real):
-            index[b, : len(real)] = real.to(torch.int32)
-            count[b] = len(real)
     out = sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
     if token_mask is not None:
         out.masked_fill_(~token_mask[:, None, :, None], 0.0)
