@@ -73,7 +73,7 @@ CASES: dict[Part, list[Case]] = {
     Part.distributions: [
         Case(N, attention=attention) for attention in (Attention.concentrated, Attention.uniform) for N in LENGTHS
     ],
-    # What csrc/plan/layer_cost.cpp is fitted to (benchmarks/layer_cost.py).
+    # What the constants of zipvl/policy.py are fitted to (benchmarks/layer_cost.py).
     Part.model: [Case(N, ratio=ratio) for N in MODEL_LENGTHS for ratio in (0.25, 0.5, 1.0)]
     + [Case(N, attention=Attention.uniform) for N in MODEL_LENGTHS],
 }

@@ -1,4 +1,4 @@
-"""The constants of csrc/plan/layer_cost.cpp, fitted to the newest ``model`` part of benchmarks/results/layer.jsonl.
+"""The constants of zipvl/policy.py, fitted to the newest ``model`` part of benchmarks/results/layer.jsonl.
 
 ``python -m benchmarks.layer --part model`` measures, ``python -m benchmarks.layer_cost`` prints the constants and how
 far the fit is off. Times are ``constant + per token + per pair``, the sum of squared relative errors is least, and no
@@ -41,9 +41,6 @@ def zipvl_work(shape: dict[str, Any], row: Row) -> list[float]:
     return [call, numbers, pairs * share**2, float(row["case"]["ratio"] is None)]
 
 
-TERMS = {"Dense": ("", "PerToken", "PerPair"), "Zipvl": ("", "PerToken", "PerPair", "ByTau")}
-
-
 def fit(terms: list[list[float]], times: list[float]) -> list[float]:
     """Least squares of relative errors, each constant at least 0."""
     matrix = np.array(terms) / np.array(times)[:, None]
@@ -58,23 +55,22 @@ def fit(terms: list[list[float]], times: list[float]) -> list[float]:
 
 
 def constants() -> dict[str, tuple[list[float], float]]:
-    """For ``Dense`` and ``Zipvl``: the constants and the largest relative error."""
+    """For ``DENSE_US`` and ``ZIPVL_US`` of zipvl/policy.py: the constants and the largest relative error."""
     shape, rows = measured()
     result = {}
-    for kind, work in (("Dense", dense_work), ("Zipvl", zipvl_work)):
+    for name, kind, work in (("DENSE_US", "dense", dense_work), ("ZIPVL_US", "zipvl", zipvl_work)):
         terms = [work(shape, row) for row in rows]
-        times = [row["graph"][kind.lower()]["us"] for row in rows]
+        times = [row["graph"][kind]["us"] for row in rows]
         fitted = fit(terms, times)
         error = max(abs(float(np.dot(t, fitted)) / us - 1) for t, us in zip(terms, times, strict=True))
-        result[kind] = (fitted, error)
+        result[name] = (fitted, error)
     return result
 
 
 def main() -> None:
-    """Prints the constants as layer_cost.cpp has them."""
-    for kind, (values, error) in constants().items():
-        names = ", ".join(f"k{kind}{term} = {value:.4g}" for term, value in zip(TERMS[kind], values, strict=True))
-        print(f"constexpr double {names};  // largest error {100 * error:.0f}%")
+    """Prints the constants as zipvl/policy.py has them."""
+    for name, (values, error) in constants().items():
+        print(f"{name} = ({', '.join(f'{value:.4g}' for value in values)})  # largest error {100 * error:.0f}%")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 _LIBRARIES = Path(__file__).resolve().parent / "lib"
 _OPS = _LIBRARIES / "libzipvl_ops.so"
 _CUDA = _LIBRARIES / "libzipvl_cuda.so"
+_BUILD_INFO = _LIBRARIES / "build_info.json"
 _cuda_error: str | None = "not loaded yet"
 
 
@@ -25,6 +27,17 @@ def cuda_library_path() -> Path | None:
 def cuda_library_error() -> str | None:
     """Why the CUDA ops are not loaded; None when they are."""
     return _cuda_error
+
+
+def build_info() -> dict[str, str]:
+    """What CMake recorded of this build: versions, compilers, ``cuda_archs``.
+
+    Where no record lies beside the libraries there is one entry, ``missing``, which says so.
+    """
+    if not _BUILD_INFO.exists():
+        return {"missing": f"{_BUILD_INFO} does not exist: the libraries came here without their record"}
+    info: dict[str, str] = json.loads(_BUILD_INFO.read_text())
+    return info
 
 
 def load() -> None:

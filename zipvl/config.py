@@ -30,8 +30,6 @@ class ZipVLConfig:
         dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
             than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
             (``zipvl.policy``); 256 elsewhere.
-        dense_above: with the ``drop`` cache, a row that would keep more than this share of its tokens keeps all of
-            them, in ``(0, 1]``: where little is saved, nothing is lost. 1 never does.
         layers: indices of the layers that must be sparse. ``None``: every layer that can be. A layer named
             here that cannot be sparse is an error.
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
@@ -53,7 +51,6 @@ class ZipVLConfig:
     high_bits: int = 4
     low_bits: int = 2
     dense_below: int | Literal["auto"] = "auto"
-    dense_above: float = 1.0
     layers: tuple[int, ...] | None = None
     skip_projections: bool | None = None
 
@@ -64,8 +61,6 @@ class ZipVLConfig:
                 raise ValueError(f"ZipVLConfig: {name} must be in (0, 1], got {value}")
         if self.tau is None:
             raise ValueError("ZipVLConfig: tau must be in (0, 1], got None")
-        if not 0.0 < self.dense_above <= 1.0:
-            raise ValueError(f"ZipVLConfig: dense_above must be in (0, 1], got {self.dense_above}")
         for name in ("num_recent", "num_random", "seed", "keep_recent", "min_tokens", "dense_below"):
             value = getattr(self, name)
             if name == "dense_below" and isinstance(value, str):

@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "devices": [{"device": name, "name": _device_name(name)} for name in devices],
         "op_library": op_library,
         "cuda_library": _cuda_library(),
-        "build": _build_info(),
+        "build": _library.build_info(),
         "ops": ops,
     }
 
@@ -91,7 +91,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "pack_kv": ((k, v, index, count), {}),
         "sparse_attn": ((q, k, v, index, count // 2), {}),
         "zipvl_attn": ((q, k, v), {"tau": 0.8, **few}),
-        "zipvl_prefill": ((q, k, v), {"dense_above": 1e-3, **few}),  # every packed row is defined
+        "zipvl_prefill": ((q, k, v), {"tau": 1.0, **few}),  # every packed row is defined
         "decode_attn": ((q[:, :, :1], k, v, count // 2), {}),
         "quantize_kv": (to_quantize, {}),
         "decode_attn_quantized": ((normal(1, 4, 1, 64).half() / 8, *quantized), {}),
@@ -137,7 +137,3 @@ def _op_library() -> dict[str, Any]:
 def _cuda_library() -> dict[str, Any]:
     path, error = _library.cuda_library_path(), _library.cuda_library_error()
     return {"path": path and str(path), "found": path is not None, "loaded": error is None, "error": error}
-
-
-def _build_info() -> dict[str, Any]:
-    return dict(import_module("zipvl._plan").build_info())

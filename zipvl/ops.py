@@ -195,15 +195,10 @@ def zipvl_prefill(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
-    dense_above: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`zipvl_attn`, and the packed keys and values it attended to: under the ``drop`` cache, the cache.
 
-    Args:
-        dense_above: in ``(0, 1]``; a row that selects more than this share of its real tokens selects all of them.
-            Where little would be saved nothing is lost either; 1 never widens. Decided on the device.
-
-    The other arguments are :func:`zipvl_attn`'s. Returns its ``out``, ``index`` and ``count``, and :func:`pack_kv`'s
+    The arguments are :func:`zipvl_attn`'s. Returns its ``out``, ``index`` and ``count``, and :func:`pack_kv`'s
     ``k_packed`` and ``v_packed``.
     """
     return torch.ops.zipvl.zipvl_prefill(
@@ -222,7 +217,6 @@ def zipvl_prefill(
         causal=causal,
         keep_mask=keep_mask,
         token_mask=token_mask,
-        dense_above=dense_above,
     )
 
 

@@ -1,19 +1,29 @@
-"""What the host knows before the device has begun: where ZipVL pays, by the cost model of ``csrc/plan/layer_cost.cpp``,
-and how much a selection keeps at most."""
+"""What the host knows before the device has begun: where ZipVL pays, by a cost model fitted to measurements, and how
+much a selection keeps at most."""
 
 from __future__ import annotations
 
 import json
 import math
 from functools import lru_cache
-from importlib import import_module
+from typing import NamedTuple
 
 import torch
 
 from zipvl.config import ZipVLConfig
 
-__all__ = ["SHORTEST", "dense_below", "max_kept"]
+__all__ = ["SHORTEST", "LayerCost", "dense_below", "layer_cost", "max_kept", "pays_from"]
 
+# us on an NVIDIA H200, bfloat16: of a call, of each 1e9 numbers of q, and of each 1e9 of those times the tokens. ZipVL
+# multiplies with the selected tokens alone; its last constant is the time of finding their number by tau. ``python -m
+# benchmarks.layer_cost`` fits them to benchmarks/results/layer.jsonl. A decision needs their ratio, which other GPUs
+# change less than the times.
+DENSE_US = (5.47, 2536.0, 3.398)
+ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
+
+MAX_FACTOR, MAX_EXTRA_US = 1.03, 10.0  # what ZipVL may cost beyond dense attention where tau decides
+NEVER_PAYS = 2**21  # more tokens than the kernels take
+_GRANULE, _MAX_TOKENS = 64, 2**17  # lengths that are asked about
 _PARTS = 2**16  # a ratio is rounded up to as many parts, so that its share of a symbol is a product of integers
 SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the default configuration
 
@@ -44,10 +54,10 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -
         masked: whether tokens may be padding, so that there may be such rows.
 
     Returns:
-        Tokens, or None: as many as there are, because ``tau`` decides on the device, or ``dense_above`` may, or because
-        the prompt is exported, where a storage of so many would not be one for every length.
+        Tokens, or None: as many as there are, because ``tau`` decides on the device, or because the prompt is exported,
+        where a storage of so many would not be one for every length.
     """
-    if config.ratio is None or config.dense_above < 1.0 or _is_exported():
+    if config.ratio is None or _is_exported():
         return None
     share = (tokens * math.ceil(config.ratio * _PARTS) + _PARTS - 1) // _PARTS
     return min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)
@@ -67,11 +77,74 @@ def _by_cost(query_heads: int, head_dim: int, cost_key: str) -> int:
 
 @lru_cache(maxsize=256)
 def _remembered(query_heads: int, head_dim: int, cost_key: str) -> int:
-    try:
-        plan = import_module("zipvl._plan")
-    except ModuleNotFoundError:  # the op libraries beside a source tree, built for any Python: no plans for this one
-        return SHORTEST
     ratio, tau, all_queries = json.loads(cost_key)
-    shape = {"query_heads": query_heads, "head_dim": head_dim}
-    tokens = plan.dense_below(**shape, ratio=ratio, tau=tau, all_queries=all_queries)
-    return max(SHORTEST, int(tokens))
+    return max(SHORTEST, pays_from(query_heads, head_dim, ratio=ratio, tau=tau, all_queries=all_queries))
+
+
+class LayerCost(NamedTuple):
+    """What one layer's prefill takes, in microseconds."""
+
+    dense_us: float
+    """Causal dense attention."""
+    zipvl_us: float
+    """``zipvl_attn``."""
+
+
+def layer_cost(
+    query_heads: int,
+    head_dim: int,
+    tokens: int,
+    *,
+    batch: int = 1,
+    share: float = 1.0,
+    by_tau: bool = False,
+    all_queries: bool = False,
+) -> LayerCost:
+    """What a layer costs, dense and by ZipVL, from shapes alone.
+
+    Args:
+        share: of the tokens that are selected, in ``[0, 1]``; 1 is the worst case.
+        by_tau: ``tau`` finds how many are selected, which takes longer than a ratio.
+        all_queries: every query attends to the selected tokens, not the selected queries alone.
+    """
+    if min(batch, tokens) < 0 or min(query_heads, head_dim) < 1:
+        raise ValueError(
+            "layer_cost: sizes must satisfy batch, tokens >= 0 and query_heads, head_dim >= 1, got "
+            f"batch {batch}, tokens {tokens}, query_heads {query_heads}, head_dim {head_dim}"
+        )
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"layer_cost: share must be in [0, 1], got {share}")
+    numbers = 1e-9 * (batch * query_heads * head_dim) * tokens
+    pairs = numbers * tokens
+    attended = share * (1.0 if all_queries else share)
+    dense, dense_per_token, dense_per_pair = DENSE_US
+    zipvl, zipvl_per_token, zipvl_per_pair, zipvl_by_tau = ZIPVL_US
+    return LayerCost(
+        dense + dense_per_token * numbers + dense_per_pair * pairs,
+        (zipvl_by_tau if by_tau else 0.0) + zipvl + zipvl_per_token * numbers + zipvl_per_pair * pairs * attended,
+    )
+
+
+def pays_from(
+    query_heads: int, head_dim: int, *, ratio: float | None = None, tau: float = 0.975, all_queries: bool = False
+) -> int:
+    """The fewest tokens from which on ZipVL pays for one batch row, or ``NEVER_PAYS``.
+
+    With ``ratio`` that is where it is faster than dense attention. With ``tau`` it is where even the largest selection
+    costs at most ``MAX_FACTOR`` times dense attention and ``MAX_EXTRA_US``. That is the selection of equal scores, a
+    share ``tau`` of the tokens: of other scores the largest hold more.
+    """
+    by_tau, share = ratio is None, tau if ratio is None else ratio
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"pays_from: {'tau' if by_tau else 'ratio'} must be in (0, 1], got {share}")
+
+    def pays(tokens: int) -> bool:
+        cost = layer_cost(query_heads, head_dim, tokens, share=share, by_tau=by_tau, all_queries=all_queries)
+        return cost.zipvl_us <= (MAX_FACTOR * cost.dense_us + MAX_EXTRA_US if by_tau else cost.dense_us)
+
+    if not pays(_MAX_TOKENS):
+        return NEVER_PAYS
+    tokens = _MAX_TOKENS
+    while tokens > _GRANULE and pays(tokens - _GRANULE):
+        tokens -= _GRANULE
+    return tokens

@@ -1,4 +1,4 @@
-"""docs/spec.md in plain PyTorch: the readable truth that the C++ and CUDA ops are held to.
+"""docs/ops.md in plain PyTorch: the readable truth that the C++ and CUDA ops are held to.
 
 The functions carry the ops' names, argument names and defaults, and run on any device and in any floating dtype.
 float64 inputs are computed in float64 and give float64 scores, so that a float32 op can be compared with something
@@ -29,13 +29,15 @@ __all__ = [
     "select_tokens",
     "sparse_attn",
     "zipvl_attn",
+    "zipvl_layer",
+    "zipvl_prefill",
 ]
 
 _U32 = 0xFFFFFFFF
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Probe tokens (Sec. A)
+# Step 1: probe tokens (Sec. A)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -50,7 +52,8 @@ def _fmix32(x: int) -> int:
 
 
 def hash32(seed: int, i: int, R: int) -> int:
-    """The 32 random bits of stratum ``i`` among ``R`` earlier real tokens: a pure function of its three arguments.
+    """The 32 random bits of stratum ``i`` among ``R`` earlier real tokens: a pure function of its three arguments
+    (docs/ops.md, "probe_index").
 
     ``seed`` is taken as 64 bits (two's complement where negative); ``i`` and ``R`` are below ``2**32``.
     """
@@ -79,7 +82,7 @@ def probe_index(
     seed: int = 0,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Positions of the probe tokens (Sec. A): the most recent real tokens, and random earlier ones.
+    """Positions of the probe tokens: the most recent real tokens, and random earlier ones (docs/ops.md, step 1).
 
     Args:
         q: ``[B, Hq, N, D]``, any dtype; only its ``B``, ``N`` and device are used.
@@ -104,7 +107,7 @@ def probe_index(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Probe scores (Eq. A)
+# Step 2: probe scores (Eq. A)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +120,7 @@ def probe_scores(
     causal: bool = True,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that the probe tokens pay to every token, summed and normalised (Eq. A).
+    """Attention that the probe tokens pay to every token, summed and normalised (docs/ops.md, step 2).
 
     With ``A[h, i, :]`` the softmax of probe ``i`` and head ``h`` over the real tokens (under ``causal`` those at or
     before the probe): ``accumulated[j] = sum_hi A[h, i, j] / Hq``, and ``normalized[j]`` is that over the number of
@@ -159,7 +162,7 @@ def probe_scores(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3 and 4. How many tokens, and which (layer-wise adaptive ratio, token identification)
+# Steps 3 and 4: how many tokens, and which (layer-wise adaptive ratio, token identification)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +176,7 @@ def select_tokens(
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The important tokens ``T`` of every batch row (layer-wise adaptive ratio and token identification).
+    """The important tokens ``T`` of every batch row (docs/ops.md, steps 3 and 4).
 
     ``p`` is the smallest number of real tokens whose largest budget scores sum to at least ``tau`` times their total
     (every real token for ``tau = 1``), or ``ceil(ratio * real tokens)``. ``T`` is the real tokens of ``keep_mask``, and
@@ -232,12 +235,12 @@ def _num_important(budget: Tensor, tau: float, ratio: float | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Sparse attention (Sec. 3, Algorithm 1)
+# Step 5: sparse attention (Sec. 3, Algorithm 1)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the selected tokens, moved to the front.
+    """Keys and values of the selected tokens, moved to the front (docs/ops.md, "pack_kv").
 
     Args:
         k, v: ``[B, Hkv, N, D]``.
@@ -271,7 +274,7 @@ def sparse_attn(
     causal: bool = True,
     all_queries: bool = False,
 ) -> Tensor:
-    """Attention among the selected tokens ``T`` (Sec. 3, Algorithm 1); rows outside ``T`` are exactly 0.
+    """Attention among the selected tokens ``T``; rows outside ``T`` are exactly 0 (docs/ops.md, step 5).
 
     Row ``t`` is ``softmax(scale * q[t] . k[T'])`` applied to ``v[T']``, with ``T'`` the tokens of ``T`` at or before
     ``t`` (all of ``T`` if not causal), and 0 where ``T'`` is empty. Keys and values outside ``T`` are not read.
@@ -311,8 +314,104 @@ def sparse_attn(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1 to 5 together
+# Steps 1 to 5 together
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def zipvl_layer(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    hidden: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    q_norm_eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    o_weight: Tensor | None = None,
+    budget_score: Tensor | None = None,
+    rank_score: Tensor | None = None,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_recent: int = 1,
+    min_tokens: int = 1,
+    all_queries: bool = False,
+    scale: float | None = None,
+    causal: bool = True,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    pack: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ZipVL's prefill of one layer: probe, score, select, attend (docs/ops.md, steps 1 to 5 and "zipvl_layer").
+
+    Args:
+        q: ``[B, Hq, N, D]``; None where ``hidden`` is given.
+        k, v: ``[B, Hkv, N, D]``, of q's dtype.
+        hidden: ``[B, N, C]``, the attention layer's input. The queries that the layer reads are projected from it:
+            those of the probes and of ``T``, with ``all_queries`` those of every token.
+        q_weight, q_bias, cos, sin, q_norm_weight, q_norm_eps: as ``weight``, ``bias``, ``cos``, ``sin``,
+            ``norm_weight`` and ``norm_eps`` of :func:`project_queries`; with ``hidden`` alone.
+        o_weight: ``[O, Hq * D]``, of the output projection; None: none.
+        budget_score, rank_score: ``[B, N]`` as in :func:`select_tokens`, both or neither; None: ``accumulated`` and
+            ``normalized`` of :func:`probe_scores`. Given ones are used as they are, and no probes are drawn.
+        tau, ratio, min_tokens, keep_mask, token_mask: as in :func:`select_tokens`.
+        num_recent, num_random, seed: as in :func:`probe_index`.
+        keep_recent: so many last real tokens are selected whatever their scores.
+        scale, causal: of probe scores and attention alike.
+        all_queries: compute every real row (the others are 0), not only those of ``T``.
+        pack: return the keys and values of ``T`` too.
+
+    Returns:
+        ``out``: ``[B, Hq, N, D]`` as :func:`sparse_attn` returns it, or with ``o_weight`` ``[B, N, O]``, 0 for rows
+        that are not computed; ``index`` and ``count`` as :func:`select_tokens`; ``k_packed``, ``v_packed`` as
+        :func:`pack_kv`, or empty tensors of shape ``[0]`` without ``pack``.
+    """
+    B, _, N, _ = k.shape
+    assert (q is None) != (hidden is None) and (budget_score is None) == (rank_score is None)
+
+    def queries(index: Tensor, count: Tensor | None = None) -> Tensor:
+        """``[B, Hq, N, D]``, in which the rows of these tokens may be read."""
+        if q is not None:
+            return q
+        assert hidden is not None and q_weight is not None and cos is not None and sin is not None
+        return project_queries(
+            hidden, q_weight, q_bias, cos, sin, index, count, norm_weight=q_norm_weight, norm_eps=q_norm_eps
+        )
+
+    if budget_score is None or rank_score is None:
+        probes = probe_index(k, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask)
+        budget_score, rank_score = probe_scores(
+            queries(probes), k, probes, scale=scale, causal=causal, token_mask=token_mask
+        )
+    keep = torch.zeros(B, N, dtype=torch.bool, device=k.device) if keep_mask is None else keep_mask.clone()
+    for b in range(B):
+        real = _real_tokens(token_mask, b, N, k.device)
+        keep[b, real[max(len(real) - keep_recent, 0) :]] = True
+    index, count = select_tokens(
+        budget_score,
+        rank_score,
+        tau=tau,
+        ratio=ratio,
+        min_tokens=min_tokens,
+        keep_mask=keep,
+        token_mask=token_mask,
+    )
+    rows, num_rows = index, count
+    if all_queries:
+        rows = torch.arange(N, dtype=torch.int32, device=k.device).repeat(B, 1)
+        num_rows = torch.full_like(count, N)
+    out = sparse_attn(queries(rows, num_rows), k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
+    if token_mask is not None:
+        out.masked_fill_(~token_mask[:, None, :, None], 0.0)
+    if o_weight is not None:
+        out = project_outputs(out.transpose(1, 2).flatten(2), o_weight, rows, num_rows)
+    k_packed, v_packed = pack_kv(k, v, index, count) if pack else (k.new_empty(0), v.new_empty(0))
+    return out, index, count, k_packed, v_packed
 
 
 def zipvl_attn(
@@ -333,7 +432,7 @@ def zipvl_attn(
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ZipVL's prefill attention of one layer: probe, score, select, attend.
+    """:func:`zipvl_layer` of queries, without packing (docs/ops.md, "zipvl_attn").
 
     Args:
         q: ``[B, Hq, N, D]``.
@@ -348,7 +447,7 @@ def zipvl_attn(
     Returns:
         ``out``: ``[B, Hq, N, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`.
     """
-    out, index, count, _, _ = zipvl_prefill(
+    out, index, count, _, _ = zipvl_layer(
         q,
         k,
         v,
@@ -385,45 +484,32 @@ def zipvl_prefill(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
-    dense_above: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`zipvl_attn`, and the keys and values of ``T``, which are the ``drop`` cache.
+    """:func:`zipvl_attn`, and the keys and values of ``T``: the ``drop`` cache (docs/ops.md, "zipvl_prefill").
 
-    Args:
-        dense_above: in ``(0, 1]``. A row whose ``T`` is more than this share of its real tokens keeps every real token:
-            where little would be saved, nothing is lost either. 1 never widens ``T``.
-
-    The other arguments are :func:`zipvl_attn`'s.
+    The arguments are :func:`zipvl_attn`'s.
 
     Returns:
         ``out``, ``index``, ``count`` as :func:`zipvl_attn`; ``k_packed``, ``v_packed`` as :func:`pack_kv`.
     """
-    B, _, N, _ = q.shape
-    probes = probe_index(q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask)
-    accumulated, normalized = probe_scores(q, k, probes, scale=scale, causal=causal, token_mask=token_mask)
-    keep = torch.zeros(B, N, dtype=torch.bool, device=q.device) if keep_mask is None else keep_mask.clone()
-    for b in range(B):
-        real = _real_tokens(token_mask, b, N, q.device)
-        keep[b, real[max(len(real) - keep_recent, 0) :]] = True
-    index, count = select_tokens(
-        accumulated,
-        normalized,
+    return zipvl_layer(
+        q,
+        k,
+        v,
         tau=tau,
         ratio=ratio,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        keep_recent=keep_recent,
         min_tokens=min_tokens,
-        keep_mask=keep,
+        all_queries=all_queries,
+        scale=scale,
+        causal=causal,
+        keep_mask=keep_mask,
         token_mask=token_mask,
+        pack=True,
     )
-    for b in range(B):
-        real = _real_tokens(token_mask, b, N, q.device)
-        if int(count[b]) > dense_above * len(real):
-            index[b, : len(real)] = real.to(torch.int32)
-            count[b] = len(real)
-    out = sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
-    if token_mask is not None:
-        out.masked_fill_(~token_mask[:, None, :, None], 0.0)
-    k_packed, v_packed = pack_kv(k, v, index, count)
-    return out, index, count, k_packed, v_packed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,7 +525,7 @@ def decode_attn(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one new token to the first ``lengths[b]`` slots of each row's cache.
+    """Attention of one new token to the first ``lengths[b]`` slots of each row's cache (docs/ops.md, "decode_attn").
 
     Args:
         q: ``[B, Hq, 1, D]``.
@@ -491,6 +577,8 @@ def project_queries(
 ) -> Tensor:
     """Queries of chosen tokens: linear layer, RMS norm of each head (Qwen3), rotary embedding.
 
+    docs/ops.md, "project_queries".
+
     Args:
         x: ``[B, N, C]``.
         weight, bias: ``[Hq * D, C]``, ``[Hq * D]``.
@@ -521,7 +609,7 @@ def project_queries(
 
 
 def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """The output projection of chosen tokens.
+    """The output projection of chosen tokens (docs/ops.md, "project_outputs").
 
     Args:
         x: ``[B, N, C]``; rows that are not chosen are not looked at.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ _CUDA_KERNELS = (
     | {"decode_attn", "quantize_kv", "decode_attn_quantized"}
     | _PROJECTION_KERNELS
 )
-# Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/plan/*_cuda.cpp).
+# Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/cuda/*/plan.cpp).
 _TENSOR_CORE_KERNELS = frozenset(
     {"probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill", "decode_attn", "decode_attn_quantized"}
 )
@@ -138,9 +137,11 @@ def _not_registered(op: str, device: torch.device) -> str | None:
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Why this GPU cannot run the kernels that were built; ``None`` where it can."""
-    build = import_module("zipvl._plan").build_info()
-    archs = [int(arch.rstrip("af")) for arch in build["cuda_archs"].split(";") if arch]
+    """Why this GPU cannot run the kernels that were built; ``None`` where it can, or where the build left no record."""
+    from zipvl import _library
+
+    built_for = _library.build_info().get("cuda_archs", "")
+    archs = [int(arch.rstrip("af")) for arch in built_for.split(";") if arch]
     major, minor = torch.cuda.get_device_capability(device)
     if archs and 10 * major + minor < min(archs):
         oldest = f"{min(archs) // 10}.{min(archs) % 10}"

@@ -1,10 +1,8 @@
-// zipvl._plan: plans and build information, usable without a GPU and without Torch.
+// zipvl._plan: the plans of the kernels for the tests, without a GPU and without Torch. No wheel holds it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <map>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -14,8 +12,6 @@
 #include "cuda/probe_scores/plan.h"
 #include "cuda/select_tokens/plan.h"
 #include "cuda/sparse_attn/plan.h"
-#include "plan/layer_cost.h"
-#include "python/build_info.h"
 
 namespace py = pybind11;
 using namespace zipvl::plan;  // NOLINT: this file is nothing but its binding
@@ -35,24 +31,10 @@ void check_sizes(std::int64_t batch, std::int64_t query_heads, std::int64_t kv_h
   }
 }
 
-void check_share(double share, double least) {
-  if (!(share >= least && share <= 1.0)) {
-    throw std::invalid_argument("a share of the tokens must be in " + std::string(least > 0.0 ? "(" : "[") +
-                                "0, 1], got " + std::to_string(share));
-  }
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_plan, m) {
-  m.doc() = "Launch plans and build information of zipvl.";
-  m.def("build_info", [] {
-    py::dict info;
-    for (const auto& [name, value] : zipvl::build_info()) {
-      info[py::str(name)] = value;
-    }
-    return info;
-  });
+  m.doc() = "Launch plans of zipvl, for its tests.";
 
   py::class_<ProbeScoresPlan>(m, "ProbeScoresPlan")
       .def_readonly("heads_per_block", &ProbeScoresPlan::heads_per_block)
@@ -215,33 +197,6 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false, py::arg("projects") = false,
       py::arg("scored") = false);
 
-  py::class_<LayerCost>(m, "LayerCost")
-      .def_readonly("dense_us", &LayerCost::dense_us)
-      .def_readonly("zipvl_us", &LayerCost::zipvl_us)
-      .def("__str__", &LayerCost::describe);
-  m.def(
-      "layer_cost",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t tokens, std::int64_t head_dim, double share,
-         bool by_tau, bool all_queries) {
-        check_sizes(batch, query_heads, query_heads, tokens, head_dim, 1);
-        check_share(share, /*least=*/0.0);
-        return plan_layer_cost({batch, query_heads, tokens, head_dim, share, by_tau, all_queries});
-      },
-      py::kw_only(), py::arg("batch") = 1, py::arg("query_heads"), py::arg("tokens"), py::arg("head_dim"),
-      py::arg("share") = 1.0, py::arg("by_tau") = false, py::arg("all_queries") = false);
-  m.def(
-      "dense_below",
-      [](std::int64_t query_heads, std::int64_t head_dim, std::optional<double> ratio, double tau, bool all_queries) {
-        check_sizes(1, query_heads, query_heads, 1, head_dim, 1);
-        const double share = ratio.value_or(tau);
-        check_share(share, std::numeric_limits<double>::min());
-        return plan_dense_below({query_heads, head_dim, share, !ratio.has_value(), all_queries});
-      },
-      py::kw_only(), py::arg("query_heads"), py::arg("head_dim"), py::arg("ratio") = std::nullopt,
-      py::arg("tau") = 0.975, py::arg("all_queries") = false);
-  m.attr("NEVER_PAYS") = kNeverPays;
-  m.attr("MOST_FACTOR") = kMaxFactor;
-  m.attr("MOST_EXTRA_US") = kMaxExtraUs;
   py::class_<DecodeAttnCudaPlan>(m, "DecodeAttnCudaPlan")
       .def_readonly("reason", &DecodeAttnCudaPlan::reason)
       .def_readonly("warps", &DecodeAttnCudaPlan::warps)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import Result
 
-from zipvl import doctor, ops
+from zipvl import _library, doctor, ops
 from zipvl.support import OPS, can_run_native, support, why_not
 
 Zipvl = Callable[..., Result]
@@ -103,17 +104,43 @@ def test_cuda_runs_its_kernels_and_falls_back_elsewhere(monkeypatch: pytest.Monk
     assert can_run_native("pack_kv", "cuda", torch.float32, 80)
 
 
-def test_a_gpu_older_than_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Plan:
-        @staticmethod
-        def build_info() -> dict[str, str]:
-            return {"cuda_archs": "80;90a"}
+def recorded(path: Path, monkeypatch: pytest.MonkeyPatch, **info: str) -> None:
+    """A build that recorded ``info``."""
+    path.write_text(json.dumps(info))
+    monkeypatch.setattr(_library, "_BUILD_INFO", path)
 
+
+def test_a_gpu_older_than_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr("zipvl.support.import_module", lambda name: Plan)
+    recorded(tmp_path / "build_info.json", monkeypatch, cuda_archs="80;90a")
     assert support("probe_index", "cuda").state == "unavailable"
     assert why_not("probe_index", "cuda") == "built for compute capability 8.0 and newer, and this GPU has 7.5"
+
+
+def test_the_build_says_what_it_is() -> None:
+    info = _library.build_info()
+    assert set(info) == {
+        "version",
+        "compiler",
+        "build_type",
+        "built_against_torch",
+        "oldest_torch",
+        "cuda_archs",
+        "cuda_compiler",
+    }
+    assert info["build_type"] == "Release" and info["oldest_torch"] == "2.10" and info["compiler"].split()[1]
+
+
+def test_a_build_without_its_record(zipvl: Zipvl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor says so, and no GPU counts as too old for architectures that nobody knows."""
+    monkeypatch.setattr(_library, "_BUILD_INFO", tmp_path / "build_info.json")
+    facts = json.loads(zipvl("doctor", "--json").stdout)
+    assert facts["healthy"] is True and set(facts["build"]) == {"missing"}
+    assert facts["build"]["missing"].startswith(f"{tmp_path / 'build_info.json'} does not exist")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert support("probe_index", "cuda").state == "native"
 
 
 @pytest.mark.parametrize(

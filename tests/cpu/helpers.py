@@ -304,7 +304,7 @@ print(peak() - before)
 OPS = ops.NAMES
 REFERENCE = {op: getattr(reference, op, None) or getattr(reference_cache, op) for op in OPS}
 
-# Every keyword of every op with its default, as spec.md states them.
+# Every keyword of every op with its default, as docs/ops.md states them.
 _LAYER: dict[str, Any] = {
     "tau": 0.975,
     "ratio": None,
@@ -326,7 +326,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "pack_kv": {},
     "sparse_attn": {"scale": None, "causal": True, "all_queries": False},
     "zipvl_attn": _LAYER,
-    "zipvl_prefill": {**_LAYER, "dense_above": 1.0},
+    "zipvl_prefill": _LAYER,
     "decode_attn": {"scale": None},
     "project_queries": {"norm_weight": None, "norm_eps": 1e-6},
     "project_outputs": {},

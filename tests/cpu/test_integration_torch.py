@@ -47,7 +47,7 @@ def masks_of(op: str) -> list[dict[str, Any]]:
     if op in ("select_tokens", "zipvl_attn"):
         return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}]
     if op == "zipvl_prefill":  # packed rows past the count are undefined, so every token is selected
-        return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool), "dense_above": 0.5}]
+        return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool)}]
     if op == "quantize_kv":
         return [{}, {"high_bits": 8, "low_bits": 4, "v_factor": torch.rand(2, 2, 64) + 0.5, "token_mask": mask}]
     if op == "decode_attn_quantized":

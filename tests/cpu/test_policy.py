@@ -10,7 +10,7 @@ import torch
 
 from zipvl import ZipVLConfig, ops, policy
 
-_plan = pytest.importorskip("zipvl._plan")
+LONGVA = {"query_heads": 28, "head_dim": 128}
 
 
 class States:
@@ -34,12 +34,10 @@ def test_on_a_cpu_nothing_was_measured() -> None:
 
 
 def test_on_a_gpu_the_cost_model_decides() -> None:
-    assert below(States()) == _plan.dense_below(query_heads=28, head_dim=128)
-    assert below(States(), tau=0.6) == _plan.dense_below(query_heads=28, head_dim=128, tau=0.6)
-    assert below(States(), ratio=0.25) == _plan.dense_below(query_heads=28, head_dim=128, ratio=0.25)
-    assert below(States(), ratio=0.25, all_queries=True) == _plan.dense_below(
-        query_heads=28, head_dim=128, ratio=0.25, all_queries=True
-    )
+    assert below(States()) == policy.pays_from(**LONGVA)
+    assert below(States(), tau=0.6) == policy.pays_from(**LONGVA, tau=0.6)
+    assert below(States(), ratio=0.25) == policy.pays_from(**LONGVA, ratio=0.25)
+    assert below(States(), ratio=0.25, all_queries=True) == policy.pays_from(**LONGVA, ratio=0.25, all_queries=True)
     assert below(States(), heads=4096, ratio=0.01) == 256, "never below what the probes need"
     assert below(States(dtype=torch.float32)) == 256, "no kernel takes float32"
 
@@ -67,12 +65,6 @@ def test_bad_values_are_errors(bad: Any) -> None:
         ZipVLConfig(dense_below=bad)
 
 
-@pytest.mark.parametrize("bad", [0.0, -0.5, 1.01, float("nan")])
-def test_bad_shares_are_errors(bad: float) -> None:
-    with pytest.raises(ValueError, match=r"ZipVLConfig: dense_above must be in \(0, 1\], got"):
-        ZipVLConfig(dense_above=bad)
-
-
 @pytest.mark.parametrize("ratio", [1e-6, 0.07, 0.25, 0.3, 0.48, 1 / 3, 0.999, 1.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) -> None:
@@ -94,4 +86,86 @@ def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) ->
 
 def test_what_the_device_decides_is_not_known_before() -> None:
     assert policy.max_kept(ZipVLConfig(tau=0.5), 1000, 256, False) is None
-    assert policy.max_kept(ZipVLConfig(ratio=0.5, dense_above=0.9), 1000, 256, False) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cost model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def within_bound(tokens: int, **shape: int) -> bool:
+    """Whether the largest selection of tau 0.975 costs no more than the bound allows."""
+    cost = policy.layer_cost(**shape, tokens=tokens, share=0.975, by_tau=True)
+    return cost.zipvl_us <= policy.MAX_FACTOR * cost.dense_us + policy.MAX_EXTRA_US
+
+
+def test_constants_are_those_of_the_recorded_measurements() -> None:
+    """``python -m benchmarks.layer_cost`` prints what stands in zipvl/policy.py, and it fits."""
+    layer_cost = pytest.importorskip("benchmarks.layer_cost")
+    for name, (constants, error) in layer_cost.constants().items():
+        assert getattr(policy, name) == pytest.approx(constants, rel=1e-3, abs=1e-9)
+        assert error < 0.2
+
+
+def test_costs_by_hand() -> None:
+    cost = policy.layer_cost(query_heads=10, head_dim=100, tokens=1000, batch=2, share=0.5, by_tau=True)
+    numbers, pairs = 2e-3, 2.0
+    assert cost.dense_us == pytest.approx(5.47 + 2536 * numbers + 3.398 * pairs)
+    assert cost.zipvl_us == pytest.approx(4.906 + 24.47 + 1739 * numbers + 3.377 * pairs / 4)
+
+
+def test_costs_grow_with_the_work() -> None:
+    cost = policy.layer_cost(**LONGVA, tokens=8192, share=0.5)
+    for more in ({"tokens": 8200}, {"query_heads": 32}, {"head_dim": 256}, {"batch": 2}):
+        other = policy.layer_cost(**LONGVA | {"tokens": 8192, "share": 0.5} | more)  # type: ignore[arg-type]
+        assert other.dense_us > cost.dense_us and other.zipvl_us > cost.zipvl_us
+    assert policy.layer_cost(**LONGVA, tokens=8192, share=0.6).zipvl_us > cost.zipvl_us
+    assert policy.layer_cost(**LONGVA, tokens=8192, share=0.5, all_queries=True).zipvl_us > cost.zipvl_us
+    assert policy.layer_cost(**LONGVA, tokens=8192, share=0.6).dense_us == cost.dense_us
+
+
+@pytest.mark.parametrize("heads", [7, 14, 28, 32, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_from_there_on_it_is_never_slower(heads: int, head_dim: int) -> None:
+    shape = {"query_heads": heads, "head_dim": head_dim}
+    first = policy.pays_from(**shape)
+    assert 64 <= first < 32768
+    assert all(within_bound(tokens, **shape) for tokens in range(first, 131073, 1024))
+    assert not within_bound(first - 64, **shape)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.75])
+def test_a_known_ratio_pays_from_where_it_is_faster(ratio: float) -> None:
+    first = policy.pays_from(**LONGVA, ratio=ratio)
+
+    def faster(tokens: int) -> bool:
+        cost = policy.layer_cost(**LONGVA, tokens=tokens, share=ratio)
+        return cost.zipvl_us <= cost.dense_us
+
+    assert all(faster(tokens) for tokens in range(first, 131073, 1024)) and not faster(first - 64)
+    assert first <= policy.pays_from(**LONGVA, ratio=ratio + 0.1)
+    assert first < policy.pays_from(**LONGVA), "less is known with tau"
+    assert policy.pays_from(**LONGVA, tau=0.5) < policy.pays_from(**LONGVA) < policy.pays_from(**LONGVA, tau=1.0)
+    assert first <= policy.pays_from(**LONGVA, ratio=ratio, all_queries=True)
+
+
+def test_more_heads_pay_earlier() -> None:
+    lengths = [policy.pays_from(query_heads=heads, head_dim=128) for heads in (4, 8, 16, 32, 64)]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_where_a_layer_is_too_small_it_never_pays() -> None:
+    assert policy.pays_from(query_heads=1, head_dim=1, ratio=0.9) == policy.NEVER_PAYS
+
+
+@pytest.mark.parametrize("bad", [{"share": -0.1}, {"share": 1.1}, {"share": math.nan}, {"head_dim": 0}], ids=str)
+def test_bad_costs_are_errors(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\]|sizes must"):
+        policy.layer_cost(**LONGVA | {"tokens": 64} | bad)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, 1.5, math.nan])
+@pytest.mark.parametrize("name", ["ratio", "tau"])
+def test_bad_shares_of_the_model_are_errors(name: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"pays_from: {name} must be in \(0, 1\], got"):
+        policy.pays_from(**LONGVA, **{name: bad})

@@ -131,6 +131,103 @@ def test_a_score_that_is_not_finite_selects_every_real_token(bad: float, where: 
     assert select(*scores, ratio=0.2, token_mask=mask_of(0, 1, 3)) == [1], "padding has no say"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer, against the steps composed here
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def projection(B: int, N: int, Hq: int, D: int, bias: bool, norm: bool) -> dict[str, Tensor]:
+    """``hidden`` and the query projection of a layer, float64."""
+    angle = torch.randn(B, N, D // 2, dtype=F64).repeat(1, 1, 2)
+    tensors = {"hidden": torch.randn(B, N, 12, dtype=F64), "q_weight": torch.randn(Hq * D, 12, dtype=F64) / 3}
+    tensors |= {"cos": angle.cos(), "sin": angle.sin()}
+    tensors |= {"q_bias": torch.randn(Hq * D, dtype=F64)} if bias else {}
+    return tensors | ({"q_norm_weight": torch.rand(D, dtype=F64) + 0.5} if norm else {})
+
+
+def projected(given: dict[str, Tensor], eps: float = 1e-6) -> Tensor:
+    """The queries of every token, ``[B, Hq, N, D]``, written out."""
+    B, N, D = given["cos"].shape
+    q = torch.nn.functional.linear(given["hidden"], given["q_weight"], given.get("q_bias")).view(B, N, -1, D)
+    if "q_norm_weight" in given:
+        q = torch.nn.functional.rms_norm(q, (D,), given["q_norm_weight"], eps)
+    low, high = q.chunk(2, dim=-1)
+    return (q * given["cos"][:, :, None] + torch.cat([-high, low], -1) * given["sin"][:, :, None]).transpose(1, 2)
+
+
+def steps(
+    q: Tensor, k: Tensor, v: Tensor, keep_mask: Tensor, token_mask: Tensor | None, **keywords: bool
+) -> list[Tensor]:
+    """Out, index, count, packed keys and values by the steps, with tau 0.6, a few probes and ``keep_recent`` 2."""
+    B, _, N, _ = q.shape
+    real = torch.ones(B, N, dtype=torch.bool) if token_mask is None else token_mask
+    probes = reference.probe_index(q, num_recent=5, num_random=3, seed=7, token_mask=token_mask)
+    causal = keywords.get("causal", True)
+    scores = reference.probe_scores(q, k, probes, scale=0.2, causal=causal, token_mask=token_mask)
+    keep = keep_mask | (real & (real.flip(1).cumsum(1).flip(1) <= 2))
+    index, count = reference.select_tokens(*scores, tau=0.6, keep_mask=keep, token_mask=token_mask)
+    out = reference.sparse_attn(q, k, v, index, count, scale=0.2, **keywords)
+    packed = reference.pack_kv(k, v, index, count)
+    return [out * real[:, None, :, None], index, count, *packed]
+
+
+LAYER = {"tau": 0.6, "num_recent": 5, "num_random": 3, "seed": 7, "keep_recent": 2, "scale": 0.2}
+
+
+def assert_same(actual: tuple[Tensor, ...], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("keywords", [{}, {"all_queries": True}, {"causal": False}], ids=str)
+def test_the_layer_is_its_steps(keywords: dict[str, bool], mask: str) -> None:
+    B, N = 3, 33
+    q, k, v = make_qkv(B, 4, 2, N, 8, F64)
+    masks = {"keep_mask": torch.rand(B, N) < 0.1, "token_mask": make_mask(mask, B, N)}
+    expected = steps(q, k, v, **masks, **keywords)
+    actual = reference.zipvl_layer(q, k, v, **LAYER, **masks, **keywords, pack=True)
+    assert_same(actual, expected)
+    assert_same(reference.zipvl_prefill(q, k, v, **LAYER, **masks, **keywords), expected)
+    assert_same(reference.zipvl_attn(q, k, v, **LAYER, **masks, **keywords), expected[:3])
+    unpacked = reference.zipvl_layer(q, k, v, **LAYER, **masks, **keywords)
+    assert_same(unpacked[:3], expected[:3])
+    assert unpacked[3].shape == unpacked[4].shape == (0,) and unpacked[3].dtype == F64
+
+
+@pytest.mark.parametrize("mask", ["none", "left"])
+@pytest.mark.parametrize("all_queries", [False, True])
+@pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True)])
+def test_the_layer_projects_its_queries(bias: bool, norm: bool, all_queries: bool, mask: str) -> None:
+    """Those of probes and ``T`` alone, or all, and the outputs of the rows that are computed."""
+    B, N, Hq, D = 2, 29, 4, 8
+    given, o_weight = projection(B, N, Hq, D, bias, norm), torch.randn(10, Hq * D, dtype=F64)
+    _, k, v = make_qkv(B, Hq, 2, N, D, F64)
+    masks = {"keep_mask": torch.rand(B, N) < 0.1, "token_mask": make_mask(mask, B, N)}
+    expected = steps(projected(given), k, v, **masks, all_queries=all_queries)
+    actual = reference.zipvl_layer(None, k, v, **given, **LAYER, **masks, all_queries=all_queries, pack=True)
+    assert_same(actual, expected)
+    out, index, count, _, _ = reference.zipvl_layer(
+        None, k, v, **given, o_weight=o_weight, **LAYER, **masks, all_queries=all_queries
+    )
+    assert_same((out, index, count), [expected[0].transpose(1, 2).flatten(2) @ o_weight.T, *expected[1:3]])
+
+
+def test_the_layer_takes_scores_as_they_are() -> None:
+    """No probes are drawn: their number has no say, and NaN stands in the queries outside ``T``."""
+    B, N = 2, 40
+    q, k, v = make_qkv(B, 4, 2, N, 8, F64)
+    budget, rank = torch.rand(B, N), torch.rand(B, N)
+    keep = (torch.arange(N) == N - 1).expand(B, N)
+    index, count = reference.select_tokens(budget, rank, tau=0.4, keep_mask=keep)
+    outside = torch.ones(B, N, dtype=torch.bool)
+    for b in range(B):
+        outside[b, index[b, : count[b]].long()] = False
+    q = q.masked_fill(outside[:, None, :, None], math.nan)
+    actual = reference.zipvl_layer(q, k, v, budget_score=budget, rank_score=rank, tau=0.4, num_recent=1, num_random=0)
+    assert_same(actual[:3], [reference.sparse_attn(q, k, v, index, count), index, count])
+
+
 def test_pack_kv_by_hand() -> None:
     k = torch.arange(1.0, 7.0).view(1, 1, 6, 1)
     index = torch.tensor([[1, -3, 4, 6, 5, 0]], dtype=torch.int32)

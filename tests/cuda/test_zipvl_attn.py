@@ -56,7 +56,7 @@ def keep_set(token_mask: Tensor | None, keep_mask: Tensor | None, keep_recent: i
 def composed(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
     """zipvl_prefill from the ops, one by one."""
     B, _, N, _ = q.shape
-    mask, dense_above = keywords.get("token_mask"), keywords.get("dense_above", 1.0)
+    mask = keywords.get("token_mask")
     draw = {name: keywords[name] for name in ("num_recent", "num_random", "seed") if name in keywords}
     attend = {name: keywords[name] for name in ("scale", "causal") if name in keywords}
     budget = {name: keywords[name] for name in ("tau", "ratio", "min_tokens") if name in keywords}
@@ -64,10 +64,6 @@ def composed(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, 
     scores = ops.probe_scores(q, k, probes, **attend, token_mask=mask)
     keep = keep_set(mask, keywords.get("keep_mask"), keywords.get("keep_recent", 1), B, N)
     index, count = ops.select_tokens(*scores, **budget, keep_mask=keep, token_mask=mask)
-    real = torch.ones(B, N, dtype=torch.bool, device="cuda") if mask is None else mask
-    wide = count > dense_above * real.sum(dim=1)
-    every = torch.where(real, torch.arange(N, device="cuda"), N).sort(dim=1).values.int()
-    index, count = torch.where(wide[:, None], every, index), torch.where(wide, real.sum(dim=1), count).int()
     all_queries = keywords.get("all_queries", False)
     out = ops.sparse_attn(q, k, v, index, count, **attend, all_queries=all_queries)
     if all_queries and mask is not None:
@@ -77,17 +73,14 @@ def composed(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, 
 
 def check(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
     """Both ops against the ops one by one, bit for bit, from poisoned memory and without a copy to the host."""
-    dense_above = keywords.pop("dense_above", 1.0)
-    expected = composed(q, k, v, **keywords, dense_above=dense_above)
+    expected = composed(q, k, v, **keywords)
     poison_free_memory(max(q.numel(), 2 * k.numel()) // 2)
     with no_host_sync():
-        prefill = ops.zipvl_prefill(q, k, v, **keywords, dense_above=dense_above)
-    layers: list[tuple[Tensor, ...]] = [prefill]
-    if dense_above == 1.0:
-        poison_free_memory(max(q.numel(), 2 * k.numel()) // 2)
-        with no_host_sync():
-            layers.append(ops.zipvl_attn(q, k, v, **keywords))
-    for out, index, count, *_ in layers:
+        prefill = ops.zipvl_prefill(q, k, v, **keywords)
+    poison_free_memory(max(q.numel(), 2 * k.numel()) // 2)
+    with no_host_sync():
+        attn = ops.zipvl_attn(q, k, v, **keywords)
+    for out, index, count, *_ in (prefill, attn):
         assert out.transpose(1, 2).is_contiguous() and index.is_contiguous()
         assert torch.equal(count, expected[2]), (count, expected[2])
         assert torch.equal(index, expected[1])
@@ -151,8 +144,6 @@ def test_heads_dims_and_batches(dtype: torch.dtype, D: int, B: int, N: int) -> N
         {"num_recent": 16, "num_random": 0},
         {"num_recent": 56, "num_random": 200, "seed": 2**40 + 9},
         {"scale": 0.3},
-        {"dense_above": 0.25},
-        {"dense_above": 0.1},
     ],
     ids=str,
 )
@@ -178,14 +169,7 @@ def test_layouts_and_strided_masks(layout: str) -> None:
 def test_what_no_kernel_takes_goes_step_by_step(dtype: torch.dtype, D: int) -> None:
     mask = make_mask("left", 2, 500)
     assert mask is not None
-    check(*inputs(2, 4, 2, 500, D, dtype), tau=0.8, token_mask=mask.cuda(), keep_recent=3, dense_above=0.6)
-
-
-def test_rows_widened_on_the_device() -> None:
-    q, k, v = inputs(3, 4, 2, 1000, 64)
-    keep = torch.rand(3, 1000, device="cuda") < torch.tensor([0.2, 0.5, 0.9], device="cuda")[:, None]
-    count = check(q, k, v, ratio=0.1, keep_mask=keep, dense_above=0.7)
-    assert count[2] == 1000 and count[0] < 700
+    check(*inputs(2, 4, 2, 500, D, dtype), tau=0.8, token_mask=mask.cuda(), keep_recent=3)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,22 +17,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import torch, zipvl
+from importlib.util import find_spec
 from pathlib import Path
-from zipvl import _plan, ops, reference
+from types import SimpleNamespace
+from zipvl import ZipVLConfig, _library, ops, policy, reference
 assert Path(zipvl.__file__).is_relative_to({environment!r}), zipvl.__file__
 q, k, v = (torch.randn(1, heads, 300, 64) for heads in (4, 2, 2))
 out, index, count = ops.zipvl_attn(q, k, v, ratio=0.5)
 exact = reference.sparse_attn(q.double(), k.double(), v.double(), index, count)
 assert count.tolist() == [150] and torch.allclose(out.double(), exact, atol=1e-5)
 assert (Path(zipvl.__file__).parent / "report_page.html").is_file()
-assert _plan.build_info()["version"] == zipvl.__version__
+assert _library.build_info()["version"] == zipvl.__version__
+assert find_spec("zipvl._plan") is None
+on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+assert policy.dense_below(ZipVLConfig(dense_below="auto"), 28, 128, on_a_gpu) == policy.pays_from(28, 128) > 256
 print("works")
 """
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new virtual environment that sees this one's torch but not this one's zipvl, with the wheel installed."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     build = [
@@ -46,8 +52,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(ROOT),
     ]
     subprocess.run(build, check=True, cwd=ROOT, env={**os.environ, "PATH": path})
-    (wheel,) = folder.glob("zipvl-*.whl")
-    target = folder / "venv"
+    (built,) = folder.glob("zipvl-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new virtual environment that sees this one's torch but not this one's zipvl, with the wheel installed."""
+    target = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(target, with_pip=False)
     (site,) = target.glob("lib/python*/site-packages")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
@@ -57,6 +69,18 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not package.name.startswith(("zipvl", "__editable__")) and not (site / package.name).exists():
             (site / package.name).symlink_to(package)
     return target
+
+
+def test_a_wheel_is_of_one_platform_and_holds_no_plans(wheel: Path) -> None:
+    """``zipvl._plan`` is for tests alone; the record of the build is for everyone."""
+    assert not wheel.stem.endswith("-any")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        info = json.loads(archive.read("zipvl/lib/build_info.json"))
+    compiled = {name for name in names if name.endswith(".so")}
+    assert "zipvl/lib/libzipvl_ops.so" in compiled
+    assert compiled <= {"zipvl/lib/libzipvl_ops.so", "zipvl/lib/libzipvl_cuda.so"}
+    assert ("zipvl/lib/libzipvl_cuda.so" in compiled) == bool(info["cuda_archs"])
 
 
 def test_a_wheel_works_in_a_clean_environment(environment: Path, tmp_path: Path) -> None:

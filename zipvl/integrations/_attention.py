@@ -110,7 +110,7 @@ def _prefill(
     }
     most = policy.max_kept(config, tokens, dense_below, token_mask is not None)
     if layer is not None and config.cache == "drop":
-        out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options, dense_above=config.dense_above)
+        out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options)
         layer.keep_packed(keys, values, count, most)
     else:
         out, chosen, count = ops.zipvl_attn(*states, **options)

@@ -122,8 +122,6 @@ def reason(
         return "switched off"
     if config.all_queries:
         return "every query is computed"
-    if config.dense_above < 1.0:
-        return "zipvl_prefill widens selections"
     if static_reason(module) is not None:
         return static_reason(module)
     weight = module.q_proj.weight
