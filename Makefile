@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target makes and later ones reuse.
 #   make demo        build, then read a page with the tiny model, dense and ZipVL side by side
 #   make test        build, then every test that this machine can run
-#   make gpu-check   on a GPU: all of tests/cuda, then compute-sanitizer's four tools over small shapes; both are recorded
+#   make gpu-check   on a GPU: all of tests/kernels, then compute-sanitizer's four tools over small shapes; both are recorded
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
 #   make lint        formatting, lint and types
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out

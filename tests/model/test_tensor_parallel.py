@@ -1,5 +1,5 @@
 """Heads spread over two processes (transformers' tensor parallelism, on CPUs): each selects with the heads it has.
-On GPUs: tests/cuda/test_multi_gpu.py."""
+On GPUs: tests/kernels/test_multi_gpu.py."""
 
 from __future__ import annotations
 

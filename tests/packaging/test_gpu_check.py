@@ -1,4 +1,4 @@
-"""`make gpu-check` where there is no GPU: what it reads, what it says, and that tests/cuda is there to be run."""
+"""`make gpu-check` where there is no GPU: what it reads, what it says, and that tests/kernels is there to be run."""
 
 from __future__ import annotations
 
@@ -153,14 +153,14 @@ def test_the_sanitizer_is_found_beside_nvcc(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_small_shapes_launch_every_kernel() -> None:
-    """The table of tests/cuda/test_small_shapes.py, and the kernels in the sources."""
+    """The table of tests/kernels/test_small_shapes.py, and the kernels in the sources."""
     kernels = set()
     for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"):
         text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", path.read_text())
         found = re.findall(r"__global__\s+void\s+(\w+)\(", text)
         assert len(found) == text.count("__global__"), path
         kernels.update(found)
-    source = (ROOT / "tests" / "cuda" / "test_small_shapes.py").read_text()
+    source = (ROOT / "tests" / "kernels" / "test_small_shapes.py").read_text()
     table = dict(re.findall(r'^    "(\w+)": "(test_\w+)",$', source, re.MULTILINE))
     assert set(table) == kernels
     assert set(table.values()) <= set(re.findall(r"^def (test_\w+)\(", source, re.MULTILINE))
@@ -175,20 +175,20 @@ PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name == {mis
 
 import pytest
 
-code = pytest.main(["tests/cuda", "--collect-only", "-q", "-p", "no:cacheprovider"])
+code = pytest.main(["tests/kernels", "--collect-only", "-q", "-p", "no:cacheprovider"])
 assert {missing!r} not in sys.modules
 sys.exit(code)
 """
 
 
 @pytest.mark.parametrize("missing", ["zipvl._plan", "transformers"])
-def test_every_file_of_the_cuda_tests_is_collected(missing: str) -> None:
+def test_every_file_of_the_kernel_tests_is_collected(missing: str) -> None:
     """Also where zipvl was built for another Python or without transformers, and without nvcc: an import at the top of
     one file would keep all of them from running."""
     environment = {**os.environ, "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", COLLECT.format(missing=missing)], cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    files = {path.name for path in (ROOT / "tests" / "cuda").glob("test_*.py")}
-    collected = set(re.findall(r"^tests/cuda/(test_\w+\.py)::", done.stdout, re.MULTILINE))
+    files = {path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    collected = set(re.findall(r"^tests/kernels/(test_\w+\.py)::", done.stdout, re.MULTILINE))
     assert files - collected == ({"test_generate.py", "test_multi_gpu.py"} if missing == "transformers" else set())

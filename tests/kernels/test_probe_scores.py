@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.cpu.helpers import MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor, strided
-from tests.cuda.test_ops import cuda, no_host_sync, poison_free_memory
+from tests.kernels.test_ops import cuda, no_host_sync, poison_free_memory
 from zipvl import ops, reference
 
 DTYPES = (torch.bfloat16, torch.float16)

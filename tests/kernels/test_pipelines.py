@@ -237,7 +237,7 @@ def test_torchscript(tmp_path: Path) -> None:
 LOADER = """
 import sys
 import torch
-from tests.cuda.test_pipelines import Layer, layer_inputs, same
+from tests.kernels.test_pipelines import Layer, layer_inputs, same
 
 package = torch._inductor.aoti_load_package(sys.argv[1])
 for length in (300, 1001):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.cpu.helpers import DTYPES, LAYOUTS, all_tokens, make_qkv, make_selection, poison, selected_mask, strided
-from tests.cuda.test_ops import cuda, no_host_sync, poison_free_memory
+from tests.kernels.test_ops import cuda, no_host_sync, poison_free_memory
 from zipvl import ops
 
 

@@ -8,19 +8,19 @@ import torch
 
 from tests.cpu.helpers import assert_accurate, double, make_mask, make_qkv, make_selection, selected_mask
 from tests.cpu.test_projections import projection, widened
-from tests.cuda.test_decode_attn import case, check_bytes, check_quantized
-from tests.cuda.test_decode_attn import check as check_decode_attn
-from tests.cuda.test_ops import cuda
-from tests.cuda.test_pack_kv import check as check_pack_kv
-from tests.cuda.test_probe_scores import check as check_probe_scores
-from tests.cuda.test_probe_scores import inputs as probe_inputs
-from tests.cuda.test_select_tokens import check as check_select_tokens
-from tests.cuda.test_select_tokens import integers
-from tests.cuda.test_sparse_attn import check as check_sparse_attn
-from tests.cuda.test_sparse_attn import make_qkv as qkv_on_gpu
-from tests.cuda.test_sparse_attn import make_selection as selection_on_gpu
-from tests.cuda.test_zipvl_attn import check as check_zipvl_attn
-from tests.cuda.test_zipvl_attn import inputs as layer_inputs
+from tests.kernels.test_decode_attn import case, check_bytes, check_quantized
+from tests.kernels.test_decode_attn import check as check_decode_attn
+from tests.kernels.test_ops import cuda
+from tests.kernels.test_pack_kv import check as check_pack_kv
+from tests.kernels.test_probe_scores import check as check_probe_scores
+from tests.kernels.test_probe_scores import inputs as probe_inputs
+from tests.kernels.test_select_tokens import check as check_select_tokens
+from tests.kernels.test_select_tokens import integers
+from tests.kernels.test_sparse_attn import check as check_sparse_attn
+from tests.kernels.test_sparse_attn import make_qkv as qkv_on_gpu
+from tests.kernels.test_sparse_attn import make_selection as selection_on_gpu
+from tests.kernels.test_zipvl_attn import check as check_zipvl_attn
+from tests.kernels.test_zipvl_attn import inputs as layer_inputs
 from zipvl import ops, reference
 
 pytestmark = pytest.mark.sanitizer

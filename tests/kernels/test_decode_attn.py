@@ -21,7 +21,7 @@ from tests.cpu.helpers import (
     output_floor,
     poison,
 )
-from tests.cuda.test_ops import no_host_sync, poison_free_memory
+from tests.kernels.test_ops import no_host_sync, poison_free_memory
 from zipvl import ops, reference, reference_cache
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cpu.helpers import assert_accurate, output_floor, selected_mask
-from tests.cuda.test_ops import UNDER_INITCHECK, no_host_sync, seen_as_written
+from tests.kernels.test_ops import UNDER_INITCHECK, no_host_sync, seen_as_written
 from zipvl import ops
 
 HALVES = (torch.bfloat16, torch.float16)
