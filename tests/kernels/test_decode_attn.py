@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.helpers import (
+from tests.kernels.test_ops import no_host_sync, poison_free_memory
+from tests.unit.helpers import (
     LAYOUTS,
     assert_accurate,
     logit_rounding,
@@ -21,7 +22,6 @@ from tests.cpu.helpers import (
     output_floor,
     poison,
 )
-from tests.kernels.test_ops import no_host_sync, poison_free_memory
 from zipvl import ops, reference, reference_cache
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.helpers import (
+from tests.unit.helpers import (
     DTYPES,
     MASKS,
     OPS,

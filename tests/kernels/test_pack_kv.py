@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cpu.helpers import DTYPES, LAYOUTS, all_tokens, make_qkv, make_selection, poison, selected_mask, strided
 from tests.kernels.test_ops import cuda, no_host_sync, poison_free_memory
+from tests.unit.helpers import DTYPES, LAYOUTS, all_tokens, make_qkv, make_selection, poison, selected_mask, strided
 from zipvl import ops
 
 

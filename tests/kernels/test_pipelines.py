@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import zipvl
 from tests import programs
-from tests.cpu.helpers import OPS, sample_tensors
+from tests.unit.helpers import OPS, sample_tensors
 from zipvl import ops
 
 from .test_ops import cuda, no_host_sync

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.helpers import MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor, strided
 from tests.kernels.test_ops import cuda, no_host_sync, poison_free_memory
+from tests.unit.helpers import MASKS, assert_accurate, double, make_mask, make_qkv, poison, score_floor, strided
 from zipvl import ops, reference
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.cpu.helpers import DTYPES, assert_accurate, double, logit_rounding, make_selection, selected_mask
-from tests.cpu.test_projections import projection, widened
+from tests.unit.helpers import DTYPES, assert_accurate, double, logit_rounding, make_selection, selected_mask
+from tests.unit.test_projections import projection, widened
 from zipvl import ops, reference
 
 from .test_ops import cuda, no_host_sync, poison_free_memory

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.helpers import MASKS, assert_selection_within_rounding, make_mask, strided
 from tests.kernels.test_ops import cuda, no_host_sync, poison_free_memory
+from tests.unit.helpers import MASKS, assert_selection_within_rounding, make_mask, strided
 from zipvl import ops
 
 # Where the plan changes from one block to a cluster to a grid, where blocks fill up, and the longest prompt.

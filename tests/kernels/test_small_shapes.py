@@ -6,8 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cpu.helpers import assert_accurate, double, make_mask, make_qkv, make_selection, selected_mask
-from tests.cpu.test_projections import projection, widened
 from tests.kernels.test_decode_attn import case, check_bytes, check_quantized
 from tests.kernels.test_decode_attn import check as check_decode_attn
 from tests.kernels.test_ops import cuda
@@ -21,11 +19,13 @@ from tests.kernels.test_sparse_attn import make_qkv as qkv_on_gpu
 from tests.kernels.test_sparse_attn import make_selection as selection_on_gpu
 from tests.kernels.test_zipvl_attn import check as check_zipvl_attn
 from tests.kernels.test_zipvl_attn import inputs as layer_inputs
+from tests.unit.helpers import assert_accurate, double, make_mask, make_qkv, make_selection, selected_mask
+from tests.unit.test_projections import projection, widened
 from zipvl import ops, reference
 
 pytestmark = pytest.mark.sanitizer
 
-# Every kernel of csrc/cuda and the test here that launches it; tests/packaging/test_gpu_check.py compares the names.
+# Every kernel of csrc/cuda and the test that launches it (tests/unit/packaging/test_gpu_check.py compares the names).
 LAUNCHED_BY = {
     "probe_index_kernel": "test_probe_index",
     "gather_rows_kernel": "test_probe_scores",

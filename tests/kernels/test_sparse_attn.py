@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.helpers import assert_accurate, output_floor, selected_mask
 from tests.kernels.test_ops import UNDER_INITCHECK, no_host_sync, seen_as_written
+from tests.unit.helpers import assert_accurate, output_floor, selected_mask
 from zipvl import ops
 
 HALVES = (torch.bfloat16, torch.float16)

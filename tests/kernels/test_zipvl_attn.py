@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.helpers import MASKS, make_mask, make_qkv, selected_mask
 from tests.kernels.test_ops import seen_as_written
+from tests.unit.helpers import MASKS, make_mask, make_qkv, selected_mask
 from zipvl import ops
 
 LENGTHS = [1, 2, 63, 128, 129, 1000, 4096, 4097, 20000, 60001]

@@ -13,7 +13,7 @@ import pytest
 from tools import gpu_check
 from tools.gpu_check import Findings, kernel_name, read_logs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PASSED = "===== 88 passed, 1841 deselected in 71.20s (0:01:11) ====="
 
 CLEAN = """========= COMPUTE-SANITIZER

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import readme
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_tables_are_those_of_the_results() -> None:
