@@ -52,7 +52,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       cluster);
   return cudaSuccess;
 }
-// kernel<<<grid, threads, shared, stream>>>(args), as test_emulated.py writes it for a compiler that knows no CUDA.
+// kernel<<<grid, threads, shared, stream>>>(args), as test_simulator.py writes it for a compiler that knows no CUDA.
 template <typename... Params, typename... Args>
 void launch_of(void (*kernel)(Params...), const dim3& grid, int threads, std::size_t shared_bytes, cudaStream_t,
                const Args&... args) {

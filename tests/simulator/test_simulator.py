@@ -86,7 +86,7 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Builds a program, once each."""
-    folder, built = tmp_path_factory.mktemp("emulated"), {}
+    folder, built = tmp_path_factory.mktemp("simulator"), {}
     csrc = translated(folder)
     sanitizers = SANITIZERS if works(folder, SANITIZERS) else []
     # An extern thread_local is shared memory here, and has no initialiser to call.
