@@ -13,8 +13,8 @@ import torch
 tf = pytest.importorskip("transformers")
 
 import zipvl  # noqa: E402
-from tests.model.oracle import oracle  # noqa: E402
-from tests.model.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
+from tests.models.oracle import oracle  # noqa: E402
+from tests.models.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
 from zipvl.integrations.transformers import DecodeGraph  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128

@@ -10,13 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MULTIMODAL, SPARSE, build, make_gemma3, make_llama, make_qwen3_vl, qwen_inputs, text_inputs
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zipvl
+from tests.models.tiny_models import (
+    MULTIMODAL,
+    SPARSE,
+    build,
+    make_gemma3,
+    make_llama,
+    make_qwen3_vl,
+    qwen_inputs,
+    text_inputs,
+)
 from zipvl.integrations import _runs
 from zipvl.integrations.transformers import configure
 

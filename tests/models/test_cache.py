@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import oracle
-from tiny_models import SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
 from transformers import DynamicCache
 
 import zipvl
+from tests.models.oracle import oracle
+from tests.models.tiny_models import SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
 from zipvl.cache import ZipVLCacheLayer
 from zipvl.cache._ragged import RaggedKV
 from zipvl.integrations import _handover

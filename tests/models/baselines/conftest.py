@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,16 +10,6 @@ import transformers as tf
 
 IMAGE = 90
 ROW_ENDS, IMAGE_TOKENS = 7, 49 + 7 * 15  # a base view of 7 x 7; two tiles in 7 rows of 14, each with a row end
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    """No gradients, and few threads: tiny models gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tensor_parallel import CONFIGS, NEW_TOKENS
 from transformers.distributed import DistributedConfig
 
 import zipvl
+from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS
 
 
 def main(folder: str, inputs: str, output: str) -> None:

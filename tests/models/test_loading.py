@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import MULTIMODAL, make_llama, text_inputs
 
 import zipvl
+from tests.models.tiny_models import MULTIMODAL, make_llama, text_inputs
 
 
 @pytest.mark.parametrize("given", ["zipvl", {"text_config": "zipvl", "vision_config": "eager"}])

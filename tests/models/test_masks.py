@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_gemma3_text, make_llama
 from transformers import DynamicCache
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -18,6 +17,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from tests.models.tiny_models import make_gemma3_text, make_llama
 from zipvl.integrations._masks import expand, mask_function
 
 PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread
-from tiny_models import TEXT, build, ids
 from torch import Tensor
+
+from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread
+from tests.models.tiny_models import TEXT, build, ids
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import make_llama, text_inputs
 
 import zipvl
+from tests.models.tiny_models import make_llama, text_inputs
 from zipvl.integrations import _cache_names
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from oracle import Compressed, oracle
-from tiny_models import TEXT, build, ids, make_llama, pad_left, text_inputs
 
 import zipvl
+from tests.models.oracle import Compressed, oracle
+from tests.models.tiny_models import TEXT, build, ids, make_llama, pad_left, text_inputs
 from zipvl import reference, reference_cache
 from zipvl.cache import QuantizedKV
 from zipvl.cache._quantized import PROBES, WINDOW, Segment

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch._dynamo
 import transformers as tf
-from tiny_models import TEXT, build, pad_left, text_inputs
 
 import zipvl
+from tests.models.tiny_models import TEXT, build, pad_left, text_inputs
 
 
 @pytest.fixture(autouse=True)

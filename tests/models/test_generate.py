@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import oracle
-from tiny_models import SPARSE, build, ids, make_llama, pad_left, text_inputs
 from transformers import GenerationConfig
 
 import zipvl
+from tests.models.oracle import oracle
+from tests.models.tiny_models import SPARSE, build, ids, make_llama, pad_left, text_inputs
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import oracle
-from tiny_models import (
+
+import zipvl
+from tests.models.oracle import oracle
+from tests.models.tiny_models import (
     MULTIMODAL,
     SPARSE,
     Family,
@@ -18,8 +20,6 @@ from tiny_models import (
     pad_left,
     text_inputs,
 )
-
-import zipvl
 
 NEW = 6
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from tiny_models import make_gemma3_text, make_llama, pad_left, text_inputs
 
 import zipvl
+from tests.models.tiny_models import make_gemma3_text, make_llama, pad_left, text_inputs
 
 
 def test_counts_are_those_of_the_selection() -> None:

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import TEXT, build, make_deepseek_v3, make_gemma3, make_llama, make_llava_next, text_inputs
 
 import zipvl
+from tests.models.tiny_models import (
+    TEXT,
+    build,
+    make_deepseek_v3,
+    make_gemma3,
+    make_llama,
+    make_llava_next,
+    text_inputs,
+)
 
 
 def test_dropout() -> None:

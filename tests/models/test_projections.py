@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import SPARSE, TEXT, build, make_gemma3, make_llama, text_inputs
 from torch import nn
 
 import zipvl
+from tests.models.tiny_models import SPARSE, TEXT, build, make_gemma3, make_llama, text_inputs
 from zipvl import ops
 from zipvl.integrations import _projections
 from zipvl.integrations.transformers import configure

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import TEXT, build, make_llama, text_inputs
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 
 import zipvl
+from tests.models.tiny_models import TEXT, build, make_llama, text_inputs
 from zipvl import policy
 
 
