@@ -20,7 +20,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 pytestmark = pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed (pip install 'zipvl[lmms]')")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "models" / "tiny-llava-next"
 
 TASK = """\

@@ -338,7 +338,7 @@ def test_one_process_a_gpu_or_one_model_over_several(
 
 
 def test_a_model_without_a_chat_template_is_refused(docs: Docs, tmp_path: Path) -> None:
-    from tests.cli import tiny
+    from tests.app import tiny
 
     tiny.save_llava_next(tmp_path, chat_template=None)
     with pytest.raises(ValueError, match="has no chat template"):
