@@ -10,9 +10,6 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    """No gradients, and few threads: tiny models gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """No gradients."""
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)

@@ -58,13 +58,12 @@ def cuda_headers() -> Path | None:
 LAUNCH = re.compile(r"([\w:]+(?:<\w+>)?)\s*<<<(.+?)>>>\((.+?)\);", re.DOTALL)
 
 
-def translated(folder: Path) -> Path:
-    """A copy of ``csrc`` in which launches are calls that any C++ compiler knows."""
+def translated(folder: Path) -> None:
+    """Leaves a copy of ``csrc`` in which launches are calls that any C++ compiler knows in ``folder``."""
     target = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", target)
+    shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
     for path in [*target.rglob("*.cu"), *target.rglob("*.cuh")]:
         path.write_text(LAUNCH.sub(r"launch_of(\1, \2, \3);", path.read_text()))
-    return target
 
 
 def works(folder: Path, flags: list[str]) -> bool:
@@ -84,37 +83,32 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def program(built: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str], Path]:
     """Builds a program, once each."""
-    folder, built = tmp_path_factory.mktemp("simulator"), {}
-    csrc = translated(folder)
-    sanitizers = SANITIZERS if works(folder, SANITIZERS) else []
-    # An extern thread_local is shared memory here, and has no initialiser to call.
-    flags = ["-std=c++20", "-w", "-pthread", "-fno-extern-tls-init", "-include", "cuda_on_cpu.h"]
-    flags += [f"-I{path}" for path in (HERE / "include", HERE, csrc, HEADERS)]
 
-    def compiled(source: Path, chosen: list[str]) -> Path:
-        target = folder / f"{'_'.join([*chosen, *source.parts[-3:]])}.o"
-        done = subprocess.run(
-            ["g++", *flags, *chosen, "-x", "c++", "-c", str(source), "-o", str(target)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return target
+    def build(name: str, folder: Path) -> None:
+        csrc = built("simulator-csrc", translated) / "csrc"
+        # An extern thread_local is shared memory here, and has no initialiser to call.
+        flags = ["-std=c++20", "-w", "-pthread", "-fno-extern-tls-init", "-include", "cuda_on_cpu.h"]
+        flags += [f"-I{path}" for path in (HERE / "include", HERE, csrc, HEADERS)]
+        chosen = ["-O2"] if name in UNSANITIZED else ["-O1", *(SANITIZERS if works(folder, SANITIZERS) else [])]
 
-    def build(name: str) -> Path:
-        if name not in built:
-            sources = [HERE / f"{name}.cpp", *(csrc / source for source in PROGRAMS[name])]
-            chosen = ["-O2"] if name in UNSANITIZED else ["-O1", *sanitizers]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compiled, sources, [chosen] * len(sources)))
-            subprocess.run(["g++", "-pthread", *chosen, *map(str, objects), "-o", str(folder / name)], check=True)
-            built[name] = folder / name
-        return built[name]
+        def compiled(source: Path) -> Path:
+            target = folder / f"{'_'.join(source.parts[-3:])}.o"
+            done = subprocess.run(
+                ["g++", *flags, *chosen, "-x", "c++", "-c", str(source), "-o", str(target)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            return target
 
-    return build
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, [HERE / f"{name}.cpp", *(csrc / source for source in PROGRAMS[name])]))
+        subprocess.run(["g++", "-pthread", *chosen, *map(str, objects), "-o", str(folder / name)], check=True)
+
+    return lambda name: built(f"simulator-{name}", lambda folder: build(name, folder)) / name
 
 
 @pytest.mark.parametrize(

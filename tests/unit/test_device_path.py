@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 OPS = ("probe_scores", "sparse_attn", "pack_kv", "decode_attn", "zipvl_attn", "zipvl_prefill", "projections")
 
 
-def test_without_host_reads() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_without_host_reads(op: str) -> None:
     # The memory tests bound the CPU's blocks; a device's are larger.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not memory"]
     done = subprocess.run(
-        [*command, *(str(HERE / f"test_{op}.py") for op in OPS)],
+        [*command, str(HERE / f"test_{op}.py")],
         env={**os.environ, "ZIPVL_NO_HOST_READS": "1"},
         cwd=HERE.parent.parent,
         capture_output=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to b
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def program(built: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str], Path]:
     """Builds a program of examples/cpp, once each."""
-    folder = tmp_path_factory.mktemp("programs")
-    return cache(partial(build, folder=folder))
+    return lambda name: built(f"program-{name}", lambda folder: build(name, folder)) / name
 
 
 class Layer(nn.Module):

@@ -59,6 +59,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_wheel_works_in_a_clean_environment(environment: Path, tmp_path: Path) -> None:
     code = SCRIPT.format(environment=str(environment))
     ran = subprocess.run(
