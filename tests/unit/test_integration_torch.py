@@ -101,7 +101,7 @@ def arguments(N: int, B: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("function", [layer, stages])
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
 def test_compile_without_recompiling(function: Any, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
@@ -139,6 +139,7 @@ def test_export_with_a_dynamic_length(module: nn.Module, tmp_path: Path) -> None
         assert same(program(*arguments(N)), module(*arguments(N)))
 
 
+@pytest.mark.slow
 def test_aot_inductor(tmp_path: Path) -> None:
     path = torch._inductor.aoti_compile_and_package(exported(Stages()), package_path=str(tmp_path / "stages.pt2"))
     program = torch._inductor.aoti_load_package(path)

@@ -153,6 +153,7 @@ def test_empty(B: int, N: int) -> None:
         assert torch.equal(score, torch.zeros(B, N)) and score.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_number_of_tokens() -> None:
     """The peak grows by less than a ``[P, N]`` tensor of bytes, the smallest there is; the reference's by more."""
     P, N = 2048, 2**14  # at twice the tokens glibc keeps 45 to 74 MB of freed blocks, by chance, where 67 are allowed

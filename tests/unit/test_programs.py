@@ -13,7 +13,10 @@ from torch import Tensor, nn
 import zipvl  # noqa: F401  (its ops)
 from tests.programs import build, run
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the programs with")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the programs with"),
+]
 
 
 @pytest.fixture(scope="session")

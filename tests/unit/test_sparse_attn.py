@@ -176,6 +176,7 @@ def test_empty(B: int, N: int, all_queries: bool) -> None:
     assert out.shape == (B, 4, N, 64) and out.dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_number_of_tokens() -> None:
     """The peak grows by less than an ``[N, N]`` tensor of bytes, the smallest there is; the reference's by more."""
     N = 8192

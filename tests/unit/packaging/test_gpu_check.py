@@ -181,6 +181,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["zipvl._plan", "transformers"])
 def test_every_file_of_the_kernel_tests_is_collected(missing: str) -> None:
     """Also where zipvl was built for another Python or without transformers, and without nvcc: an import at the top of
