@@ -1,14 +1,15 @@
 # Everything runs in .venv, which the first target makes and later ones reuse.
 #   make demo        build, then read a page with the tiny model, dense and ZipVL side by side
+#   make check       build, then lint, unit tests at one dtype and a model test of each path: under three minutes on two cores
 #   make test        build, then every test that this machine can run
-#   make gpu-check   on a GPU: all of tests/cuda, then compute-sanitizer's four tools over small shapes; both are recorded
+#   make gpu-check   on a GPU: all of tests/kernels, then compute-sanitizer's four tools over small shapes; both are recorded
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
 #   make lint        formatting, lint and types
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo test gpu-check paper lint format cuda-check wheel clean
+.PHONY: demo check test gpu-check paper lint format cuda-check wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -54,8 +55,24 @@ $(VENV)/build.stamp: $(VENV)/packages.stamp $(BUILD_INPUTS)
 demo: $(VENV)/build.stamp
 	$(BIN)/zipvl run --image models/tiny-llava-next/pages/demo.png --question EC
 
+# The transformers integration in `make check`: dense layers, a sparse prefill and decode with each kind of cache, skipped
+# projections, a padded batch.
+CHECK_MODELS := test_eligibility.py test_masks.py \
+  test_families.py::test_a_model_of_sliding_windows_alone_is_dense_and_loud \
+  test_families.py::test_sparse_is_what_the_masks_say \
+  test_generate.py::test_a_padded_batch_is_its_rows_alone \
+  test_projections.py::test_padded_batches \
+  test_quantize.py::test_generated_logits_are_those_of_the_quantised_tokens
+
+# Two processes, each with half of the tests; the one that is done first takes some of the other's. PYTEST_ARGS may say
+# otherwise (PYTEST_ARGS="-n 0 -k mask").
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: lint $(VENV)/build.stamp
+	$(PYTEST) --quick tests/unit $(addprefix tests/models/,$(CHECK_MODELS)) $(PYTEST_ARGS)
+
 test: $(VENV)/build.stamp
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(PYTEST) tests $(PYTEST_ARGS)
 
 gpu-check: $(VENV)/build.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.gpu_check $(GPU_CHECK_ARGS)

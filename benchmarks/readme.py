@@ -80,8 +80,8 @@ def tiny_llava_next() -> list[str]:
 
 
 def gpu_tests() -> list[str]:
-    """The newest whole run of tests/cuda, newer ones of parts, what compute-sanitizer's tools last found; each with the
-    sources it ran."""
+    """The newest whole run of tests/kernels, newer ones of parts, what compute-sanitizer's tools last found; each with
+    the sources it ran."""
     recorded = results("gpu_tests")
     runs = [line for line in recorded if "tests" in line]
     whole = max(i for i, line in enumerate(runs) if "part" not in line)
@@ -89,7 +89,7 @@ def gpu_tests() -> list[str]:
         f"; {tests_said(line)} of {line['part']} ({counted(line)}{sources(line)})" for line in runs[whole + 1 :]
     )
     lines = [
-        f"Last whole run of `tests/cuda`: {tests_said(runs[whole])} ({source(runs[whole])}; {sources(runs[whole])})"
+        f"Last whole run of `tests/kernels`: {tests_said(runs[whole])} ({source(runs[whole])}; {sources(runs[whole])})"
         f"{f'. In parts since: {parts[2:]}' if parts else ''}."
     ]
     newest = {tool: (found, line) for line in recorded for tool, found in line.get("sanitizers", {}).items()}

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
+
+from tests.kernels.record import Outcomes
 
 # The same examples on every run, so that a failure can be run again; no deadline, because machines share their cores.
 settings.register_profile("zipvl", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("zipvl")
+
+# Most inputs are small, and threads that wait for one another cost several times what the work does.
+ALL_THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one dtype a test, and no test marked slow (make check)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Outcomes(), "zipvl-gpu-outcomes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    chosen: dict[object, object] = {}
+    kept, left_out = [], []
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+        quick = chosen.setdefault(item.function, dtype) == dtype and not item.get_closest_marker("slow")
+        (kept if quick else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +48,32 @@ def _seeded() -> Iterator[None]:
     """Each test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """For tests that ask whether threads change the result."""
+    torch.set_num_threads(ALL_THREADS)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``built(name, fill)`` is a folder that ``fill`` filled, once a run: the workers of pytest-xdist share it."""
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        shared = shared.parent
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        target, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                target.mkdir(parents=True, exist_ok=True)
+                fill(target)
+                done.touch()
+        return target
+
+    return folder

@@ -1,4 +1,4 @@
-"""Proves the kernels on a machine with a GPU: all of tests/cuda, then compute-sanitizer's tools over its small shapes.
+"""Proves the kernels on a GPU: all of tests/kernels, then compute-sanitizer's tools over its small shapes.
 
 Both append a line to ``benchmarks/results/gpu_tests.jsonl``: the tests ``{"tests": {passed, failed, skipped}}``, the
 tools ``{"sanitizers": {tool: Findings}}``. Exit code: 0 where every test passed and no tool reported anything in
@@ -25,9 +25,9 @@ from benchmarks import _record
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "sanitizer"
-PYTEST = [sys.executable, "-m", "pytest", "tests/cuda", "--continue-on-collection-errors"]
+PYTEST = [sys.executable, "-m", "pytest", "tests/kernels", "--continue-on-collection-errors"]
 # Of each GPU: the tests wait for float64 references more than for their kernels, and workers take turns to begin with
-# another GPU (tests/cuda/conftest.py). A tool has its GPU to itself: shared, it takes many times as long.
+# another GPU (tests/kernels/conftest.py). A tool has its GPU to itself: shared, it takes many times as long.
 MOST_WORKERS = 6
 
 # A real error has a report for every thread; the kernels are read from the reports, so that no few may hide the others.
@@ -48,7 +48,7 @@ OPTIONS = {
 # Torch's grouped product is theirs. racecheck itself fails at it ("failed to handle a hardware exception"); our kernels
 # beside it have no shared memory. initcheck does not see what it writes, by the copy engine from shared memory, and
 # reports every read of its rows.
-_PROJECTIONS = ("tests/cuda/test_small_shapes.py::test_projections",)
+_PROJECTIONS = ("tests/kernels/test_small_shapes.py::test_projections",)
 LEFT_OUT = {"racecheck": _PROJECTIONS, "initcheck": _PROJECTIONS}
 WATCH_ALLOCATIONS = ("memcheck", "initcheck")  # torch's allocator would hide them
 NO_SANITIZER = (
@@ -136,7 +136,7 @@ def find_sanitizer() -> Path | None:
 
 
 def run_tests() -> bool:
-    """All of tests/cuda, in a few processes; tests/cuda/conftest.py records the outcome. Whether all passed."""
+    """All of tests/kernels, in a few processes; tests/kernels/conftest.py records the outcome. Whether all passed."""
     workers = max(1, min(MOST_WORKERS * torch.cuda.device_count(), (os.cpu_count() or 1) // 2))
     return subprocess.run([*PYTEST, "-n", str(workers)], cwd=ROOT, check=False).returncode == 0
 

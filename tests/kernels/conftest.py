@@ -1,0 +1,56 @@
+"""CUDA tests are skipped where there is no device; the workers of a run share its GPUs and cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ALL_THREADS
+
+
+def _share_the_gpus() -> None:
+    """Workers of pytest-xdist begin with different GPUs, where there are several. To be done before anything asks CUDA
+    for its devices."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker.startswith("gw"):
+        return
+    if torch.cuda.is_initialized() or (count := torch.cuda.device_count()) < 2:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    first = int(worker.removeprefix("gw")) % count
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first:] + visible[:first])
+
+
+_share_the_gpus()
+
+from zipvl import _library  # noqa: E402
+
+HERE = Path(__file__).parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = None if torch.cuda.is_available() else "no CUDA device"
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.cuda)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cuda_library_is_loaded() -> None:
+    """A device without zipvl's CUDA library is a broken installation, not a reason to skip."""
+    assert _library.cuda_library_error() is None, _library.cuda_library_error()
+
+
+@pytest.fixture(autouse=True)
+def _share_of_the_cores() -> Iterator[None]:
+    """The references are large."""
+    torch.set_num_threads(max(1, ALL_THREADS // WORKERS))
+    yield
+    torch.set_num_threads(1)

@@ -1,0 +1,180 @@
+"""Unsupported use is a clear error, never a silent dense run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import zipvl
+from tests.models.tiny_models import (
+    TEXT,
+    build,
+    make_deepseek_v3,
+    make_gemma3,
+    make_llama,
+    make_llava_next,
+    text_inputs,
+)
+
+
+def test_dropout() -> None:
+    model = make_llama().train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with (
+        zipvl.sparse(model),
+        pytest.raises(ValueError, match=r"LlamaAttention, layer 0\): dropout=0.1 .*model.eval\(\)"),
+    ):
+        model(**text_inputs(300))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_of_a_model_inside_the_block(copied: Callable[[Any], Any]) -> None:
+    model = make_llama()
+    with zipvl.sparse(model), pytest.raises(TypeError, match="cannot be copied or pickled inside the block"):
+        copied(model)
+    copied(model)
+
+
+@pytest.mark.parametrize("tokens", [40, 300])
+def test_output_attentions(tokens: int) -> None:
+    model = make_llama()
+    with zipvl.sparse(model):
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(**text_inputs(tokens), output_attentions=True)
+        with pytest.raises(ValueError, match="output_attentions"):
+            model.generate(
+                **text_inputs(tokens), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
+            )
+
+
+def test_softcap() -> None:
+    config = tf.Gemma2Config(**TEXT, query_pre_attn_scalar=16, sliding_window=64)
+    model = build(tf.Gemma2ForCausalLM, config, attention="eager")
+    with zipvl.sparse(model), pytest.raises(ValueError, match="softcap"):
+        model(**text_inputs(300))
+
+
+def test_continuous_batching() -> None:
+    """transformers itself refuses what it has no paged form of; where it hands on the arguments of one, we do."""
+    model = make_llama()
+    before = model.config._attn_implementation
+    with zipvl.sparse(model):
+        with pytest.raises(ValueError, match=r"zipvl\W* is not supported"):
+            model.generate_batch(
+                inputs=[[1] * 300], generation_config=tf.GenerationConfig(max_new_tokens=2), progress_bar=False
+            )
+        for argument in ("block_table", "read_index"):
+            with pytest.raises(ValueError, match=r"a paged cache \(continuous batching\) is not supported"):
+                model(**text_inputs(300), **{argument: torch.zeros(1, 4, dtype=torch.int32)})
+    assert model.config._attn_implementation == before
+
+
+def test_attention_sinks() -> None:
+    config = tf.GptOssConfig(
+        **TEXT, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3, sliding_window=64
+    )
+    model = build(tf.GptOssForCausalLM, config, attention="eager")
+    with zipvl.sparse(model), pytest.raises(ValueError, match=r"GptOssAttention, layer 0\): attention sinks"):
+        model(**text_inputs(300))
+
+
+@pytest.mark.parametrize("name", ["position_bias", "head_mask", "cache"])
+def test_further_arguments(name: str) -> None:
+    model = make_llama()
+    module = model.model.layers[1].self_attn
+    q, kv = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
+    from zipvl.integrations._attention import attention_forward
+
+    given: Any = {name: torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"LlamaAttention, layer 1\).*is not supported\. Use attn_implementation="):
+        attention_forward(module, q, kv, kv, None, **given)
+
+
+def test_gradients() -> None:
+    model, inputs = make_llama(), text_inputs(300)
+    with torch.enable_grad(), zipvl.sparse(model), pytest.raises(RuntimeError, match="grad"):
+        model(**inputs)
+
+
+def test_a_sliding_layer_that_was_forced() -> None:
+    model = make_gemma3()
+    with pytest.raises(ValueError, match=r"names \[0\].*those that can: \[1, 2\]"), zipvl.sparse(model, layers=(0, 1)):
+        pass
+    model.set_attn_implementation("zipvl")
+    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(layers=(0,)))
+    from zipvl.integrations._runs import Run, install, restore
+    from zipvl.integrations._targets import find
+
+    before = install(find(model).attention, Run(cache.config, zipvl.Stats()))
+    with pytest.raises(ValueError, match=r"layer 0\): ZipVLConfig.layers names this layer.*sliding-window"):
+        model(**text_inputs(300), past_key_values=cache)
+    restore(before)
+
+
+def test_a_custom_mask_behind_a_packed_cache() -> None:
+    model, inputs = make_llama(), text_inputs(300)
+    with zipvl.sparse(model):
+        cache = model(**inputs).past_key_values
+        with pytest.raises(ValueError, match=r"a 4-D mask \(1, 1, 2, 302\).*dropped columns"):
+            model(torch.tensor([[5, 6]]), past_key_values=cache, attention_mask=torch.zeros(1, 1, 2, 302))
+
+
+@pytest.mark.filterwarnings("ignore:zipvl.sparse. no layer")
+def test_a_custom_mask_in_the_prefill_is_dense_with_a_warning() -> None:
+    model, inputs = make_llama(), text_inputs(300)
+    mask = torch.ones(300, 300).tril().bool()[None, None]
+    mask[..., 100:, :50] = False
+    expected = model(inputs["input_ids"], attention_mask=mask).logits
+    with pytest.warns(UserWarning, match="custom 4-D mask"), zipvl.sparse(model, tau=0.5) as stats:
+        assert torch.equal(model(inputs["input_ids"], attention_mask=mask).logits, expected)
+    assert stats.layers[0].tokens == [300]
+    assert stats.layers[0].reason == "the mask is not plain causal"
+
+
+def test_models_without_a_decoder() -> None:
+    with pytest.raises(ValueError, match="holds no transformers model"), zipvl.sparse(torch.nn.Linear(2, 2)):
+        pass
+    tower = make_llava_next().model.vision_tower
+    with pytest.raises(ValueError, match="no causal attention layers"), zipvl.sparse(tower):
+        pass
+    config = tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
+    with pytest.raises(ValueError, match="encoder-decoder"), zipvl.sparse(tf.T5ForConditionalGeneration(config)):
+        pass
+
+
+def test_shared_keys_and_values() -> None:
+    config = tf.Gemma3nTextConfig(**TEXT, num_kv_shared_layers=2, layer_types=["full_attention"] * 3)
+    with pytest.raises(ValueError, match="shares keys and values"):
+        zipvl.ZipVLCache(config)
+
+
+def test_latent_attention() -> None:
+    model, inputs = make_deepseek_v3(), text_inputs(300)
+    with pytest.raises(ValueError, match="latent"), zipvl.sparse(model):
+        pass
+    with pytest.raises(ValueError, match="latent"):
+        zipvl.ZipVLCache(model)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation("zipvl")  # values of another head dimension: ordinary attention
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_offloading() -> None:
+    with pytest.raises(NotImplementedError, match="offloading"):
+        zipvl.ZipVLCache(make_llama()).layers[0].offload()
+
+
+def test_a_mask_of_the_wrong_length() -> None:
+    model = make_llama()
+    from zipvl.integrations._attention import attention_forward
+
+    q, kv = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 20, 16)
+    with pytest.raises(ValueError, match="the mask covers 19 tokens, the keys are 20"):
+        attention_forward(model.model.layers[0].self_attn, q, kv, kv, torch.ones(1, 19, dtype=torch.bool))

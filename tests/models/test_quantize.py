@@ -1,0 +1,285 @@
+"""``cache="quantize"``: what is held, what it takes, and generation from it against the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import zipvl
+from tests.models.oracle import Compressed, oracle
+from tests.models.tiny_models import TEXT, build, ids, make_llama, pad_left, text_inputs
+from zipvl import reference, reference_cache
+from zipvl.cache import QuantizedKV
+from zipvl.cache._quantized import PROBES, WINDOW, Segment
+
+GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
+LAYERS, KV_HEADS, DIM = 3, 2, 32
+
+
+def make() -> Any:
+    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**{**TEXT, "head_dim": DIM}))
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    return torch.stack(output.logits, dim=1)
+
+
+def kept_of(stats: Any) -> dict[int, torch.Tensor]:
+    return {i: layer.index[0] for i, layer in stats.layers.items() if layer.index is not None}
+
+
+FINE = {"high_bits": 8, "low_bits": 8}
+"""Bits of the tests that compare two runs: their rounding differs, and a code that moves by one must not matter."""
+COARSE: dict[str, Any] = {"atol": 5e-2, "rtol": 0}
+
+
+def config(**changes: Any) -> zipvl.ZipVLConfig:
+    return zipvl.ZipVLConfig(tau=0.7, cache="quantize").replace(**changes)
+
+
+def how(settings: zipvl.ZipVLConfig, appended: list[int], cache: Any) -> Compressed:
+    return Compressed(settings, appended, [layer.packed for layer in cache.layers])
+
+
+def prompt_cache(
+    lengths: tuple[int, ...] = (70, 200), tokens: int = 200, **changes: Any
+) -> tuple[QuantizedKV, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(len(lengths), heads, tokens, DIM, generator=generator) for heads in (KV_HEADS, KV_HEADS, 4))
+    mask = torch.arange(tokens) >= tokens - torch.tensor(lengths)[:, None]  # padded on the left
+    index, count = reference.select_tokens(*[mask * torch.rand(mask.shape, generator=generator)] * 2, token_mask=mask)
+    return QuantizedKV(k, v, index, count, mask, 4, config(**changes)), [q, k, v, index, count, mask]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (8, 4), (2, 8)])
+def test_generated_logits_are_those_of_the_quantised_tokens(bits: tuple[int, int]) -> None:
+    model, inputs, new = make(), text_inputs(300, 3), 230
+    settings = config(high_bits=bits[0], low_bits=bits[1])
+    with zipvl.sparse(model, settings, record_index=True) as stats:
+        output = model.generate(**inputs, max_new_tokens=new, **GENERATE)
+    assert output.past_key_values.get_seq_length() == 300 + new - 1
+    with oracle(model, kept_of(stats), 300, compressed=how(settings, [1] * (new - 1), output.past_key_values)):
+        expected = model(output.sequences[:, :-1], use_cache=False).logits
+    torch.testing.assert_close(logits_of(output)[0], expected[0, 299:], **TOLERANCE)
+    with oracle(model, kept_of(stats), 300, full=True):
+        unquantised = model(output.sequences[:, :-1], use_cache=False).logits
+    assert (unquantised - expected)[0, 299:].abs().max() > 10 * TOLERANCE["atol"], "the bits make a difference"
+
+
+def test_a_thousand_tokens_stay_right() -> None:
+    model, inputs = make(), text_inputs(300, 4)
+    with zipvl.sparse(model, config(), record_index=True) as stats:
+        output = model.generate(**inputs, max_new_tokens=1000, **GENERATE)
+    with oracle(model, kept_of(stats), 300, compressed=how(config(), [1] * 999, output.past_key_values)):
+        expected = model(output.sequences[:, :-1], use_cache=False).logits
+    torch.testing.assert_close(logits_of(output)[0], expected[0, 299:], **TOLERANCE)
+
+
+def test_a_padded_batch_is_its_rows_alone() -> None:
+    model, rows, new = make(), [text_inputs(330, 1), text_inputs(280, 2), text_inputs(100, 3)], 130
+    with zipvl.sparse(model, config(**FINE)):
+        together = model.generate(**pad_left(rows), max_new_tokens=new, **GENERATE)
+        for b, row in enumerate(rows[:2]):
+            alone = model.generate(**row, max_new_tokens=new, **GENERATE)
+            torch.testing.assert_close(logits_of(together)[b], logits_of(alone)[0], **COARSE)
+            assert torch.equal(together.sequences[b, -new:], alone.sequences[0, -new:])
+
+
+@pytest.mark.parametrize("turn", [2, 35, 150])
+def test_a_second_turn_attends_to_the_quantised_tokens_and_itself(turn: int) -> None:
+    model, inputs = make(), text_inputs(300, 3)
+    with zipvl.sparse(model, config(), record_index=True) as stats:
+        first = model.generate(**inputs, max_new_tokens=81, **GENERATE)
+        tokens = torch.cat([first.sequences, ids(turn, 9)], dim=1)
+        mask = torch.ones_like(tokens)  # a generated token may be the padding token
+        second = model.generate(
+            tokens, attention_mask=mask, max_new_tokens=30, past_key_values=first.past_key_values, **GENERATE
+        )
+    # The last token of the first turn comes with the second turn's.
+    held = how(config(), [*[1] * 80, turn + 1, *[1] * 29], second.past_key_values)
+    with oracle(model, kept_of(stats), 300, compressed=held):
+        expected = model(second.sequences[:, :-1], use_cache=False).logits
+    torch.testing.assert_close(logits_of(second)[0], expected[0, tokens.shape[1] - 1 :], **TOLERANCE)
+
+
+def test_a_second_turn_of_a_padded_batch_is_single() -> None:
+    model, new = make(), 70
+    rows, turns = [text_inputs(330, 1), text_inputs(280, 2)], [ids(5, 7), ids(30, 8)]
+    with zipvl.sparse(model, config(**FINE)):
+        inputs = pad_left(rows)
+        first = model.generate(**inputs, max_new_tokens=new, **GENERATE)
+        added = pad_left([{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in turns])
+        mask = [inputs["attention_mask"], torch.ones(2, new, dtype=torch.long), added["attention_mask"]]
+        turn = torch.cat([first.sequences, added["input_ids"]], dim=1)
+        together = model.generate(
+            turn,
+            attention_mask=torch.cat(mask, dim=1),
+            max_new_tokens=20,
+            past_key_values=first.past_key_values,
+            **GENERATE,
+        )
+        for b, row in enumerate(rows):
+            alone = model.generate(**row, max_new_tokens=new, **GENERATE)
+            whole = torch.cat([alone.sequences, turns[b]], dim=1)
+            past, mask = alone.past_key_values, torch.ones_like(whole)
+            alone = model.generate(whole, attention_mask=mask, max_new_tokens=20, past_key_values=past, **GENERATE)
+            # A row's window is compressed when the batch's longest does not fit, so its last steps may differ.
+            fits = 100 - new - 30
+            torch.testing.assert_close(logits_of(together)[b, :fits], logits_of(alone)[0, :fits], **COARSE)
+
+
+def test_beam_search_scores_are_those_of_its_tokens_alone() -> None:
+    model, inputs, new = make(), text_inputs(300, 4), 110
+    beams: dict[str, Any] = {"num_beams": 3, "length_penalty": 0.0, "output_scores": True}
+    with zipvl.sparse(model, config(**FINE)):
+        output = model.generate(**inputs, max_new_tokens=new, return_dict_in_generate=True, **beams)
+        cache = model(**inputs).past_key_values
+        logits = [model(token, past_key_values=cache).logits for token in output.sequences[:, 300:-1].split(1, 1)]
+        first = model(**inputs).logits[:, -1:]
+    chosen = torch.cat([first, *logits], 1)[0].log_softmax(-1).gather(1, output.sequences[0, 300:, None]).sum()
+    torch.testing.assert_close(output.sequences_scores[0], chosen, atol=0.1, rtol=1e-3)
+
+
+def test_prompt_lookup_gives_the_tokens_of_greedy_decoding_within_a_window() -> None:
+    model, inputs = make(), {"input_ids": ids(20, 3).repeat(1, 20)}
+    with zipvl.sparse(model, config(**FINE)):
+        plain = model.generate(**inputs, max_new_tokens=90, do_sample=False)
+        assisted = model.generate(**inputs, max_new_tokens=90, do_sample=False, prompt_lookup_num_tokens=4)
+    assert torch.equal(assisted, plain)
+
+
+# What is held
+
+
+def test_the_window_is_compressed_by_its_own_selection() -> None:
+    cache, _ = prompt_cache(tau=0.6)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, WINDOW + 1, DIM, generator=generator) for heads in (4, KV_HEADS, KV_HEADS))
+    before = cache.high.blocks.tolist(), cache.low.blocks.tolist()
+    for step in range(WINDOW + 1):
+        at = slice(step, step + 1)
+        cache.append(k[:, :, at], v[:, :, at], None, q[:, :, at], None)
+    assert cache.window.lengths.tolist() == [1, 1] and cache.tail == 1
+    probes = torch.arange(WINDOW - PROBES, WINDOW, dtype=torch.int32).expand(2, -1)
+    window = [s[:, :, :WINDOW] for s in (q, k, v)]
+    scores = reference.probe_scores(window[0], window[1], probes)
+    index, count = reference.select_tokens(*scores, tau=0.6)
+    high, high_blocks, low, low_blocks, _ = reference_cache.quantize_kv(
+        *window[1:], index, count, v_factor=cache.v_factor
+    )
+    for segment, packed, blocks, first in (
+        (cache.high, high, high_blocks, before[0]),
+        (cache.low, low, low_blocks, before[1]),
+    ):
+        for b in range(2):
+            used = slice(first[b], first[b] + int(blocks[b]))
+            assert segment.blocks[b] == used.stop
+            assert torch.equal(segment.packed[b, :, used], packed[b, :, : int(blocks[b])])
+
+
+def test_queries_of_padding_and_of_cropped_tokens_are_no_probes() -> None:
+    cache, _ = prompt_cache()
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 40, DIM, generator=generator) for heads in (4, KV_HEADS, KV_HEADS))
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :30] = False
+    cache.append(k, v, mask, q, None)
+    spread, probes = cache.recent.probes(cache.window.lengths, cache.window.longest)
+    assert probes[0].tolist() == [*range(10), *[40] * (PROBES - 10)]
+    assert probes[1].tolist() == list(range(40 - PROBES, 40))
+    assert torch.equal(spread[0, :, :10], q[0, :, 30:])
+    assert torch.equal(spread[1, :, 24:], q[1, :, 24:])
+    more = [torch.randn(2, heads, 3, DIM, generator=generator) for heads in (KV_HEADS, KV_HEADS, 4)]
+    cache.append(more[0], more[1], None, more[2], None)
+    cache.crop(2)
+    spread, probes = cache.recent.probes(cache.window.lengths, cache.window.longest)
+    assert probes[0].tolist() == [*range(11), *[41] * (PROBES - 11)]
+    assert torch.equal(spread[0, :, 10], more[2][0, :, 0])
+    assert cache.tail == 1
+
+
+def test_segments_grow_raggedly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(256, (2, 1, 4, 48), dtype=torch.uint8, generator=generator)
+    segment = Segment(packed, torch.tensor([1, 3], dtype=torch.int32))
+    assert segment.packed.shape[2] == 3
+    expected = [packed[0, :, :1], packed[1, :, :3]]
+    for counts in ([2, 0], [0, 1], [2, 2], [1, 0]):
+        more = torch.randint(256, (2, 1, 2, 48), dtype=torch.uint8, generator=generator)
+        segment.append(more, torch.tensor(counts, dtype=torch.int32))
+        expected = [torch.cat([e, more[b, :, : counts[b]]], 1) for b, e in enumerate(expected)]
+    for b in range(2):
+        assert segment.blocks[b] == expected[b].shape[1]
+        assert torch.equal(segment.packed[b, :, : expected[b].shape[1]], expected[b])
+    assert segment.longest == 6
+
+
+def test_rows_move_together() -> None:
+    cache, _ = prompt_cache()
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 5, DIM, generator=generator) for heads in (4, KV_HEADS, KV_HEADS))
+    cache.append(k, v, torch.tensor([[0, 1, 1, 1, 1], [1] * 5]).bool(), q, None)
+    query = torch.randn(2, 4, 1, DIM, generator=generator)
+    out = cache.attend(query, None)
+    cache.take_rows(torch.tensor([1, 0, 1]))
+    assert torch.equal(cache.attend(query[[1, 0, 1]], None), out[[1, 0, 1]])
+    spread, probes = cache.recent.probes(cache.window.lengths, 5)
+    assert probes[:, 4].tolist() == [4, 5, 4]
+    assert torch.equal(spread[0], q[1]) and torch.equal(spread[2], q[1])
+
+
+def test_bytes_are_those_of_every_tensor() -> None:
+    model, inputs = make(), text_inputs(1000)
+    with zipvl.sparse(model, config(ratio=0.25)) as stats:
+        output = model.generate(**inputs, max_new_tokens=4, **GENERATE)
+    cache = output.past_key_values
+    high, low = -(-250 // 64), -(-750 // 64)
+    bytes_of = [reference_cache.block_bytes(DIM, bits, torch.float32) for bits in (4, 2)]
+    segments = KV_HEADS * (high * bytes_of[0] + low * bytes_of[1]) + 2 * 4
+    window = 2 * KV_HEADS * WINDOW * DIM * 4 + 4
+    queries = PROBES * (4 * DIM * 4 + 4)
+    expected = LAYERS * (segments + KV_HEADS * DIM * 4 + window + queries)
+    assert stats.cache_bytes == cache.cache_bytes == expected
+    assert stats.full_cache_bytes == LAYERS * 2 * KV_HEADS * DIM * 4 * 1003
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(cache.layers[0].packed)}
+    assert LAYERS * sum(held.values()) == expected
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in getattr(value, "__dict__", {}).values() for t in tensors_in(item)]
+
+
+# Errors
+
+
+def test_a_head_dimension_that_blocks_do_not_hold_is_an_error_before_anything_runs() -> None:
+    model = make_llama()
+    with pytest.raises(ValueError, match="multiple of 32, and llama has 16"), zipvl.sparse(model, cache="quantize"):
+        raise AssertionError("the block must not be entered")
+    with pytest.raises(ValueError, match="multiple of 32"):
+        zipvl.ZipVLCache(model, config())
+
+
+def test_crop_reaches_back_to_the_last_compression() -> None:
+    model, inputs = make(), text_inputs(300)
+    with zipvl.sparse(model, config()):
+        cache = model.generate(**inputs, max_new_tokens=108, **GENERATE).past_key_values
+    with pytest.raises(ValueError, match="cannot crop 8 tokens: only the last 7"):
+        cache.crop(-8)
+    cache.crop(-7)
+    assert cache.get_seq_length() == 400
+
+
+@pytest.mark.parametrize(("name", "value"), [("high_bits", 3), ("low_bits", 16)])
+def test_bits_are_checked(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be one of \(2, 4, 8\), got {value}"):
+        config(**{name: value})

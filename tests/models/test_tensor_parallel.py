@@ -1,0 +1,62 @@
+"""Heads spread over two processes (transformers' tensor parallelism, on CPUs): each selects with the heads it has.
+On GPUs: tests/kernels/test_multi_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread
+from tests.models.tiny_models import TEXT, build, ids
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT | {"head_dim": 32}))
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Tensor:
+    return ids(400, 1)
+
+
+@pytest.fixture(scope="module")
+def found(model: Any, prompt: Tensor, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found."""
+    return spread(model, prompt, tmp_path_factory.mktemp("tensor_parallel"), CUDA_VISIBLE_DEVICES="")
+
+
+def test_the_model_is_spread(model: Any, found: list[dict[str, Any]]) -> None:
+    rows = model.model.layers[0].self_attn.q_proj.weight.shape[0]
+    assert [rank["query_rows"] for rank in found] == [rows // RANKS] * RANKS
+
+
+def test_everything_kept_is_the_model_in_one_process(model: Any, prompt: Tensor, found: list[dict[str, Any]]) -> None:
+    with torch.inference_mode():
+        logits = model(prompt, logits_to_keep=1).logits[0, -1]
+    tokens = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :]
+    for rank in found:
+        torch.testing.assert_close(torch.tensor(rank["tau 1"]["logits"]), logits, rtol=1e-3, atol=1e-4)
+        assert rank["tau 1"]["tokens"] == tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["ratio", "tau", "quantize"])
+def test_ranks_agree_on_the_answer(name: str, found: list[dict[str, Any]]) -> None:
+    first, second = (rank[name] for rank in found)
+    assert first["tokens"] == second["tokens"]
+    torch.testing.assert_close(torch.tensor(first["logits"]), torch.tensor(second["logits"]), rtol=1e-5, atol=1e-6)
+    for rank in (first, second):
+        assert len(rank["ratios"]) == 3 and all(0.05 < ratio < 0.95 for ratio in rank["ratios"])
+
+
+@pytest.mark.parametrize("name", ["ratio", "tau"])
+def test_each_rank_selects_with_its_own_heads(
+    name: str, model: Any, prompt: Tensor, found: list[dict[str, Any]]
+) -> None:
+    expected = in_groups(model, prompt, CONFIGS[name])
+    torch.testing.assert_close(torch.tensor(found[0][name]["logits"]), expected, rtol=1e-3, atol=1e-4)

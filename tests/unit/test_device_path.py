@@ -1,0 +1,31 @@
+"""The way the ops go on a device whose counts the host may not read, walked on the CPU: what a GPU runs where it has no
+kernel. The op tests run again in a process that forbids host reads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+OPS = ("probe_scores", "sparse_attn", "pack_kv", "decode_attn", "zipvl_attn", "zipvl_prefill", "projections")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_without_host_reads(op: str) -> None:
+    # The memory tests bound the CPU's blocks; a device's are larger.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not memory"]
+    done = subprocess.run(
+        [*command, str(HERE / f"test_{op}.py")],
+        env={**os.environ, "ZIPVL_NO_HOST_READS": "1"},
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
