@@ -48,7 +48,14 @@ $(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(BIN)/pip install -q --no-deps lmms-eval==$(LMMS_EVAL)
 	touch $@
 
-$(VENV)/build.stamp: $(VENV)/packages.stamp $(BUILD_INPUTS)
+# CUTLASS's headers, where a build makes the CUDA library: without the Python packages that it asks for.
+$(VENV)/cutlass.stamp: $(VENV)/packages.stamp
+	$(BIN)/pip install -q --no-deps $$($(BIN)/python tools/requirements.py cuda-build)
+	touch $@
+
+CUDA_HEADERS := $(if $(or $(HAS_GPU),$(shell command -v nvcc)),$(VENV)/cutlass.stamp)
+
+$(VENV)/build.stamp: $(VENV)/packages.stamp $(CUDA_HEADERS) $(BUILD_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" ZIPVL_WERROR=ON $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -92,10 +99,10 @@ format: $(VENV)/packages.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-cuda-check: $(VENV)/packages.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/cuda_check.py
+cuda-check: $(VENV)/packages.stamp $(VENV)/cutlass.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.cuda_check
 
-wheel: $(VENV)/packages.stamp
+wheel: $(VENV)/packages.stamp $(CUDA_HEADERS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 
 clean:

@@ -1,7 +1,8 @@
 """Builds zipvl's C++ with CMake. ``pip install --no-build-isolation .`` (or ``-e .``), against the torch that is there.
 
 Environment: ``ZIPVL_CUDA`` (auto, on, off), ``ZIPVL_CUDA_ARCHS`` (default ``80;90a``), ``ZIPVL_BUILD_DIR`` (where CMake
-works, default ``build/<python>-<torch>``), ``MAX_JOBS``. Everything else about the package stands in pyproject.toml.
+works, default ``build/<python>-<torch>``), ``CUTLASS_DIR`` (CUTLASS, for the CUDA library; default: the package
+nvidia-cutlass), ``MAX_JOBS``. Everything else about the package stands in pyproject.toml.
 
 An editable build also makes ``zipvl._plan``, which only tests use, where pybind11 is installed.
 """
@@ -54,7 +55,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DZIPVL_PLAN_MODULE={plans}"]
         configure += [
             f"-D{name}={os.environ[name]}"
-            for name in ("ZIPVL_CUDA", "ZIPVL_CUDA_ARCHS", "ZIPVL_WERROR")
+            for name in ("ZIPVL_CUDA", "ZIPVL_CUDA_ARCHS", "ZIPVL_WERROR", "CUTLASS_DIR")
             if os.environ.get(name)
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -1,8 +1,9 @@
 """Compiles the CUDA library for every architecture and checks what came out; needs nvcc, no GPU.
 
-Checked: every symbol the library needs is in torch (a CPU torch lacks a known few); it holds machine code for every
-architecture asked for and PTX for later ones; no kernel but those of ``SPILLS`` spills registers or has a stack frame
-beyond the return address of a function that it calls.
+Checked: nothing outside ``csrc/cuda/ptx`` names CuTe or CUTLASS or writes assembly; every symbol the library needs is
+in torch (a CPU torch lacks a known few); it holds machine code for every architecture asked for and PTX for later ones;
+no kernel but those of ``SPILLS`` spills registers or has a stack frame beyond the return address of a function that it
+calls.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import torch
+
+from tools.kernel_text import cuobjdump
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda-check"
@@ -26,10 +28,24 @@ OF_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
 # for inputs beyond 262,144 tokens or without clusters: the keys of a thread are 64 of its 128 registers.
 SPILLS = {"by_blockILi32E": 64, "by_gridILi32E": 64}
 RETURN_ADDRESS = 8  # bytes
+# What only csrc/cuda/ptx may say.
+_PTX = re.compile(r"\b(?:cute|cutlass)(?:::|/)|\basm\b")
+_COMMENT = re.compile(r"//.*")
 _KERNEL = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'")
 _PROPERTIES = re.compile(r"Function properties for (?P<name>\S+)")
 _FRAME = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
+
+
+def outside_ptx(csrc: Path) -> list[str]:
+    """Lines of ``csrc`` beside ``cuda/ptx`` that name CuTe or CUTLASS or write assembly, with their places."""
+    found = []
+    for path in sorted(csrc.rglob("*.*")):
+        if path.parent != csrc / "cuda" / "ptx":
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if _PTX.search(_COMMENT.sub("", line)):
+                    found.append(f"{path.relative_to(csrc)}:{number}: {line.strip()}")
+    return found
 
 
 def compile_library() -> str:
@@ -84,11 +100,7 @@ def check_symbols(library: Path) -> None:
 
 def check_architectures(library: Path) -> None:
     """Machine code of every architecture and PTX of the first, as cuobjdump lists them."""
-    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
-    cuobjdump = shutil.which("cuobjdump") or (packaged[-1] if packaged else None)
-    if cuobjdump is None:
-        sys.exit("cuda-check: cuobjdump is not on the PATH: pip install nvidia-cuda-cuobjdump")
-    listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True,
+    listed = subprocess.run([cuobjdump(), "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True,
                             check=True).stdout  # fmt: skip
     for arch in ARCHS.split(";"):
         if f"sm_{arch}.cubin" not in listed:
@@ -98,6 +110,8 @@ def check_architectures(library: Path) -> None:
 
 
 def main() -> None:
+    if lines := outside_ptx(ROOT / "csrc"):
+        sys.exit("cuda-check: only csrc/cuda/ptx names CuTe and CUTLASS and writes assembly\n" + "\n".join(lines))
     log = compile_library()
     library = BUILD / "libzipvl_cuda.so"
     check_symbols(library)

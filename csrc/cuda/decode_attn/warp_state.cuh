@@ -9,8 +9,8 @@
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/shape.h"
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/exp2.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {
 

@@ -6,7 +6,7 @@
 #include <bit>
 
 #include "cuda/pack_kv/pack_kv.h"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace zipvl::cuda {
 namespace {

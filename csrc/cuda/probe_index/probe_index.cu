@@ -4,7 +4,7 @@
 #include "common/probe_draw.h"
 #include "cuda/common/launch.h"
 #include "cuda/probe_index/probe_index.h"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace zipvl::cuda {
 namespace {

@@ -7,7 +7,7 @@
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/probe_scores/scores.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace zipvl::cuda {
 namespace {

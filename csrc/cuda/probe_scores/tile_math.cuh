@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/exp2.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda {
 

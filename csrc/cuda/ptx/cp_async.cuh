@@ -1,5 +1,8 @@
 // Asynchronous copies from global to shared memory (cp.async, sm_80). Shared addresses are those of the shared window,
 // global ones aligned to the bytes copied.
+//
+// All of it is asm: CuTe's copies prefetch 128 bytes into L2 (.L2::128B), its cp_async_wait<0> is cp.async.wait_all,
+// which closes a group of its own. Both are other machine code.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 #include "cuda/select_tokens/select_tokens.h"
 
 #include "cuda/common/launch.h"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select_tokens/block_team.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 

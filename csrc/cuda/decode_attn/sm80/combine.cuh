@@ -9,7 +9,6 @@
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/schedule.cuh"
 #include "cuda/decode_attn/warp_state.cuh"
-#include "cuda/ptx/sync.cuh"
 
 namespace zipvl::cuda::decode {
 

@@ -7,7 +7,6 @@
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/sm80/tile.cuh"
 #include "cuda/decode_attn/sm80/walk.cuh"
-#include "cuda/ptx/sync.cuh"
 
 namespace zipvl::cuda::decode {
 

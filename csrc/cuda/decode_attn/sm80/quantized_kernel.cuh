@@ -8,7 +8,7 @@
 #include "cuda/decode_attn/quantized.h"
 #include "cuda/decode_attn/sm80/kernel.cuh"
 #include "cuda/decode_attn/sm80/quantized_block.cuh"
-#include "cuda/ptx/opaque.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {
 

@@ -7,7 +7,6 @@
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/ptx/shared_address.cuh"
 
 namespace zipvl::cuda::decode {
 

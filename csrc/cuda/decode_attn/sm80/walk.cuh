@@ -7,7 +7,7 @@
 #include "cuda/decode_attn/merge.cuh"
 #include "cuda/decode_attn/schedule.cuh"
 #include "cuda/decode_attn/warp_state.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace zipvl::cuda::decode {
 

@@ -4,8 +4,8 @@
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/sm80/tiles.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
-#include "cuda/ptx/shared_address.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::probe::sm80 {
 

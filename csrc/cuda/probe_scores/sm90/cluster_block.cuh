@@ -7,8 +7,8 @@
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/probe_scores/sm90/traits.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
@@ -153,7 +153,7 @@ __device__ __forceinline__ void gather_rows(const ProbeScoresParams& params, Clu
   }
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
-  ptx::fence_proxy_async_shared();
+  ptx::fence_view_async_shared();
 }
 
 }  // namespace zipvl::cuda::probe::sm90

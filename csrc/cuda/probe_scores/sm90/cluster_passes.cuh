@@ -5,8 +5,9 @@
 
 #include "cuda/probe_scores/sm90/cluster_block.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
-#include "cuda/ptx/cluster.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
@@ -18,17 +19,17 @@ template <typename Traits, int kValues>
 __device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, int a_slab_bytes, std::uint64_t b,
                                          int b_slab_bytes) {
   using Product = ptx::Wgmma<typename Traits::Element, kValues * 2, false>;
-  ptx::wgmma_fence_operand(s);
-  ptx::wgmma_fence();
+  ptx::warpgroup_fence_operand(s);
+  ptx::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
     const int slab = k / 4, in_slab = k % 4 * 32;
     Product::ss(s, ptx::wgmma_advance(a, slab * a_slab_bytes + in_slab),
                 ptx::wgmma_advance(b, slab * b_slab_bytes + in_slab), k > 0);
   }
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  ptx::wgmma_fence_operand(s);
+  ptx::warpgroup_commit_batch();
+  ptx::warpgroup_wait<0>();
+  ptx::warpgroup_fence_operand(s);
 }
 
 constexpr int kRowBytes = kSlabColumns * 2;  // of a slab
@@ -175,7 +176,7 @@ __device__ __forceinline__ void begin(ClusterShared<Traits>& shared, const Probe
       ptx::mbarrier_init(&shared.keys_here[t], 1);
     }
     ptx::mbarrier_init(&shared.parts_here, 1);
-    ptx::fence_mbarrier_init();
+    ptx::fence_barrier_init();
     ptx::mbarrier_arrive_expect_tx(&shared.parts_here,
                                    params.cluster_blocks * static_cast<int>(sizeof(shared.part_lse[0]) + sizeof(int)));
     ptx::tma_prefetch(keys);

@@ -4,8 +4,8 @@
 #include <cuda.h>
 
 #include "cuda/probe_scores/sm90/traits.cuh"
-#include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ void begin(SharedStorage<Traits>& shared, const CUten
     for (int i = 0; i < Traits::kConsumers; ++i) {
       ptx::mbarrier_init(&shared.held_full[i], 1);
     }
-    ptx::fence_mbarrier_init();
+    ptx::fence_barrier_init();
     ptx::tma_prefetch(held);
     ptx::tma_prefetch(stream);
   }
@@ -84,8 +84,8 @@ struct Consumer {
   __device__ __forceinline__ void multiply(float (&s)[kScores]) const {
     const std::uint64_t held = ptx::wgmma_descriptor(shared.held[warpgroup]);
     const std::uint64_t tile = ptx::wgmma_descriptor(shared.stream[place.index]);
-    ptx::wgmma_fence_operand(s);
-    ptx::wgmma_fence();
+    ptx::warpgroup_fence_operand(s);
+    ptx::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       using Product = ptx::Wgmma<typename Traits::Element, Traits::kStreamRows, false>;
@@ -93,9 +93,9 @@ struct Consumer {
       const std::uint64_t b = ptx::wgmma_advance(tile, slab * Traits::kStreamRows * 128 + in_slab);
       Product::ss(s, ptx::wgmma_advance(held, slab * kUnitRows * 128 + in_slab), b, k > 0);
     }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_operand(s);
+    ptx::warpgroup_commit_batch();
+    ptx::warpgroup_wait<0>();
+    ptx::warpgroup_fence_operand(s);
   }
 
   // This warp is done with the tile.

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/common/pipeline.cuh"
-#include "cuda/ptx/shared_address.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
 

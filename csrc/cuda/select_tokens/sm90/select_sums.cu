@@ -4,7 +4,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/probe_scores/scores.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select_tokens/block_team.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 

@@ -1,8 +1,8 @@
 // Token selection by a cluster of blocks a row. They meet in each other's shared memory: copies and stores into another
 // block complete on that block's mbarriers, so that nothing is fenced and nobody waits for more than the data.
 #include "cuda/common/launch.h"
-#include "cuda/ptx/cluster.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
@@ -48,7 +48,7 @@ struct ClusterTeam {
       for (int i = 0; i < plan::kSelectGathers; ++i) {
         ptx::mbarrier_init(&shared.records_here[i], 1);
       }
-      ptx::fence_mbarrier_init();
+      ptx::fence_barrier_init();
     }
     ptx::cluster_arrive();  // waited for before the first store into another block
   }
@@ -84,7 +84,7 @@ struct ClusterTeam {
     if constexpr (kRank) {
       *reinterpret_cast<uint4*>(here.rank + first) = {four.rank[0], four.rank[1], four.rank[2], four.rank[3]};
     }
-    ptx::fence_proxy_async_shared();
+    ptx::fence_view_async_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
       ptx::mbarrier_arrive_expect_tx(&shared.parts_here, kBinBytes * (kBins - share));
@@ -121,7 +121,7 @@ struct ClusterTeam {
         shared.merged.rank[rank_ * share + bin] = sum;
       }
     }
-    ptx::fence_proxy_async_shared();
+    ptx::fence_view_async_shared();
     __syncthreads();
     if (lane < size_ && lane != rank_) {
       if constexpr (kMass) {

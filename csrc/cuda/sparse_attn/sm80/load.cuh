@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/shared_address.cuh"
+#include "cuda/ptx/scalar.cuh"
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 

@@ -1,7 +1,7 @@
 // The Hopper kernel: a persistent block a multiprocessor, one producer warpgroup and the consumers.
 #pragma once
 
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/sparse_attn/sm90/epilogue.cuh"
 #include "cuda/sparse_attn/sm90/load.cuh"
 #include "cuda/sparse_attn/sm90/mma.cuh"
@@ -22,7 +22,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
     ptx::mbarrier_init(&shared.v_full[i], 1);
     ptx::mbarrier_init(&shared.v_empty[i], kConsumerWarps);
   }
-  ptx::fence_mbarrier_init();
+  ptx::fence_barrier_init();
 }
 
 template <typename Traits>

@@ -4,9 +4,9 @@
 
 #include <cuda.h>
 
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
 
@@ -113,7 +113,7 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   for (int i = lane; i < kZeroBytes / 16; i += kWarpThreads) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
-  ptx::fence_proxy_async_shared();
+  ptx::fence_view_async_shared();
   __syncwarp();
   const std::int64_t token_bytes =
       static_cast<std::int64_t>(params.query_heads) * Traits::kHeadDim * sizeof(typename Traits::Element);
@@ -139,12 +139,12 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
         for (std::int64_t left = token_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
           ptx::bulk_store(at, shared.zeros, left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
         }
-        ptx::bulk_commit();
-        ptx::bulk_wait_read<4>();
+        ptx::tma_store_arrive();
+        ptx::tma_store_wait<4>();
       }
     }
   }
-  ptx::bulk_wait_read<0>();
+  ptx::tma_store_wait<0>();
 }
 
 }  // namespace zipvl::cuda::attn::sm90

@@ -3,9 +3,8 @@
 // arXiv 2407.08608): the warpgroups take turns to issue, so that one's softmax runs under the other's products.
 #pragma once
 
-#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sparse_attn/sm90/softmax.cuh"
@@ -47,16 +46,16 @@ class Consumer {
       load_fragments(query.fragment);
       release_queries();
     } else {
-      ptx::fence_proxy_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
+      ptx::fence_view_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
       query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.index] + warpgroup_ * 64 * kSlabColumns);
     }
     int block = blocks - 1;
     ptx::mbarrier_wait(&shared_.k_full[0], k_parity_.of(0));
-    ptx::wgmma_fence();
+    ptx::warpgroup_arrive();
     issue_scores<0>(s, query);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_operand(s);
+    ptx::warpgroup_commit_batch();
+    ptx::warpgroup_wait<0>();
+    ptx::warpgroup_fence_operand(s);
     release(shared_.k_empty, 0, k_parity_);
     const bool arrived = next_arrived<0>(block);
     weigh<true>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
@@ -114,26 +113,26 @@ class Consumer {
                                        RowState& rows, const Queries& query, int block) {
     float rescale[2];
     ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
-    ptx::wgmma_fence_operand(s);
-    ptx::wgmma_fence_operand(o);
-    ptx::wgmma_fence();
+    ptx::warpgroup_fence_operand(s);
+    ptx::warpgroup_fence_operand(o);
+    ptx::warpgroup_arrive();
     issue_scores<kStage>(s, query);
-    ptx::wgmma_commit();
-    ptx::wgmma_fence();
+    ptx::warpgroup_commit_batch();
+    ptx::warpgroup_arrive();
     issue_output<kStage ^ 1>(o, p);
-    ptx::wgmma_commit();
+    ptx::warpgroup_commit_batch();
     pass_turn();
-    ptx::wgmma_wait<1>();
-    ptx::wgmma_fence_operand(s);
+    ptx::warpgroup_wait<1>();
+    ptx::warpgroup_fence_operand(s);
     release(shared_.k_empty, kStage, k_parity_);
     const bool arrived = next_arrived<kStage>(block);
     weigh<kMasked>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
     // The exponentials belong here, under the product of the weights before. Left in one basic block with the wait
     // below, the compiler sinks them behind it; waiting for what comes next ends the block.
-    ptx::wgmma_fence_operand(s);
+    ptx::warpgroup_fence_operand(s);
     await_next<kStage>(block, arrived);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_operand(o);
+    ptx::warpgroup_wait<0>();
+    ptx::warpgroup_fence_operand(o);
     release(shared_.v_empty, kStage ^ 1, v_parity_);
     rescale_output(o, rescale);
     to_fragments<Element>(s, p);
@@ -145,12 +144,12 @@ class Consumer {
     if constexpr (!Traits::kQueriesInRegisters) {
       release_queries();
     }
-    ptx::wgmma_fence_operand(o);
-    ptx::wgmma_fence();
+    ptx::warpgroup_fence_operand(o);
+    ptx::warpgroup_arrive();
     issue_output<kStage>(o, p);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_operand(o);
+    ptx::warpgroup_commit_batch();
+    ptx::warpgroup_wait<0>();
+    ptx::warpgroup_fence_operand(o);
     release(shared_.v_empty, kStage, v_parity_);
   }
 
@@ -201,7 +200,7 @@ class Consumer {
   // Where registers are short (D 64 and 256), what is derived from a descriptor is made at its use: hoisted out of the
   // loop, the compiler would spill it.
   __device__ __forceinline__ static std::uint64_t operand(std::uint64_t descriptor) {
-    return Traits::kQueriesInRegisters ? descriptor : ptx::wgmma_unhoisted(descriptor);
+    return Traits::kQueriesInRegisters ? descriptor : ptx::opaque(descriptor);
   }
 
   // This warp's 16 query rows as A operands.

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/common/warp.cuh"
-#include "cuda/ptx/exp2.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::attn::sm90 {
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/ptx/shared_address.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::ptx {
 

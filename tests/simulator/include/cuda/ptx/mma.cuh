@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/ptx/shared_address.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::ptx {
 

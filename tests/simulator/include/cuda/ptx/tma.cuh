@@ -3,7 +3,7 @@
 #include <cuda.h>
 
 #include "cuda/common/tensor_map.h"
-#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/barrier.cuh"
 
 namespace zipvl::cuda::ptx {
 
@@ -52,11 +52,31 @@ inline void bulk_store(void* target, const void* source, std::uint32_t bytes) {
   check_bulk(target, source, bytes);
   emulated::Block::current_block->start_store(target, source, static_cast<int>(bytes));
 }
-inline void bulk_commit() { emulated::Block::current_block->commit_stores(); }
+inline void tma_store_arrive() { emulated::Block::current_block->commit_stores(); }
 template <int Pending>
-void bulk_wait_read() {
+void tma_store_wait() {
   emulated::Block::current_block->finish_stores(Pending);
 }
-inline void fence_proxy_async_shared() {}
+inline void fence_view_async_shared() {}
+
+// Bytes on their way to another block: there at once or later, like all copies.
+inline void send(std::uint32_t target, const std::function<void(unsigned char*)>& put, std::uint32_t bytes,
+                 std::uint32_t barrier) {
+  emulated::Block::current_block->start_event([=] {
+    put(pointer_in_cluster(target));
+    advance(reinterpret_cast<std::uint64_t*>(pointer_in_cluster(barrier)), 0, bytes);
+  });
+}
+template <typename T>
+void store_async(std::uint32_t target, const T& value, std::uint32_t barrier) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16);
+  send(target, [value](unsigned char* to) { std::memcpy(to, &value, sizeof value); }, sizeof value, barrier);
+}
+inline void bulk_copy_to_block(std::uint32_t target, const void* source, std::uint32_t bytes, std::uint32_t barrier) {
+  if ((target | reinterpret_cast<std::uintptr_t>(source) | bytes) % 16 != 0) {
+    emulated::fail("a bulk copy is not aligned to 16 bytes");
+  }
+  send(target, [source, bytes](unsigned char* to) { std::memcpy(to, source, bytes); }, bytes, barrier);
+}
 
 }  // namespace zipvl::cuda::ptx

@@ -5,7 +5,7 @@
 
 #include <map>
 
-#include "cuda/ptx/shared_address.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::ptx {
 
@@ -20,16 +20,16 @@ inline std::map<std::pair<int, float*>, Unfinished>& unfinished() {
   return all;
 }
 
-inline void wgmma_fence() {}
-inline void wgmma_commit() { emulated::Block::current_block->commit_products(); }
+inline void warpgroup_arrive() {}
+inline void warpgroup_commit_batch() { emulated::Block::current_block->commit_products(); }
 template <int Pending>
-void wgmma_wait() {
+void warpgroup_wait() {
   __syncwarp();
   emulated::Block::current_block->finish_products(Pending);
   __syncwarp();  // nobody's registers change before all have read them
 }
 template <int Count>
-void wgmma_fence_operand(float (&)[Count]) {}
+void warpgroup_fence_operand(float (&)[Count]) {}
 
 // Low word: the address in units of 16 bytes. High word: both distances likewise.
 inline std::uint64_t wgmma_descriptor(const void* tile, std::uint32_t group_bytes = 1024,
@@ -40,7 +40,6 @@ inline std::uint64_t wgmma_descriptor(const void* tile, std::uint32_t group_byte
 inline std::uint64_t wgmma_advance(std::uint64_t descriptor, std::uint32_t bytes) {
   return (descriptor & 0xFFFFFFFF00000000U) | static_cast<std::uint32_t>(descriptor + (bytes >> 4));
 }
-inline std::uint64_t wgmma_unhoisted(std::uint64_t descriptor) { return descriptor; }
 
 struct Operand {
   const unsigned char* start;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/ptx/shared_address.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::ptx {
 
@@ -37,7 +37,7 @@ inline void advance(std::uint64_t* barrier, unsigned arrivals, std::int64_t byte
 inline void mbarrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
   reinterpret_cast<Mbarrier&>(*barrier) = {0, arrivals, arrivals, 0, kBegun};
 }
-inline void fence_mbarrier_init() {}
+inline void fence_barrier_init() {}
 inline void mbarrier_arrive(std::uint64_t* barrier) { advance(barrier, 1, 0); }
 inline void mbarrier_arrive_expect_tx(std::uint64_t* barrier, std::uint32_t bytes) {
   state_of(barrier).bytes += bytes;
@@ -52,5 +52,34 @@ inline bool mbarrier_test_wait(std::uint64_t* barrier, std::uint32_t parity) {
 inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
   emulated::Block::current_block->wait_until([=] { return mbarrier_test_wait(barrier, parity); });
 }
+
+inline std::uint32_t cluster_rank() { return static_cast<std::uint32_t>(emulated::Block::current_block->rank()); }
+inline std::uint32_t cluster_size() {
+  return static_cast<std::uint32_t>(emulated::Block::current_block->cluster_size());
+}
+inline void cluster_arrive() { emulated::Block::current_block->arrive_cluster(); }
+inline void cluster_wait() { emulated::Block::current_block->wait_cluster(); }
+
+// The block in the highest bits, the offset in the others.
+constexpr int kOffsetBits = 24;
+
+inline std::uint32_t shared_address_in(const void* pointer, std::uint32_t rank) {
+  const auto offset = static_cast<std::int32_t>(shared_address(pointer));
+  if (offset != offset << (32 - kOffsetBits) >> (32 - kOffsetBits)) {
+    emulated::fail("shared memory is larger than an address here");
+  }
+  return rank << kOffsetBits | (static_cast<std::uint32_t>(offset) & ((1U << kOffsetBits) - 1U));
+}
+inline unsigned char* pointer_in_cluster(std::uint32_t address) {
+  const std::int32_t offset = static_cast<std::int32_t>(address << (32 - kOffsetBits)) >> (32 - kOffsetBits);
+  return emulated::Block::current_block->in_block(static_cast<int>(address >> kOffsetBits), offset);
+}
+
+inline void named_barrier_sync(int id, int threads) { emulated::Block::current_block->synchronize_named(id, threads); }
+inline void named_barrier_arrive(int id, int threads) { emulated::Block::current_block->arrive_named(id, threads); }
+template <int Registers>
+void warpgroup_reg_alloc() {}
+template <int Registers>
+void warpgroup_reg_dealloc() {}
 
 }  // namespace zipvl::cuda::ptx
