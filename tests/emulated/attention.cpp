@@ -3,7 +3,7 @@
 //
 //   attention CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "attention_reference.h"
-#include "cuda/sparse_attn/sm80/launch_kernel.cuh"
+#include "cuda/sparse_attn/sm80/launch.cuh"
 #include "cuda_on_cpu.h"
 
 namespace zipvl::cuda::attn::sm80 {

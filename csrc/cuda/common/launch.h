@@ -12,9 +12,9 @@ namespace zipvl::cuda {
 // written yet.
 bool runs_hopper_code(int device);
 
-// cluster: blocks of a thread-block cluster, sm_90; 1: none.
+// cluster: blocks of a thread-block cluster along x, sm_90; 1: none.
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, unsigned blocks, unsigned threads,
+cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, unsigned threads,
                                       unsigned shared_bytes, cudaStream_t stream, const Args&... args) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
@@ -26,7 +26,7 @@ cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluste
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
@@ -36,9 +36,9 @@ cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluste
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent(void (*kernel)(Params...), unsigned blocks, unsigned threads, unsigned shared_bytes,
+cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, unsigned threads, unsigned shared_bytes,
                              cudaStream_t stream, const Args&... args) {
-  return launch_dependent_clusters(kernel, 1, blocks, threads, shared_bytes, stream, args...);
+  return launch_dependent_clusters(kernel, 1, grid, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace zipvl::cuda

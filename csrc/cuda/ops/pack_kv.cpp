@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/common/launch.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
 #include "ops/aten.h"
@@ -40,7 +39,6 @@ PackKvParams pack_kv_params(const Tensor& k, const Tensor& v, void* k_packed, vo
   params.element_bytes = k.scalar_type() == aten::ScalarType::Float ? 4 : 2;
   params.tail = 1;
   params.num_sms = num_sms(k.get_device_index());
-  params.overlap_previous = runs_hopper_code(k.get_device_index());
   return params;
 }
 

@@ -1,12 +1,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/common/launch.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
-#include "cuda/sparse_attn/seen_tokens.h"
-#include "cuda/sparse_attn/sm80/launch.h"
-#include "cuda/sparse_attn/sm90/launch.h"
-#include "cuda/sparse_attn/sm90/packing.h"
+#include "cuda/sparse_attn/params.h"
+#include "cuda/sparse_attn/sm90/params.h"
 #include "ops/aten.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
@@ -80,7 +77,7 @@ void launch_sparse_attn(const char* op, const SparseAttnParams& params, const pl
       counting.tokens = params.tokens;
       check_launch(op, launch_seen_tokens(counting, stream));
     }
-    check_launch(op, launch_pack_kv(attn::sm90::packing(params, num_sms(device), runs_hopper_code(device)), stream));
+    check_launch(op, launch_pack_kv(attn::sm90::packing(params, num_sms(device)), stream));
     check_launch(op, attn::sm90::launch_sparse_attn(params, seen, num_sms(device), stream));
     return;
   }

@@ -1,33 +1,38 @@
-#include "cuda/sparse_attn/sm90/launch.h"
+// From a problem's element type and head dim to the instantiation that CMake made for them.
+#include "cuda/common/dispatch.h"
+#include "cuda/sparse_attn/params.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+namespace zipvl::cuda {
 
-namespace zipvl::cuda::attn::sm90 {
-namespace {
+// Defined in <family>/launch.cuh.
+namespace attn::sm80 {
+template <typename ElementType, int HeadDim>
+cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream);
+}  // namespace attn::sm80
+namespace attn::sm90 {
+template <typename ElementType, int HeadDim>
+cudaError_t launch_kernel(const SparseAttnParams& params, const std::int32_t* seen, int num_sms, cudaStream_t stream);
+}  // namespace attn::sm90
 
-template <typename ElementType>
-cudaError_t launch_for(const SparseAttnParams& params, const std::int32_t* seen, int num_sms, cudaStream_t stream) {
-  switch (params.head_dim) {
-    case 64:
-      return launch_kernel<ElementType, 64>(params, seen, num_sms, stream);
-    case 96:
-      return launch_kernel<ElementType, 96>(params, seen, num_sms, stream);
-    case 128:
-      return launch_kernel<ElementType, 128>(params, seen, num_sms, stream);
-    case 256:
-      return launch_kernel<ElementType, 256>(params, seen, num_sms, stream);
-    default:
-      return cudaErrorInvalidValue;
+cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream) {
+  constexpr std::int64_t kMaxBatches = 65535;                 // gridDim.y
+  constexpr std::int64_t kMaxTokens = std::int64_t{1} << 21;  // gridDim.z at 64 rows a block, less one
+  if (params.batch < 1 || params.batch > kMaxBatches || params.tokens < 1 || params.tokens > kMaxTokens ||
+      !(params.scale > 0.0F)) {
+    return cudaErrorInvalidValue;
   }
+  return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
+    return attn::sm80::launch_kernel<ElementType, HeadDim>(params, stream);
+  });
 }
 
-}  // namespace
-
-cudaError_t launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
-                               cudaStream_t stream) {
-  return params.element == Element::kFloat16 ? launch_for<__half>(params, seen, num_sms, stream)
-                                             : launch_for<__nv_bfloat16>(params, seen, num_sms, stream);
+#ifdef ZIPVL_HAS_SM90
+cudaError_t attn::sm90::launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
+                                           cudaStream_t stream) {
+  return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
+    return launch_kernel<ElementType, HeadDim>(params, seen, num_sms, stream);
+  });
 }
+#endif
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda

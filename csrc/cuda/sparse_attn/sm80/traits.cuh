@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "cuda/common/warp.cuh"
+
 namespace zipvl::cuda::attn::sm80 {
 
-constexpr int kWarpThreads = 32;
 constexpr int kChunkElements = 8;  // 16 bytes: what one copy or ldmatrix row takes
 constexpr int kChunkBytes = 16;
 

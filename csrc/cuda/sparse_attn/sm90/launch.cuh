@@ -1,37 +1,18 @@
-// The body of launch_kernel (launch.h), for the files that instantiate it.
+// The Hopper kernel's launch for one element type and head dim (instantiate.cu.in).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <numbers>
 
+#include "common/math.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/sparse_attn/sm90/kernel.cuh"
-#include "cuda/sparse_attn/sm90/launch.h"
+#include "cuda/sparse_attn/sm90/params.h"
 
 namespace zipvl::cuda::attn::sm90 {
-
-inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* seen) {
-  AttnParams params{};
-  params.q = from.q;
-  params.out = from.out;
-  params.index = from.index;
-  params.count = from.count;
-  params.count_stride = from.count_stride;
-  params.seen = seen;
-  std::copy_n(from.q_stride, 3, params.q_stride);
-  std::copy_n(from.index_stride, 2, params.index_stride);
-  params.batch = static_cast<int>(from.batch);
-  params.query_heads = static_cast<int>(from.query_heads);
-  params.kv_heads = static_cast<int>(from.kv_heads);
-  params.group = params.query_heads / params.kv_heads;
-  params.tokens = static_cast<int>(from.tokens);
-  params.scale_log2 = from.scale * std::numbers::log2e_v<float>;
-  params.causal = from.causal;
-  params.all_queries = from.all_queries;
-  return params;
-}
 
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* seen, int num_sms, cudaStream_t stream) {
@@ -61,18 +42,9 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
     return error;
   }
   const std::int64_t tiles =
-      static_cast<std::int64_t>(params.batch) * params.query_heads * ((params.tokens + Tr::kBlockM - 1) / Tr::kBlockM);
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms)));
-  config.blockDim = dim3(Tr::kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &dependent;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params, k_map, v_map);
+      static_cast<std::int64_t>(params.batch) * params.query_heads * ceil_div(params.tokens, Tr::kBlockM);
+  return launch_dependent(kernel, static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms)), Tr::kThreads,
+                          kSharedBytes, stream, params, k_map, v_map);
 }
 
 }  // namespace zipvl::cuda::attn::sm90

@@ -32,7 +32,7 @@ __device__ __forceinline__ void make_tile_table(const AttnParams& params, TileTa
     blocks[i] = b < params.batch ? (query_rows(params, b) + BlockM - 1) / BlockM : 0;
   }
   for (int other = 0; other < params.batch; ++other) {
-    const int theirs = __shfl_sync(0xFFFFFFFFU, other < kWarpThreads ? blocks[0] : blocks[1], other % kWarpThreads);
+    const int theirs = __shfl_sync(kAllLanes, other < kWarpThreads ? blocks[0] : blocks[1], other % kWarpThreads);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int b = lane + i * kWarpThreads;
