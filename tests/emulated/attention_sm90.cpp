@@ -7,10 +7,10 @@
 #include "cuda_on_cpu.h"
 #include "hopper_host.h"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared_bytes);
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90
 
 namespace {
 
@@ -38,8 +38,8 @@ void attend(SparseAttnParams params) {
                         params.tokens},
                        nullptr);
   }
-  launch_pack_kv(attn::sm90::packing(params, kNumSms), nullptr);
-  attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kNumSms, nullptr);
+  launch_pack_kv(sparse_attn::sm90::packing(params, kNumSms), nullptr);
+  sparse_attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kNumSms, nullptr);
 }
 
 template <typename Element, int D>

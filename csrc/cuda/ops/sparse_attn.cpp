@@ -77,8 +77,8 @@ void launch_sparse_attn(const char* op, const SparseAttnParams& params, const pl
       counting.tokens = params.tokens;
       check_launch(op, launch_seen_tokens(counting, stream));
     }
-    check_launch(op, launch_pack_kv(attn::sm90::packing(params, num_sms(device)), stream));
-    check_launch(op, attn::sm90::launch_sparse_attn(params, seen, num_sms(device), stream));
+    check_launch(op, launch_pack_kv(sparse_attn::sm90::packing(params, num_sms(device)), stream));
+    check_launch(op, sparse_attn::sm90::launch_sparse_attn(params, seen, num_sms(device), stream));
     return;
   }
 #endif

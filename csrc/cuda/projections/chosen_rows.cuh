@@ -8,7 +8,7 @@
 #include "cuda/common/warp.cuh"
 #include "cuda/projections/projections.h"
 
-namespace zipvl::cuda {
+namespace zipvl::cuda::projections {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
@@ -59,4 +59,4 @@ __device__ __forceinline__ std::int64_t token_of(const ChosenRows& chosen, std::
   return token >= 0 && token < chosen.tokens ? token : -1;
 }
 
-}  // namespace zipvl::cuda
+}  // namespace zipvl::cuda::projections

@@ -4,6 +4,8 @@
 namespace zipvl::cuda {
 namespace {
 
+using namespace projections;
+
 constexpr int kVectorsInFlight = 4;  // of 16 bytes, a lane: 128 KB in flight on a multiprocessor of 2,048 threads
 
 enum class Direction { kGather, kScatter };

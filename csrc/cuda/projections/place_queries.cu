@@ -9,6 +9,8 @@
 namespace zipvl::cuda {
 namespace {
 
+using namespace projections;
+
 constexpr int kPairsPerStep = 2;  // consecutive elements of each half a lane takes at once: 4 bytes
 constexpr int kSteps = PlaceQueriesParams::kMaxHeadDim / 2 / (kWarpThreads * kPairsPerStep);
 

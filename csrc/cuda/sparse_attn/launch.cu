@@ -5,14 +5,14 @@
 namespace zipvl::cuda {
 
 // Defined in <family>/launch.cuh.
-namespace attn::sm80 {
+namespace sparse_attn::sm80 {
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream);
-}  // namespace attn::sm80
-namespace attn::sm90 {
+}  // namespace sparse_attn::sm80
+namespace sparse_attn::sm90 {
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, const std::int32_t* seen, int num_sms, cudaStream_t stream);
-}  // namespace attn::sm90
+}  // namespace sparse_attn::sm90
 
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream) {
   constexpr std::int64_t kMaxBatches = 65535;                 // gridDim.y
@@ -22,13 +22,13 @@ cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t
     return cudaErrorInvalidValue;
   }
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
-    return attn::sm80::launch_kernel<ElementType, HeadDim>(params, stream);
+    return sparse_attn::sm80::launch_kernel<ElementType, HeadDim>(params, stream);
   });
 }
 
 #ifdef ZIPVL_HAS_SM90
-cudaError_t attn::sm90::launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
-                                           cudaStream_t stream) {
+cudaError_t sparse_attn::sm90::launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
+                                                  cudaStream_t stream) {
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
     return launch_kernel<ElementType, HeadDim>(params, seen, num_sms, stream);
   });

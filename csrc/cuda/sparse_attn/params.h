@@ -51,11 +51,11 @@ cudaError_t launch_seen_tokens(const SeenTokensParams& params, cudaStream_t stre
 // that does not fit, is cudaErrorInvalidValue. The packed workspace is not used.
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream);
 
-namespace attn::sm90 {
+namespace sparse_attn::sm90 {
 // The Hopper kernel. params.k_packed and v_packed hold the selected rows already; scale is above 0, batch at most 64,
 // count * blocks fits an int. seen: SeenTokensParams::seen, or null unless all_queries and causal.
 cudaError_t launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
                                cudaStream_t stream);
-}  // namespace attn::sm90
+}  // namespace sparse_attn::sm90
 
 }  // namespace zipvl::cuda

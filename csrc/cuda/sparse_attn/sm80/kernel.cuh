@@ -14,7 +14,7 @@
 #include "cuda/sparse_attn/sm80/scheduler.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 
 // Finds out which rows the block needs, and starts on its queries and on its last tile of keys.
 template <typename Traits>
@@ -192,4 +192,4 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

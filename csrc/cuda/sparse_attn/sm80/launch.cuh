@@ -8,7 +8,7 @@
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/kernel.cuh"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 
 template <typename Traits>
 cudaError_t launch(const SparseAttnParams& params, int num_sms, cudaStream_t stream) {
@@ -50,4 +50,4 @@ cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream) {
   return launch<Traits<ElementType, HeadDim, 1>>(params, num_sms, stream);
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

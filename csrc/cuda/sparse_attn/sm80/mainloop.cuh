@@ -13,7 +13,7 @@
 #include "cuda/sparse_attn/sm80/scheduler.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 
 // ---- Loads: tiles of scattered rows into shared memory. kPeriodChunks threads bring a row, each the same chunk of
 // every period, so that a thread's places differ by constants.
@@ -304,4 +304,4 @@ __device__ __forceinline__ void mma_pv(Output<Traits>& o, const Scores<Traits>& 
   }
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

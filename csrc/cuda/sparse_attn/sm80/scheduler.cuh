@@ -8,7 +8,7 @@
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 
 // An entry of `index` as a token of the sequence, whatever stands there.
 __device__ __forceinline__ std::uint32_t token_of(std::int32_t entry, std::uint32_t tokens) {
@@ -120,4 +120,4 @@ __device__ __forceinline__ int keys_seen_by(const SparseAttnParams& params, cons
   return params.all_queries ? selection.seen_by(row, range.first, range.last) : min(row + 1, range.last);
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

@@ -9,7 +9,7 @@
 #include "cuda/sparse_attn/sm90/mainloop.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
@@ -175,4 +175,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

@@ -12,7 +12,7 @@
 #include "cuda/sparse_attn/sm90/kernel.cuh"
 #include "cuda/sparse_attn/sm90/params.h"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* seen, int num_sms, cudaStream_t stream) {
@@ -47,4 +47,4 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
                           kSharedBytes, stream, params, k_map, v_map);
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

@@ -10,7 +10,7 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 // One thread. Keys of a tile go from the last block to the first; values follow one block behind, as they are used.
 template <typename Traits>
@@ -147,4 +147,4 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   ptx::bulk_wait_read<0>();
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

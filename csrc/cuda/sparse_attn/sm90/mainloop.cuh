@@ -14,7 +14,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 // Online softmax over the score tiles of a warpgroup (Milakov and Gimelshein, arXiv 1805.02867), in registers. A thread
 // holds parts of two rows, 8 apart; the four lanes of a quad share a row.
@@ -330,4 +330,4 @@ class Consumer {
   StageParity k_parity_, v_parity_;
 };
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

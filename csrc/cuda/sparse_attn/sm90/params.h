@@ -10,7 +10,7 @@
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/plan.h"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 struct AttnParams {
   const void* q;                 // [batch, query_heads, tokens, head_dim]
@@ -77,4 +77,4 @@ inline PackKvParams packing(const SparseAttnParams& attn, int num_sms) {
   return params;
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

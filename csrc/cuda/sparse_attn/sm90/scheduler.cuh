@@ -6,7 +6,7 @@
 #include "cuda/sparse_attn/sm90/params.h"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 struct Tile {
   int batch, head, block;
@@ -124,4 +124,4 @@ __device__ __forceinline__ KeyRange keys_seen(const AttnParams& params, const Ti
   return {__ldcg(seen + min(begin + row, params.tokens - 1)), __ldcg(seen + min(begin + BlockM, params.tokens) - 1)};
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

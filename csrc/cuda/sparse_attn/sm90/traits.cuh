@@ -8,7 +8,7 @@
 #include "cuda/common/warp.cuh"
 #include "cuda/sparse_attn/plan.h"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 constexpr int kZeroBytes = 4096;  // of shared zeros that the copy engine writes to rows outside the selection
@@ -90,4 +90,4 @@ struct StageParity {
   __device__ __forceinline__ void flip(int stage) { bits ^= 1U << stage; }
 };
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90
