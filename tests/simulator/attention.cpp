@@ -3,13 +3,13 @@
 //
 //   attention CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "attention_reference.h"
-#include "cuda/sparse_attn/sm80/launch_kernel.cuh"
+#include "cuda/sparse_attn/sm80/launch.cuh"
 #include "cuda_on_cpu.h"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 alignas(1024) thread_local unsigned char memory[emulated::kSharedBytes];
 const emulated::DynamicShared registered(memory);
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80
 
 // What the launch asks of the device: Hopper's shared memory, and few multiprocessors, so that zeros share them.
 extern "C" cudaError_t cudaGetDevice(int* device) {
@@ -28,7 +28,7 @@ template <typename Element, int D>
 void check(emulated::Report& report, const char* name, double most) {
   const emulated::Case c = emulated::random_case();
   const double error = emulated::error_of<Element, D>(c, [](const zipvl::cuda::SparseAttnParams& params) {
-    zipvl::cuda::attn::sm80::launch_kernel<Element, D>(params, nullptr);
+    zipvl::cuda::sparse_attn::sm80::launch_kernel<Element, D>(params, nullptr);
   });
   emulated::report_attention(report, name, c, error, most);
 }

@@ -3,16 +3,14 @@
 //
 //   attention_sm90 CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "attention_reference.h"
-#include "cuda/sparse_attn/seen_tokens.h"
-#include "cuda/sparse_attn/sm90/launch_kernel.cuh"
-#include "cuda/sparse_attn/sm90/packing.h"
+#include "cuda/sparse_attn/sm90/launch.cuh"
 #include "cuda_on_cpu.h"
 #include "hopper_host.h"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared_bytes);
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90
 
 namespace {
 
@@ -23,7 +21,7 @@ constexpr int kNumSms = 3;  // few, so that each has several tiles
 // Packed rows past what pack_kv has to write are NaN.
 template <typename Element, int D>
 void attend(SparseAttnParams params) {
-  params.capacity = (params.tokens + attn::sm90::kPackedRows - 1) / attn::sm90::kPackedRows * attn::sm90::kPackedRows;
+  params.capacity = zipvl::round_up(params.tokens, zipvl::plan::kSparseAttnPackedRows);
   const std::size_t packed = params.batch * params.kv_heads * params.capacity * D;
   std::vector<Element> k_packed(packed, Element(NAN)), v_packed(packed, Element(NAN));
   std::vector<std::int32_t> seen(params.batch * params.tokens, -7);
@@ -40,8 +38,8 @@ void attend(SparseAttnParams params) {
                         params.tokens},
                        nullptr);
   }
-  launch_pack_kv(attn::sm90::packing(params, kNumSms, /*overlap_previous=*/false), nullptr);
-  attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kNumSms, nullptr);
+  launch_pack_kv(sparse_attn::sm90::packing(params, kNumSms), nullptr);
+  sparse_attn::sm90::launch_kernel<Element, D>(params, counts ? seen.data() : nullptr, kNumSms, nullptr);
 }
 
 template <typename Element, int D>

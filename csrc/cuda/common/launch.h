@@ -5,6 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/ptx/dependent_launch.cuh"
+
 namespace zipvl::cuda {
 
 // Whether this device runs the code compiled for Hopper, and so has dependent launches. Elsewhere it runs that of
@@ -12,9 +14,9 @@ namespace zipvl::cuda {
 // written yet.
 bool runs_hopper_code(int device);
 
-// cluster: blocks of a thread-block cluster, sm_90; 1: none.
+// cluster: blocks of a thread-block cluster along x, sm_90; 1: none.
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, unsigned blocks, unsigned threads,
+cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, unsigned threads,
                                       unsigned shared_bytes, cudaStream_t stream, const Args&... args) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
@@ -26,7 +28,7 @@ cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluste
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
@@ -36,9 +38,9 @@ cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluste
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent(void (*kernel)(Params...), unsigned blocks, unsigned threads, unsigned shared_bytes,
+cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, unsigned threads, unsigned shared_bytes,
                              cudaStream_t stream, const Args&... args) {
-  return launch_dependent_clusters(kernel, 1, blocks, threads, shared_bytes, stream, args...);
+  return launch_dependent_clusters(kernel, 1, grid, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace zipvl::cuda

@@ -23,6 +23,16 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// The sum of all lanes' x, in every lane.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int offset = kWarpThreads / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, offset);
+  }
+  return x;
+}
+
 // Two floats rounded to adjacent elements of 16 bits.
 template <typename Element>
 __device__ __forceinline__ std::uint32_t pack_pair(float low, float high);

@@ -5,6 +5,7 @@
 
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/warp_state.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/math.h"
 #include "common/text.h"
 
 namespace zipvl::plan {
@@ -29,7 +30,7 @@ LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& sco
   std::int64_t end = 0;
   const auto take = [&end](std::int64_t bytes) {
     const std::int64_t begin = end;
-    end += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    end += round_up(bytes, kAlignment);
     return begin;
   };
   LayerWorkspace& space = plan.workspace;

@@ -1,10 +1,13 @@
 // A warp a token: it reads the token's mask and stores where that is false.
 #include "cuda/layer/zero_padding.h"
 
+#include "common/math.h"
+#include "cuda/common/warp.cuh"
+
 namespace zipvl::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarpThreads = 32;
+constexpr int kThreads = 256;
 constexpr int kTokensPerBlock = kThreads / kWarpThreads;
 constexpr std::int64_t kVectorBytes = sizeof(uint4);
 
@@ -24,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) zero_padding_kernel(const __grid_con
 }  // namespace
 
 cudaError_t launch_zero_padding(const ZeroPaddingParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((params.tokens + kTokensPerBlock - 1) / kTokensPerBlock),
+  const dim3 grid(static_cast<unsigned>(ceil_div<std::int64_t>(params.tokens, kTokensPerBlock)),
                   static_cast<unsigned>(params.batch));
   zero_padding_kernel<<<grid, kThreads, 0, stream>>>(params);
   return cudaGetLastError();

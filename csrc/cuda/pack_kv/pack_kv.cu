@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <bit>
 
+#include "common/math.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/warp.cuh"
 #include "cuda/pack_kv/pack_kv.h"
 #include "cuda/ptx/dependent_launch.cuh"
 
@@ -15,7 +18,6 @@ constexpr int kThreads = 128;
 // 2 tensors x 2 rows x 16 bytes x 1,280 threads = 80 KB in flight on a multiprocessor; 25 KB hide the latency of
 // memory. 4 and 8 rows a lane leave too few tiles for short prompts: 4.2 and 4.4 us for 4.1 at 4,096 tokens.
 constexpr int kRowsInFlight = 2;
-constexpr int kMaxLanesPerRow = 32;
 constexpr int kBlocksPerSm = 10;  // resident, at 48 registers a thread
 // Blocks for each that is resident: with 1 the last tiles leave multiprocessors idle (38.0 us for 37.3 at 131,072
 // tokens), with 16 the blocks that find nothing to do cost more than that (48.5).
@@ -124,25 +126,17 @@ cudaError_t launch(PackKvParams params, cudaStream_t stream) {
   }
   const auto row_vectors =
       static_cast<int>(params.head_dim * params.element_bytes / static_cast<std::int64_t>(sizeof(Vector)));
-  const int lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::min(row_vectors, kMaxLanesPerRow))));
+  const int lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::min(row_vectors, kWarpThreads))));
   const std::int64_t tile_rows = kThreads / lanes * kRowsInFlight;
   const std::int64_t max_rows = std::min(params.capacity, params.tokens + params.tail - 1);
-  const std::int64_t tiles = std::min((max_rows + tile_rows - 1) / tile_rows, kMaxGrid);
+  const std::int64_t tiles = std::min(ceil_div(max_rows, tile_rows), kMaxGrid);
   const std::int64_t batch_blocks = std::min(params.batch, kMaxGrid);
   const std::int64_t max_blocks = std::int64_t{params.num_sms} * kBlocksPerSm * kWaves;
   const std::int64_t blocks = std::clamp<std::int64_t>(max_blocks / (batch_blocks * params.heads), 1, tiles);
 
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(params.heads), static_cast<unsigned>(blocks), static_cast<unsigned>(batch_blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = params.overlap_previous ? 1 : 0;
-  return cudaLaunchKernelEx(&config, pack_kv_kernel<Vector>, params, lanes, row_vectors);
+  const dim3 grid(static_cast<unsigned>(params.heads), static_cast<unsigned>(blocks),
+                  static_cast<unsigned>(batch_blocks));
+  return launch_dependent(pack_kv_kernel<Vector>, grid, kThreads, 0, stream, params, lanes, row_vectors);
 }
 
 }  // namespace

@@ -28,11 +28,9 @@ struct PackKvParams {
   // tile of `tail` rows holds no garbage. 1: none is.
   std::int64_t tail;
   int num_sms;  // of the device: what the grid is sized for
-  // Launched as a dependent of the kernel before it in the stream (runs_hopper_code of common/launch.h): its start
-  // overlaps that kernel's end. The kernel itself lets the next one start as soon as it runs.
-  bool overlap_previous;
 };
 
+// A dependent launch (common/launch.h). The kernel itself lets the next one start as soon as it runs.
 cudaError_t launch_pack_kv(const PackKvParams& params, cudaStream_t stream);
 
 }  // namespace zipvl::cuda

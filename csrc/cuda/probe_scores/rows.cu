@@ -8,6 +8,7 @@
 #include "cuda/probe_scores/scores.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda {
 namespace {

@@ -1,33 +1,28 @@
-// Chosen rows moved to the front, or back to where they belong: bytes only, a warp a row. The grid does not know the
-// counts: its warps stride over the rows there are.
-#include <algorithm>
-
+// Chosen rows moved to the front, or back to where they belong: bytes only, a warp a row.
 #include "cuda/projections/chosen_rows.cuh"
 
 namespace zipvl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kVectorsInFlight = 4;       // of 16 bytes, a lane: 128 KB in flight on a multiprocessor of 2,048 threads
-constexpr int kBlocksPerSm = 16;          // two waves of resident ones, so that the last rows do not leave it idle
-constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y
+using namespace projections;
+
+constexpr int kVectorsInFlight = 4;  // of 16 bytes, a lane: 128 KB in flight on a multiprocessor of 2,048 threads
 
 enum class Direction { kGather, kScatter };
 
 // to = from, `vectors` of them, by the lanes of a warp; null `from`: zeros.
 __device__ void copy_row(uint4* to, const uint4* from, std::int64_t vectors) {
-  const int lane = threadIdx.x % 32;
-  for (std::int64_t first = lane; first < vectors; first += 32 * kVectorsInFlight) {
+  const int lane = threadIdx.x % kWarpThreads;
+  for (std::int64_t first = lane; first < vectors; first += kWarpThreads * kVectorsInFlight) {
     uint4 vector[kVectorsInFlight];
 #pragma unroll
     for (int i = 0; i < kVectorsInFlight; ++i) {
-      const std::int64_t at = first + 32 * i;
+      const std::int64_t at = first + kWarpThreads * i;
       vector[i] = from != nullptr && at < vectors ? from[at] : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kVectorsInFlight; ++i) {
-      const std::int64_t at = first + 32 * i;
+      const std::int64_t at = first + kWarpThreads * i;
       if (at < vectors) {
         to[at] = vector[i];
       }
@@ -38,7 +33,7 @@ __device__ void copy_row(uint4* to, const uint4* from, std::int64_t vectors) {
 template <Direction kDirection>
 __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_constant__ CopyRowsParams params) {
   const ChosenRows& chosen = params.chosen;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / kWarpThreads;
   if (params.total != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && warp == 0) {
     const std::int64_t rest = rows_before(chosen, chosen.batch) - chosen.first;
     if (threadIdx.x == 0) {
@@ -64,13 +59,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_consta
 
 template <Direction kDirection>
 cudaError_t launch(const CopyRowsParams& params, cudaStream_t stream) {
-  const std::int64_t batch = std::min(params.chosen.batch, kMaxGrid);
-  const std::int64_t most = std::int64_t{params.num_sms} * kBlocksPerSm;
-  const std::int64_t rows = std::min(params.chosen.places, params.chosen.chunk);
-  const std::int64_t blocks =
-      std::clamp<std::int64_t>((rows + kWarps - 1) / kWarps, 1, std::max<std::int64_t>(most / batch, 1));
-  copy_rows_kernel<kDirection>
-      <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(params);
+  copy_rows_kernel<kDirection><<<grid_of(params.chosen, 1, params.num_sms), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

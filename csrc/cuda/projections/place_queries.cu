@@ -3,19 +3,16 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
-
+#include "cuda/common/dispatch.h"
 #include "cuda/projections/chosen_rows.cuh"
 
 namespace zipvl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSm = 16;
-constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y
-constexpr int kPairsPerStep = 2;          // consecutive elements of each half a lane takes at once: 4 bytes
-constexpr int kSteps = PlaceQueriesParams::kMaxHeadDim / 2 / (32 * kPairsPerStep);
+using namespace projections;
+
+constexpr int kPairsPerStep = 2;  // consecutive elements of each half a lane takes at once: 4 bytes
+constexpr int kSteps = PlaceQueriesParams::kMaxHeadDim / 2 / (kWarpThreads * kPairsPerStep);
 
 template <typename T>
 struct Two;  // kPairsPerStep elements, moved at once
@@ -61,12 +58,12 @@ __device__ __forceinline__ float rotated(float x, float c, float y, float s, flo
 template <typename T>
 __device__ void place_head(const PlaceQueriesParams& params, const T* packed, std::int64_t head, const T* cos,
                            const T* sin, T* q) {
-  const int half = params.head_dim / 2, first = threadIdx.x % 32 * kPairsPerStep;
+  const int half = params.head_dim / 2, first = threadIdx.x % kWarpThreads * kPairsPerStep;
   float2 low[kSteps], high[kSteps];
   float squares = 0.0F;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int d = first + step * 32 * kPairsPerStep;
+    const int d = first + step * kWarpThreads * kPairsPerStep;
     low[step] = high[step] = {0.0F, 0.0F};
     if (d < half) {
       low[step] = read<T>(packed, d);
@@ -80,15 +77,12 @@ __device__ void place_head(const PlaceQueriesParams& params, const T* packed, st
                high[step].y * high[step].y;
   }
   if (params.norm_weight != nullptr) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      squares += __shfl_xor_sync(kWholeWarp, squares, offset);
-    }
+    squares = warp_sum(squares);
   }
   const float factor = rsqrtf(squares / static_cast<float>(params.head_dim) + params.norm_eps);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int d = first + step * 32 * kPairsPerStep;
+    const int d = first + step * kWarpThreads * kPairsPerStep;
     if (d >= half) {
       continue;
     }
@@ -115,7 +109,8 @@ __global__ void __launch_bounds__(kThreads) place_queries_kernel(const __grid_co
     const PlacesInChunk places = places_in_chunk(chosen, b);
     const std::int64_t tasks = (places.end - places.begin) * params.heads;
     const std::int64_t step = std::int64_t{gridDim.x} * kWarps;
-    for (std::int64_t task = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; task < tasks; task += step) {
+    for (std::int64_t task = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpThreads; task < tasks;
+         task += step) {
       const std::int64_t row = task / params.heads, head = task - row * params.heads, place = places.begin + row;
       const std::int64_t token = token_of(chosen, b, place);
       if (token >= 0) {
@@ -132,18 +127,11 @@ __global__ void __launch_bounds__(kThreads) place_queries_kernel(const __grid_co
 }  // namespace
 
 cudaError_t launch_place_queries(const PlaceQueriesParams& params, cudaStream_t stream) {
-  const std::int64_t batch = std::min(params.chosen.batch, kMaxGrid);
-  const std::int64_t most = std::int64_t{params.num_sms} * kBlocksPerSm;
-  const std::int64_t tasks = std::min(params.chosen.places, params.chosen.chunk) * params.heads;
-  const std::int64_t blocks =
-      std::clamp<std::int64_t>((tasks + kWarps - 1) / kWarps, 1, std::max<std::int64_t>(most / batch, 1));
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  if (params.element == Element::kFloat16) {
-    place_queries_kernel<__half><<<grid, kThreads, 0, stream>>>(params);
-  } else {
-    place_queries_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(params);
-  }
-  return cudaGetLastError();
+  const dim3 grid = grid_of(params.chosen, params.heads, params.num_sms);
+  return dispatch_element(params.element, [&]<typename ElementType>() {
+    place_queries_kernel<ElementType><<<grid, kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace zipvl::cuda

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/tensor_map.h"
+#include "cuda/common/element.h"
 
 namespace zipvl::cuda {
 

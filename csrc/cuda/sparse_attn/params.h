@@ -1,9 +1,12 @@
-// One sparse_attn problem as the kernels take it. No Torch.
+// One sparse_attn problem as the kernels take it, and the launches of both families. No Torch.
+// The Hopper family needs pack_kv before it (sm90/params.h) and, for all queries under causal attention, seen_tokens.
 #pragma once
+
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cuda/common/tensor_map.h"
+#include "cuda/common/element.h"
 
 namespace zipvl::cuda {
 
@@ -31,5 +34,28 @@ struct SparseAttnParams {
   float scale;  // above 0
   bool causal, all_queries;
 };
+
+// How many selected tokens stand at or before each token: what a query of all_queries sees under causal attention.
+struct SeenTokensParams {
+  std::int32_t* seen;            // [batch, tokens], contiguous
+  const std::int32_t* index;     // [batch, tokens]
+  std::int64_t index_stride[2];  // in elements
+  const std::int32_t* count;     // [batch]
+  std::int64_t count_stride;
+  std::int64_t batch, tokens;
+};
+
+cudaError_t launch_seen_tokens(const SeenTokensParams& params, cudaStream_t stream);
+
+// The portable kernel (sm_80 and later). A scale not above 0, a head_dim that SparseAttnParams does not name, or a grid
+// that does not fit, is cudaErrorInvalidValue. The packed workspace is not used.
+cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream);
+
+namespace sparse_attn::sm90 {
+// The Hopper kernel. params.k_packed and v_packed hold the selected rows already; scale is above 0, batch at most 64,
+// count * blocks fits an int. seen: SeenTokensParams::seen, or null unless all_queries and causal.
+cudaError_t launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
+                               cudaStream_t stream);
+}  // namespace sparse_attn::sm90
 
 }  // namespace zipvl::cuda

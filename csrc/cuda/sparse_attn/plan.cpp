@@ -1,21 +1,19 @@
 #include "cuda/sparse_attn/plan.h"
 
+#include "common/math.h"
 #include "common/text.h"
+#include "cuda/common/element.h"
 
 namespace zipvl::plan {
 namespace {
 
-constexpr std::int64_t kMaxBatches = 64;  // batch rows in the scheduler's table in shared memory
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxTiles = 2147483647;  // they are numbered with an int
-constexpr std::int64_t kQueryBlock = 128, kPackedRows = 128;
+constexpr std::int64_t kQueryBlock = 128;
 
 std::string why_not_native(const SparseAttnCudaProblem& problem) {
-  if (!problem.half_precision) {
-    return "the kernels take float16 and bfloat16";
-  }
-  if (problem.head_dim != 64 && problem.head_dim != 96 && problem.head_dim != 128 && problem.head_dim != 256) {
-    return join("the kernels take head_dim 64, 96, 128 and 256, got ", problem.head_dim);
+  if (std::string reason = cuda::why_not_element(problem.half_precision, problem.head_dim); !reason.empty()) {
+    return reason;
   }
   if (!problem.aligned) {
     return "the kernels take rows of q, k and v that begin at multiples of 16 bytes";
@@ -23,14 +21,13 @@ std::string why_not_native(const SparseAttnCudaProblem& problem) {
   if (!(static_cast<float>(problem.scale) > 0.0F)) {
     return join("the kernels take a scale above 0, got ", problem.scale);
   }
-  if (problem.batch > kMaxBatches) {
-    return join("the kernels take at most ", kMaxBatches, " batch rows, got ", problem.batch);
+  if (problem.batch > kSparseAttnMaxBatches) {
+    return join("the kernels take at most ", kSparseAttnMaxBatches, " batch rows, got ", problem.batch);
   }
   if (problem.tokens > kMaxTokens) {
     return join("the kernels take at most ", kMaxTokens, " tokens, got ", problem.tokens);
   }
-  const std::int64_t blocks = (problem.tokens + kQueryBlock - 1) / kQueryBlock;
-  if (problem.batch * problem.query_heads * blocks > kMaxTiles) {
+  if (problem.batch * problem.query_heads * ceil_div(problem.tokens, kQueryBlock) > kMaxTiles) {
     return join("the kernels take at most ", kMaxTiles, " tiles of ", kQueryBlock, " queries");
   }
   return "";
@@ -49,7 +46,7 @@ SparseAttnCudaPlan plan_sparse_attn_cuda(const SparseAttnCudaProblem& problem) {
   if (plan.kernel == SparseAttnKernel::kSm90) {
     // Packing moves 2 * count rows once, so that K and V come by the copy engine: a gather by cp.async costs 6 to 24%
     // of the whole in published comparisons. Only the device knows count, so there is room for every token.
-    plan.capacity = (problem.tokens + kPackedRows - 1) / kPackedRows * kPackedRows;
+    plan.capacity = round_up(problem.tokens, kSparseAttnPackedRows);
     plan.seen_tokens = problem.causal && problem.all_queries;
     constexpr std::int64_t kElementBytes = 2, kCountBytes = 4;
     plan.workspace_bytes = 2 * problem.batch * problem.kv_heads * plan.capacity * problem.head_dim * kElementBytes +

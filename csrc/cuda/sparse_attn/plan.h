@@ -6,6 +6,11 @@
 
 namespace zipvl::plan {
 
+constexpr std::int64_t kSparseAttnMaxBatches = 64;  // batch rows in the Hopper scheduler's table in shared memory
+// The most rows of a key block of the Hopper kernel: packed K and V must have zeros from a batch row's count up to the
+// next multiple or the capacity, past which the copy engine reads 0.
+constexpr std::int64_t kSparseAttnPackedRows = 128;
+
 enum class SparseAttnKernel { kSm90, kSm80, kAten };
 
 struct SparseAttnCudaProblem {

@@ -1,5 +1,8 @@
 // One thread a token: the selection is sorted, so a binary search in the first `count` places.
-#include "cuda/sparse_attn/seen_tokens.h"
+#include <algorithm>
+
+#include "common/math.h"
+#include "cuda/sparse_attn/params.h"
 
 namespace zipvl::cuda {
 namespace {
@@ -31,8 +34,8 @@ __global__ void __launch_bounds__(kThreads) seen_tokens_kernel(SeenTokensParams 
 
 cudaError_t launch_seen_tokens(const SeenTokensParams& params, cudaStream_t stream) {
   constexpr std::int64_t kMaxGridY = 65535;
-  const dim3 grid(static_cast<unsigned>((params.tokens + kThreads - 1) / kThreads),
-                  static_cast<unsigned>(params.batch < kMaxGridY ? params.batch : kMaxGridY));
+  const dim3 grid(static_cast<unsigned>(ceil_div(params.tokens, std::int64_t{kThreads})),
+                  static_cast<unsigned>(std::min(params.batch, kMaxGridY)));
   seen_tokens_kernel<<<grid, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }

@@ -7,6 +7,8 @@
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/sm80/tile.cuh"
 #include "cuda/decode_attn/sm80/walk.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {
 

@@ -6,6 +6,7 @@
 #include "cuda/decode_attn/sm80/combine.cuh"
 #include "cuda/decode_attn/sm80/launch.h"
 #include "cuda/decode_attn/sm80/quantized_kernel.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace zipvl::cuda::decode {
 

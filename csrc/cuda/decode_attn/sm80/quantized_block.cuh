@@ -10,6 +10,7 @@
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {
 

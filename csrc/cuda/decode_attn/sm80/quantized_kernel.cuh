@@ -8,6 +8,7 @@
 #include "cuda/decode_attn/quantized.h"
 #include "cuda/decode_attn/sm80/kernel.cuh"
 #include "cuda/decode_attn/sm80/quantized_block.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {

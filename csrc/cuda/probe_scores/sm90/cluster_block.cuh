@@ -9,6 +9,7 @@
 #include "cuda/probe_scores/sm90/traits.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace zipvl::cuda::probe::sm90 {

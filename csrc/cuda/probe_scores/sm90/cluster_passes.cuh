@@ -7,6 +7,7 @@
 #include "cuda/probe_scores/tile_math.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 

@@ -4,6 +4,7 @@
 #include "cuda/probe_scores/probe_scores.h"
 #include "cuda/probe_scores/sm90/pipeline.cuh"
 #include "cuda/probe_scores/tile_math.cuh"
+#include "cuda/ptx/tma.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
 

@@ -5,18 +5,17 @@
 #pragma once
 
 #include <cstdint>
+#include <numbers>
 
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/scalar.cuh"
 #include "cuda/sparse_attn/params.h"
-#include "cuda/sparse_attn/sm80/epilogue.cuh"
-#include "cuda/sparse_attn/sm80/load.cuh"
-#include "cuda/sparse_attn/sm80/mma.cuh"
+#include "cuda/sparse_attn/sm80/mainloop.cuh"
 #include "cuda/sparse_attn/sm80/scheduler.cuh"
-#include "cuda/sparse_attn/sm80/softmax.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
-#include "cuda/sparse_attn/sm80/zeros.cuh"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 
 // Finds out which rows the block needs, and starts on its queries and on its last tile of keys.
 template <typename Traits>
@@ -70,15 +69,55 @@ __device__ __forceinline__ void attend_tile(const SparseAttnParams& params, Shar
   __syncthreads();  // what was on the way is here, and no warp needs the last tile
   load_during_scores(params, shared, tile);
   Scores<Traits> s{};
-  scores_of<Traits>(s, Operands::of(shared, tile));
+  mma_qk<Traits>(s, Operands::of(shared, tile));
   load_after_scores(params, shared, tile);
   if (tile >= shared.whole_tiles) {
-    hide(s, shared.limit + threadIdx.x / kWarpThreads * 16 * Traits::kRowTiles, tile * Traits::kBlockN);
+    apply_mask(s, shared.limit + threadIdx.x / kWarpThreads * 16 * Traits::kRowTiles, tile * Traits::kBlockN);
   }
-  constexpr float kLog2E = 1.4426950408889634F;
-  const float scale_log2 = params.scale * kLog2E;
-  move_maximum(s, acc.o, acc.rows, scale_log2);
-  add_values<Traits>(acc.o, s, acc.rows, scale_log2, Operands::of(shared, tile));
+  const float scale_log2 = params.scale * std::numbers::log2e_v<float>;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    float rescale[2];
+    update_max(s, acc.rows, rescale, m, scale_log2);
+    rescale_o(acc.o, acc.rows, rescale, m);
+  }
+  mma_pv<Traits>(acc.o, s, acc.rows, scale_log2, Operands::of(shared, tile));
+}
+
+// Output rows from accumulators to their tokens' places, by way of the warp's own rows of the query tile, which nothing
+// reads any more: so 16 bytes a lane and whole rows a warp go out. out: token 0 of the head, row_elements a token.
+template <typename Traits>
+__device__ __forceinline__ void store_rows(const Output<Traits>& o, const RowState<Traits::kRowTiles>& rows,
+                                           SharedStorage<Traits>& shared, typename Traits::Element* out,
+                                           std::int64_t row_elements) {
+  constexpr int kRows = 16 * Traits::kRowTiles;
+  const int lane = threadIdx.x % kWarpThreads, first_row = threadIdx.x / kWarpThreads * kRows;
+  char* tile = reinterpret_cast<char*>(shared.q) + first_row * Traits::kRowBytes;
+  __syncwarp();  // every lane has read its last queries
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float sum = quad_sum(rows.sum[m][i]);
+      const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a row that sees no key is 0; NaN stays
+      const int row = m * 16 + i * 8 + lane / 4;
+#pragma unroll
+      for (int j = 0; j < Traits::kHeadDim / 8; ++j) {
+        *reinterpret_cast<std::uint32_t*>(tile + Traits::offset(row, j) + lane % 4 * 4) =
+            pack_pair<typename Traits::Element>(o[m][j][2 * i] * inverse, o[m][j][2 * i + 1] * inverse);
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = Traits::kHeadDim / kChunkElements;
+#pragma unroll 4
+  for (int at = lane; at < kRows * kChunks; at += kWarpThreads) {
+    const int row = at / kChunks, chunk = at % kChunks;
+    if (first_row + row < shared.queries) {
+      *reinterpret_cast<uint4*>(out + shared.query_token[first_row + row] * row_elements + chunk * kChunkElements) =
+          *reinterpret_cast<const uint4*>(tile + Traits::offset(row, chunk));
+    }
+  }
 }
 
 template <typename Traits>
@@ -95,6 +134,45 @@ __device__ __forceinline__ void attend_block(const SparseAttnParams& params, con
                      static_cast<typename Traits::Element*>(params.out) +
                          (blockIdx.y * params.tokens * params.query_heads + blockIdx.x) * Traits::kHeadDim,
                      params.query_heads * Traits::kHeadDim);
+}
+
+// Zeros of tokens outside the selection: whole rows of all heads. selected: kThreads bytes of shared memory. out: the
+// batch row's, row_bytes a token.
+template <typename Traits>
+__device__ __forceinline__ void write_zeros(const Selection& selection, const Job& job, unsigned char* selected,
+                                            char* out, std::int64_t row_bytes) {
+  constexpr int kTokens = Traits::kThreads;  // whose membership is settled at once
+  const int tokens = static_cast<int>(selection.tokens), thread = static_cast<int>(threadIdx.x);
+  const int share = (tokens + job.of - 1) / job.of;
+  const std::int64_t start = static_cast<std::int64_t>(job.number) * share;
+  const int end = static_cast<int>(min(start + share, std::int64_t{tokens}));
+  if (start >= end) {
+    return;
+  }
+  int place = selection.seen_by(static_cast<int>(start) - 1);
+  for (int begin = static_cast<int>(start); begin < end; begin += kTokens) {
+    const int here = min(kTokens, end - begin);
+    selected[thread] = 0;
+    __syncthreads();
+    bool inside = false;
+    if (place + thread < selection.count) {
+      const int token = static_cast<int>(selection.token(place + thread));
+      inside = token < begin + here;
+      if (inside && token >= begin) {
+        selected[token - begin] = 1;
+      }
+    }
+    place += __syncthreads_count(inside);
+    for (int t = 0; t < here; ++t) {
+      if (selected[t] == 0) {
+        char* row = out + (begin + t) * row_bytes;
+        for (std::int64_t byte = thread * kChunkBytes; byte < row_bytes; byte += kTokens * kChunkBytes) {
+          *reinterpret_cast<uint4*>(row + byte) = make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+    __syncthreads();
+  }
 }
 
 // first_wave: places of a head and batch row that start at once.
@@ -115,4 +193,4 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

@@ -4,11 +4,16 @@
 
 #include <cstdint>
 
+#include "cuda/common/warp.cuh"
 #include "cuda/sparse_attn/params.h"
-#include "cuda/sparse_attn/sm80/load.cuh"
 #include "cuda/sparse_attn/sm80/traits.cuh"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
+
+// An entry of `index` as a token of the sequence, whatever stands there.
+__device__ __forceinline__ std::uint32_t token_of(std::int32_t entry, std::uint32_t tokens) {
+  return min(static_cast<std::uint32_t>(entry), tokens - 1);
+}
 
 // The selection of a batch row.
 struct Selection {
@@ -35,7 +40,7 @@ struct Selection {
       const int step = (high - low + kWarpThreads - 1) / kWarpThreads;
       const int probe = low + static_cast<int>(threadIdx.x % kWarpThreads) * step + step - 1;
       const bool before = probe < high && __ldg(place(probe)) <= last;
-      low += __popc(__ballot_sync(0xFFFFFFFFU, before)) * step;
+      low += __popc(__ballot_sync(kAllLanes, before)) * step;
       high = min(low + step - 1, high);
     }
     return low;
@@ -115,4 +120,4 @@ __device__ __forceinline__ int keys_seen_by(const SparseAttnParams& params, cons
   return params.all_queries ? selection.seen_by(row, range.first, range.last) : min(row + 1, range.last);
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-namespace zipvl::cuda::attn::sm80 {
+#include "cuda/common/warp.cuh"
 
-constexpr int kWarpThreads = 32;
+namespace zipvl::cuda::sparse_attn::sm80 {
+
 constexpr int kChunkElements = 8;  // 16 bytes: what one copy or ldmatrix row takes
 constexpr int kChunkBytes = 16;
 
@@ -74,4 +75,4 @@ __device__ __forceinline__ std::uint32_t step_address(std::uint32_t first, int s
          static_cast<std::uint32_t>(step / kPeriodSteps * kPeriodSteps * kStepBytes);
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

@@ -7,10 +7,11 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 // One thread. Keys of a tile go from the last block to the first; values follow one block behind, as they are used.
 template <typename Traits>
@@ -81,7 +82,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
 #pragma unroll kRowsAhead
       for (int step = 0; step < kWarpThreads; step += kRowsAtOnce) {
         const int row = warp * kRows + i * kWarpThreads + step + row_of_lane;
-        const int from = __shfl_sync(0xFFFFFFFFU, position[i], step + row_of_lane);
+        const int from = __shfl_sync(kAllLanes, position[i], step + row_of_lane);
         if (inside) {
           ptx::cp_async_16(target + row * 128 + ((piece % 8) ^ (row % 8)) * 16, q + from * params.q_stride[2]);
         }
@@ -100,7 +101,7 @@ __device__ __forceinline__ int places_before(const std::int32_t* index, std::int
     const int step = (high - low + kWarpThreads - 1) / kWarpThreads;
     const int probe = low + lane * step + step - 1;
     const bool before = probe < high && __ldcg(index + probe * stride) < token;
-    low += __popc(__ballot_sync(0xFFFFFFFFU, before)) * step;
+    low += __popc(__ballot_sync(kAllLanes, before)) * step;
     high = min(low + step - 1, high);
   }
   return low;
@@ -132,8 +133,8 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
       const int token = there ? __ldcg(index + (place + lane) * params.index_stride[1]) : 0;
       const bool passed = there && token < first + kWarpThreads;
       const unsigned named = passed && token >= first ? 1U << (token - first) : 0;
-      const unsigned selected_here = __reduce_or_sync(0xFFFFFFFFU, named);
-      place += __popc(__ballot_sync(0xFFFFFFFFU, passed));
+      const unsigned selected_here = __reduce_or_sync(kAllLanes, named);
+      place += __popc(__ballot_sync(kAllLanes, passed));
       if (first + lane < end && (selected_here >> lane & 1) == 0) {
         unsigned char* at = out + (first + lane) * token_bytes;
         for (std::int64_t left = token_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
@@ -147,4 +148,4 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   ptx::tma_store_wait<0>();
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

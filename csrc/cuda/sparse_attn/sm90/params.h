@@ -1,9 +1,16 @@
-// What the Hopper kernel reads besides its two tensor maps: ../params.h in the kernel's terms. No Torch.
+// The Hopper family's view of a problem: what its kernel reads besides two tensor maps, and what pack_kv has to do
+// before it. No Torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <numbers>
 
-namespace zipvl::cuda::attn::sm90 {
+#include "cuda/pack_kv/pack_kv.h"
+#include "cuda/sparse_attn/params.h"
+#include "cuda/sparse_attn/plan.h"
+
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 struct AttnParams {
   const void* q;                 // [batch, query_heads, tokens, head_dim]
@@ -21,4 +28,53 @@ struct AttnParams {
   bool causal, all_queries;
 };
 
-}  // namespace zipvl::cuda::attn::sm90
+inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* seen) {
+  AttnParams params{};
+  params.q = from.q;
+  params.out = from.out;
+  params.index = from.index;
+  params.count = from.count;
+  params.count_stride = from.count_stride;
+  params.seen = seen;
+  std::copy_n(from.q_stride, 3, params.q_stride);
+  std::copy_n(from.index_stride, 2, params.index_stride);
+  params.batch = static_cast<int>(from.batch);
+  params.query_heads = static_cast<int>(from.query_heads);
+  params.kv_heads = static_cast<int>(from.kv_heads);
+  params.group = params.query_heads / params.kv_heads;
+  params.tokens = static_cast<int>(from.tokens);
+  params.scale_log2 = from.scale * std::numbers::log2e_v<float>;
+  params.causal = from.causal;
+  params.all_queries = from.all_queries;
+  return params;
+}
+
+// The arguments of launch_pack_kv.
+inline PackKvParams packing(const SparseAttnParams& attn, int num_sms) {
+  PackKvParams params{};
+  params.k = attn.k;
+  params.v = attn.v;
+  params.k_packed = attn.k_packed;
+  params.v_packed = attn.v_packed;
+  params.index = attn.index;
+  params.count = attn.count;
+  params.count_stride = attn.count_stride;
+  const std::int64_t head = attn.capacity * attn.head_dim;
+  const std::int64_t packed_stride[3] = {attn.kv_heads * head, head, attn.head_dim};
+  std::copy_n(attn.k_stride, 3, params.k_stride);
+  std::copy_n(attn.v_stride, 3, params.v_stride);
+  std::copy_n(packed_stride, 3, params.k_packed_stride);
+  std::copy_n(packed_stride, 3, params.v_packed_stride);
+  std::copy_n(attn.index_stride, 2, params.index_stride);
+  params.batch = attn.batch;
+  params.heads = attn.kv_heads;
+  params.tokens = attn.tokens;
+  params.capacity = attn.capacity;
+  params.head_dim = attn.head_dim;
+  params.element_bytes = 2;
+  params.tail = plan::kSparseAttnPackedRows;
+  params.num_sms = num_sms;
+  return params;
+}
+
+}  // namespace zipvl::cuda::sparse_attn::sm90

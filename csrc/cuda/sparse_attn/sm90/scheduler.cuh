@@ -6,7 +6,7 @@
 #include "cuda/sparse_attn/sm90/params.h"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
 struct Tile {
   int batch, head, block;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void make_tile_table(const AttnParams& params, TileTa
     blocks[i] = b < params.batch ? (query_rows(params, b) + BlockM - 1) / BlockM : 0;
   }
   for (int other = 0; other < params.batch; ++other) {
-    const int theirs = __shfl_sync(0xFFFFFFFFU, other < kWarpThreads ? blocks[0] : blocks[1], other % kWarpThreads);
+    const int theirs = __shfl_sync(kAllLanes, other < kWarpThreads ? blocks[0] : blocks[1], other % kWarpThreads);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int b = lane + i * kWarpThreads;
@@ -124,4 +124,4 @@ __device__ __forceinline__ KeyRange keys_seen(const AttnParams& params, const Ti
   return {__ldcg(seen + min(begin + row, params.tokens - 1)), __ldcg(seen + min(begin + BlockM, params.tokens) - 1)};
 }
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

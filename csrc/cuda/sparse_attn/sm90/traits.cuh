@@ -3,15 +3,16 @@
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "cuda/common/pipeline.cuh"
+#include "cuda/common/warp.cuh"
+#include "cuda/sparse_attn/plan.h"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
 
-constexpr int kWarpThreads = 32;
-constexpr int kWarpgroupThreads = 128;
 constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 constexpr int kZeroBytes = 4096;  // of shared zeros that the copy engine writes to rows outside the selection
-constexpr int kMaxBatches = 64;   // batch rows in the scheduler's table
+constexpr int kMaxBatches = plan::kSparseAttnMaxBatches;  // batch rows in the scheduler's table
 // Packed K and V that the tiles running side by side may read: most of the H100's 50 MB of L2, less what queries and
 // outputs pass through it.
 constexpr std::int64_t kL2Bytes = std::int64_t{32} << 20;
@@ -27,7 +28,7 @@ struct Traits {
   static constexpr int kBlockM = 64 * kConsumers;
   // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
   static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
-  static constexpr int kSlabs = (HeadDim + kSlabColumns - 1) / kSlabColumns;
+  static constexpr int kSlabs = ceil_div(HeadDim, kSlabColumns);
   // Of K and of V. The first key block of a tile stands in stage 0, the next in stage 1 and so on: then the consumers'
   // loop, unrolled twice, knows its operands' addresses when it is compiled.
   static constexpr int kStages = 2;
@@ -89,4 +90,4 @@ struct StageParity {
   __device__ __forceinline__ void flip(int stage) { bits ^= 1U << stage; }
 };
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90

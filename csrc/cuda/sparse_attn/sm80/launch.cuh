@@ -1,13 +1,14 @@
-// The body of launch_kernel (launch.h), for the files that instantiate it.
+// The portable kernel's launch for one element type and head dim (instantiate.cu.in).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/math.h"
+#include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/kernel.cuh"
-#include "cuda/sparse_attn/sm80/launch.h"
 
-namespace zipvl::cuda::attn::sm80 {
+namespace zipvl::cuda::sparse_attn::sm80 {
 
 template <typename Traits>
 cudaError_t launch(const SparseAttnParams& params, int num_sms, cudaStream_t stream) {
@@ -18,7 +19,7 @@ cudaError_t launch(const SparseAttnParams& params, int num_sms, cudaStream_t str
     return error;
   }
   // At least one block of zeros for each head and batch row, unless every row is computed.
-  const std::int64_t places = (params.tokens + Traits::kBlockM - 1) / Traits::kBlockM + (params.all_queries ? 0 : 1);
+  const std::int64_t places = ceil_div(params.tokens, std::int64_t{Traits::kBlockM}) + (params.all_queries ? 0 : 1);
   const std::int64_t blocks_at_once = num_sms * Traits::kBlocksPerSm;
   const dim3 grid(static_cast<unsigned>(params.query_heads), static_cast<unsigned>(params.batch),
                   static_cast<unsigned>(places));
@@ -49,4 +50,4 @@ cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream) {
   return launch<Traits<ElementType, HeadDim, 1>>(params, num_sms, stream);
 }
 
-}  // namespace zipvl::cuda::attn::sm80
+}  // namespace zipvl::cuda::sparse_attn::sm80

@@ -3,14 +3,97 @@
 // arXiv 2407.08608): the warpgroups take turns to issue, so that one's softmax runs under the other's products.
 #pragma once
 
+#include <cstdint>
+
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/sparse_attn/sm90/softmax.cuh"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
-namespace zipvl::cuda::attn::sm90 {
+namespace zipvl::cuda::sparse_attn::sm90 {
+
+// Online softmax over the score tiles of a warpgroup (Milakov and Gimelshein, arXiv 1805.02867), in registers. A thread
+// holds parts of two rows, 8 apart; the four lanes of a quad share a row.
+
+struct RowState {
+  float max[2], sum[2];  // of the scores so far (unscaled), and of this thread's weights relative to that maximum
+};
+
+// The thread's row i: -inf from column `seen` on, counted from the thread's first column.
+template <int kScores>
+__device__ __forceinline__ void apply_mask(float (&s)[kScores], int i, int seen) {
+#pragma unroll
+  for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (8 * j + c >= seen) {
+        s[4 * j + 2 * i + c] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Scores [64, kBlockN] of packed keys from `first_column` on -> weights exp2(scale_log2 * (score - max)), in place.
+// rescale: what sums and outputs so far must be multiplied by, as the maximum moved. limit: how many packed keys the
+// rows see.
+template <bool kMasked, int kScores>
+__device__ __forceinline__ void online_softmax(float (&s)[kScores], RowState& rows, float (&rescale)[2],
+                                               float scale_log2, const int (&limit)[2], int first_column) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (kMasked) {
+      apply_mask(s, i, limit[i] - first_column - 2 * static_cast<int>(threadIdx.x % 4));
+    }
+    float max = rows.max[i];
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      max = fmaxf(max, fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
+    }
+    max = quad_max(max);
+    const float base = max == -INFINITY ? 0.0F : max * scale_log2;  // nothing seen yet: every weight is 0
+    rescale[i] = ptx::exp2(rows.max[i] * scale_log2 - base);
+    rows.max[i] = max;
+    float sum = 0.0F;
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      float& a = s[4 * j + 2 * i];
+      float& b = s[4 * j + 2 * i + 1];
+      a = ptx::exp2(fmaf(a, scale_log2, -base));
+      b = ptx::exp2(fmaf(b, scale_log2, -base));
+      sum += a + b;
+    }
+    rows.sum[i] = fmaf(rows.sum[i], rescale[i], sum);
+  }
+}
+
+// Weights as the A operand of the second product: fragment k holds columns 16 k to 16 k + 15.
+template <typename Element, int kScores>
+__device__ __forceinline__ void to_fragments(const float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < kScores / 8; ++k) {
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+      p[k][f] = pack_pair<Element>(s[8 * k + 2 * f], s[8 * k + 2 * f + 1]);
+    }
+  }
+}
+
+// The maximum seldom moves after the first blocks: a warp in which none did skips the multiplications.
+template <int kOutputs>
+__device__ __forceinline__ void rescale_o(float (&o)[kOutputs], const float (&rescale)[2]) {
+  if (__any_sync(kAllLanes, rescale[0] != 1.0F || rescale[1] != 1.0F)) {
+#pragma unroll
+    for (int j = 0; j < kOutputs / 4; ++j) {
+      o[4 * j] *= rescale[0];
+      o[4 * j + 1] *= rescale[0];
+      o[4 * j + 2] *= rescale[1];
+      o[4 * j + 3] *= rescale[1];
+    }
+  }
+}
 
 template <typename Traits>
 class Consumer {
@@ -52,13 +135,13 @@ class Consumer {
     int block = blocks - 1;
     ptx::mbarrier_wait(&shared_.k_full[0], k_parity_.of(0));
     ptx::warpgroup_arrive();
-    issue_scores<0>(s, query);
+    issue_qk<0>(s, query);
     ptx::warpgroup_commit_batch();
     ptx::warpgroup_wait<0>();
     ptx::warpgroup_fence_operand(s);
     release(shared_.k_empty, 0, k_parity_);
     const bool arrived = next_arrived<0>(block);
-    weigh<true>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
+    online_softmax<true>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
     to_fragments<Element>(s, p);
     await_next<0>(block, arrived);
     --block;
@@ -116,17 +199,17 @@ class Consumer {
     ptx::warpgroup_fence_operand(s);
     ptx::warpgroup_fence_operand(o);
     ptx::warpgroup_arrive();
-    issue_scores<kStage>(s, query);
+    issue_qk<kStage>(s, query);
     ptx::warpgroup_commit_batch();
     ptx::warpgroup_arrive();
-    issue_output<kStage ^ 1>(o, p);
+    issue_pv<kStage ^ 1>(o, p);
     ptx::warpgroup_commit_batch();
     pass_turn();
     ptx::warpgroup_wait<1>();
     ptx::warpgroup_fence_operand(s);
     release(shared_.k_empty, kStage, k_parity_);
     const bool arrived = next_arrived<kStage>(block);
-    weigh<kMasked>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
+    online_softmax<kMasked>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
     // The exponentials belong here, under the product of the weights before. Left in one basic block with the wait
     // below, the compiler sinks them behind it; waiting for what comes next ends the block.
     ptx::warpgroup_fence_operand(s);
@@ -134,7 +217,7 @@ class Consumer {
     ptx::warpgroup_wait<0>();
     ptx::warpgroup_fence_operand(o);
     release(shared_.v_empty, kStage ^ 1, v_parity_);
-    rescale_output(o, rescale);
+    rescale_o(o, rescale);
     to_fragments<Element>(s, p);
   }
 
@@ -146,7 +229,7 @@ class Consumer {
     }
     ptx::warpgroup_fence_operand(o);
     ptx::warpgroup_arrive();
-    issue_output<kStage>(o, p);
+    issue_pv<kStage>(o, p);
     ptx::warpgroup_commit_batch();
     ptx::warpgroup_wait<0>();
     ptx::warpgroup_fence_operand(o);
@@ -173,7 +256,7 @@ class Consumer {
   }
 
   template <int kStage>
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Queries& query) const {
+  __device__ __forceinline__ void issue_qk(float (&s)[kScores], const Queries& query) const {
     const std::uint64_t key = operand(ptx::wgmma_descriptor(shared_.k[kStage]));
 #pragma unroll
     for (int k = 0; k < kFragments; ++k) {
@@ -189,7 +272,7 @@ class Consumer {
   }
 
   template <int kStage>
-  __device__ __forceinline__ void issue_output(float (&o)[kOutputs], const std::uint32_t (&p)[kScores / 8][4]) const {
+  __device__ __forceinline__ void issue_pv(float (&o)[kOutputs], const std::uint32_t (&p)[kScores / 8][4]) const {
     const std::uint64_t value = operand(ptx::wgmma_descriptor(shared_.v[kStage], 1024, kBlockN * 128));
 #pragma unroll
     for (int k = 0; k < kBlockN / 16; ++k) {
@@ -246,4 +329,4 @@ class Consumer {
   StageParity k_parity_, v_parity_;
 };
 
-}  // namespace zipvl::cuda::attn::sm90
+}  // namespace zipvl::cuda::sparse_attn::sm90
