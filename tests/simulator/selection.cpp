@@ -8,22 +8,22 @@
 
 #include "cuda/pack_kv/pack_kv.h"
 #include "cuda/probe_scores/passes.h"
-#include "cuda/probe_scores/sm80/launch_passes.cuh"
+#include "cuda/probe_scores/sm80/passes.cuh"
 #include "cuda_on_cpu.h"
 #include "reference.h"
 #include "scored_layer.h"
 
 namespace zipvl::cuda {
-namespace select {
+namespace select_tokens {
 namespace {
 alignas(16) thread_local uint4 dynamic_shared[emulated::kSharedBytes / sizeof(uint4)];
 const emulated::DynamicShared registered(reinterpret_cast<unsigned char*>(dynamic_shared));
 }  // namespace
-}  // namespace select
-namespace probe::sm80 {
+}  // namespace select_tokens
+namespace probe_scores::sm80 {
 alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared_bytes);
-}  // namespace probe::sm80
+}  // namespace probe_scores::sm80
 }  // namespace zipvl::cuda
 
 namespace {
@@ -58,7 +58,6 @@ struct Layer : emulated::ScoredLayer<Token, D> {
     params.min_tokens = 1;
     params.tau = c.tau;
     params.ratio = c.ratio;
-    params.dense_above = 1.0;
     params.blocks_per_row = 1;
     params.tokens_per_block = 4096;
     launch_select_tokens(params, nullptr);
@@ -206,7 +205,7 @@ struct Sums {
       }
     }
     from.cluster_blocks = uniform(0, 1);
-    launch_finish_scores(from, nullptr);
+    probe_scores::launch_finish_scores(from, nullptr);
     from.probe_index = drawn ? nullptr : positions.data();
     SelectTokensParams params{};
     params.token_mask = from.token_mask;
@@ -217,7 +216,6 @@ struct Sums {
     params.min_tokens = 1;
     params.tau = tau;
     params.ratio = ratio;
-    params.dense_above = 1.0;
     params.blocks_per_row = 1;
     params.tokens_per_block = plan::kSelectTokensPerCopy;
     std::vector<std::int32_t> index[2], count[2];
@@ -257,7 +255,9 @@ int main(int count, char** arguments) {
     const emulated::Case& c = layer.c;
     const bool probes = layer.probe_index();
     const double scores = layer.probe_scores(
-        [](const ProbeScoresParams& params) { launch_passes_of<probe::sm80::Passes, Token, D>(params, nullptr); },
+        [](const ProbeScoresParams& params) {
+          probe_scores::launch_passes<probe_scores::sm80::Passes<Token, D>>(params, nullptr);
+        },
         /*clusters=*/false);
     const bool selection = layer.select_tokens(), packed = layer.pack_kv();
     Sums sums;

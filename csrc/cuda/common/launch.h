@@ -5,7 +5,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/ptx/dependent_launch.cuh"
 
 namespace zipvl::cuda {
 

@@ -1,11 +1,11 @@
-// A row's scores into registers, as keys.
+// A row's scores into registers, as keys: integers in the order of the scores.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/select_tokens/bins.cuh"
+#include "cuda/select_tokens/histogram.cuh"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 
 // Rank keys: the scores in their order, with two values that no score has. A sum that is NaN has positive sign, so that
 // no NaN becomes kNotReal.
@@ -23,7 +23,8 @@ struct Keys {
 
   // The place in the block of a quad's first token.
   static __device__ int place(int quad) {
-    return static_cast<int>(threadIdx.x) / 32 * (32 * kItems) + quad * 128 + static_cast<int>(threadIdx.x % 32) * 4;
+    return static_cast<int>(threadIdx.x) / kWarpThreads * (32 * kItems) + quad * 128 +
+           static_cast<int>(threadIdx.x % kWarpThreads) * 4;
   }
 };
 
@@ -89,8 +90,8 @@ struct GivenScores {
 };
 
 // What a lane knows of its tokens.
-struct Seen {
-  std::uint32_t flags;  // bit i: bin kNotFiniteBin + i counts it
+struct LaneSummary {
+  std::uint32_t flags;  // bit i: bucket kNotFiniteBucket + i counts it
   std::uint32_t real;   // tokens
 };
 
@@ -99,8 +100,8 @@ __device__ inline std::uint32_t bits_of(std::uint32_t bytes) { return (bytes * 0
 
 // The keys of the block's tokens, the first of which is `first`; clear() runs while scores are on their way.
 template <int kItems, typename Scores, typename Clear>
-__device__ Seen load(Keys<kItems>& keys, const Scores& scores, const SelectTokensParams& params, std::int64_t b,
-                     int first, const Clear& clear) {
+__device__ LaneSummary load(Keys<kItems>& keys, const Scores& scores, const SelectTokensParams& params, std::int64_t b,
+                            int first, const Clear& clear) {
   static_assert(kItems <= 32, "a bit a token");
   const bool* real_mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
   const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];
@@ -163,4 +164,4 @@ __device__ Seen load(Keys<kItems>& keys, const Scores& scores, const SelectToken
           static_cast<std::uint32_t>(__popc(all_real))};
 }
 
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens
