@@ -12,6 +12,15 @@ alignas(1024) thread_local unsigned char shared[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared);
 }  // namespace zipvl::cuda::decode
 
+// What the launches ask of the device.
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+namespace zipvl::cuda {
+bool runs_hopper_code(int /*device*/) { return false; }
+}  // namespace zipvl::cuda
+
 namespace {
 
 using namespace zipvl;

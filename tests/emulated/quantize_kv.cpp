@@ -193,7 +193,15 @@ bool run(const Case& c, QuantizedElement element) {
 
 }  // namespace
 
+// What the launches ask of the device.
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+namespace zipvl::cuda {
+bool runs_hopper_code(int /*device*/) { return false; }
+}  // namespace zipvl::cuda
 
 int main(int count, char** arguments) {
   return emulated::run_cases(count, arguments, [](emulated::Report& report) {

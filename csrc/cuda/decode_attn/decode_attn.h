@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/element.h"
 #include "cuda/decode_attn/shape.h"
 
 namespace zipvl::cuda {
@@ -32,14 +33,13 @@ struct DecodeAttnParams {
   std::int64_t v_stride[3];
   std::int64_t lengths_stride;
   std::int64_t batch, query_heads, kv_heads, slots;
-  int head_dim;           // 64, 96, 128 or 256
-  int head_chunks;        // ceil(query_heads / kv_heads / kDecodeHeads)
-  int blocks;             // of the grid
-  int warps;              // of a block: decode_shape::max_warps or half of that, quantized_warps or kMinQuantizedWarps
-  int shared_bytes;       // of a block's warps
-  float scale_log2;       // of scores before the softmax, times log2(e)
-  bool bfloat16;          // else float16
-  bool dependent_launch;  // runs_hopper_code (common/launch.h)
+  int head_dim;      // 64, 96, 128 or 256
+  int head_chunks;   // ceil(query_heads / kv_heads / kDecodeHeads)
+  int blocks;        // of the grid
+  int warps;         // of a block: decode_shape::max_warps or half of that, quantized_warps or kMinQuantizedWarps
+  int shared_bytes;  // of a block's warps
+  float scale_log2;  // of scores before the softmax, times log2(e)
+  Element element;
 };
 
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream);

@@ -2,7 +2,6 @@
 
 #include <optional>
 
-#include "cuda/common/launch.h"
 #include "cuda/decode_attn/decode_attn.h"
 #include "cuda/decode_attn/plan.h"
 #include "cuda/decode_attn/quantized.h"
@@ -73,8 +72,7 @@ struct Launch {
     params.warps = plan.warps;
     params.shared_bytes = static_cast<int>(plan.shared_bytes);
     params.scale_log2 = static_cast<float>(scale) * kLog2E;
-    params.bfloat16 = q.scalar_type() == aten::ScalarType::BFloat16;
-    params.dependent_launch = runs_hopper_code(q.get_device_index());
+    params.element = q.scalar_type() == aten::ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16;
   }
 
   void set_cache(const Tensor& k, const Tensor& v, const Tensor& lengths) {

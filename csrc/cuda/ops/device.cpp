@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "cuda/common/device_attribute.h"
 #include "cuda/common/launch.h"
 #include "ops/checks.h"
 

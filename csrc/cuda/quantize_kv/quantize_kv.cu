@@ -3,10 +3,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <mutex>
 
 #include "common/quantized_block.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/warp.cuh"
 #include "cuda/quantize_kv/quantize_kv.h"
 
 namespace zipvl::cuda {
@@ -15,7 +17,6 @@ namespace {
 using quantized::kBlockTokens;
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y and gridDim.z
 
 __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 
 template <typename Element>
 cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
-  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(n < kMaxGrid ? n : kMaxGrid); };
+  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(std::min(n, kMaxGridYZ)); };
   if (params.largest != nullptr) {
     largest_kernel<Element><<<dim3(static_cast<unsigned>(params.chunks), grid_of(params.heads), grid_of(params.batch)),
                               kThreads, 0, stream>>>(params);
@@ -221,17 +222,10 @@ cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
   const int max_bits = params.bits[0] > params.bits[1] ? params.bits[0] : params.bits[1];
   const int shared = kBlockTokens * (params.head_dim + 1) * static_cast<int>(sizeof(float)) +
                      kBlockTokens * params.head_dim * max_bits / 8;
-  const auto kernel = pack_kernel<Element>;
-  // The attribute is the kernel's, and another thread of the host may ask for less between here and the launch.
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-      error != cudaSuccess) {
-    return error;
-  }
   const dim3 grid(static_cast<unsigned>(2 * params.capacity), grid_of(params.heads), grid_of(params.batch));
-  kernel<<<grid, kThreads, static_cast<std::size_t>(shared), stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(pack_kernel<Element>,
+                       {.grid = grid, .threads = kThreads, .shared_bytes = static_cast<unsigned>(shared)}, stream,
+                       params);
 }
 
 }  // namespace

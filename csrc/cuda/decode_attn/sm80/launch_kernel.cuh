@@ -1,8 +1,7 @@
 // Launch of the kernels for one head dim and dtype.
 #pragma once
 
-#include <mutex>
-
+#include "cuda/common/launch.h"
 #include "cuda/decode_attn/sm80/combine.cuh"
 #include "cuda/decode_attn/sm80/launch.h"
 #include "cuda/decode_attn/sm80/quantized_kernel.cuh"
@@ -33,47 +32,25 @@ __global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters)
   combine<Element, D, Threads>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
 }
 
-// One kernel of the pair. Both prefer shared memory over L1 to the full, as changing that between kernels stalls.
-template <typename Params>
-cudaError_t launch_one(void (*kernel)(Params), const Params& params, std::int64_t blocks, int threads, int shared,
-                       bool dependent, cudaStream_t stream) {
-  // The attributes are the kernel's, and another thread of the host may ask for less between here and the launch.
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
-  if (error != cudaSuccess) {
-    return error;
-  }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-// `kernel`, then the combining one; the start of each overlaps the end of what is before it.
+// `kernel`, then the combining one; the start of each overlaps the end of what is before it. Both prefer the same
+// carveout of shared memory, as changing that between kernels stalls.
 template <typename Params>
 cudaError_t launch_pair(void (*kernel)(Params), void (*of_few)(Params), void (*of_many)(Params), const Params& params,
                         const DecodeAttnParams& attn, cudaStream_t stream) {
-  if (const cudaError_t error =
-          launch_one(kernel, params, attn.blocks, attn.warps * 32, attn.shared_bytes, attn.dependent_launch, stream);
-      error != cudaSuccess) {
+  LaunchOptions options{.grid = dim3(static_cast<unsigned>(attn.blocks)),
+                        .threads = static_cast<unsigned>(attn.warps) * 32,
+                        .shared_bytes = static_cast<unsigned>(attn.shared_bytes),
+                        .dependent = true,
+                        .max_carveout = true};
+  if (const cudaError_t error = launch_kernel(kernel, options, stream, params); error != cudaSuccess) {
     return error;
   }
   const std::int64_t heads = attn.batch * attn.query_heads;
   const bool many = heads > kManyHeads;
-  return launch_one(many ? of_many : of_few, params, heads, many ? kCombineThreadsOfMany : kCombineThreads, 0,
-                    attn.dependent_launch, stream);
+  options.grid = dim3(static_cast<unsigned>(heads));
+  options.threads = many ? kCombineThreadsOfMany : kCombineThreads;
+  options.shared_bytes = 0;
+  return launch_kernel(many ? of_many : of_few, options, stream, params);
 }
 
 template <typename Element, int D, int Warps>
