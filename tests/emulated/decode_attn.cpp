@@ -3,7 +3,7 @@
 //
 //   decode_attn CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "cuda/decode_attn/plan.h"
-#include "cuda/decode_attn/sm80/launch_kernel.cuh"
+#include "cuda/decode_attn/sm80/launch.cuh"
 #include "cuda_on_cpu.h"
 #include "reference.h"
 

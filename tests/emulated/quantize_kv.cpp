@@ -2,7 +2,7 @@
 // bit, the blocks in use and the channels' factors.
 //
 //   quantize_kv CASES SEED    prints a line a case, and ends with status 1 where one is wrong
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/quantize_kv/params.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -2,9 +2,8 @@
 
 #include <optional>
 
-#include "cuda/decode_attn/decode_attn.h"
+#include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/plan.h"
-#include "cuda/decode_attn/quantized.h"
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
 #include "ops/aten.h"

@@ -1,4 +1,4 @@
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/quantize_kv/params.h"
 
 #include <torch/csrc/stable/accelerator.h>
 

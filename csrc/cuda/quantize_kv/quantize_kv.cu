@@ -9,7 +9,7 @@
 #include "common/quantized_block.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/warp.cuh"
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/quantize_kv/params.h"
 
 namespace zipvl::cuda {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/quantized_block.h"
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/quantize_kv/params.h"
 
 namespace zipvl::cuda {
 namespace {

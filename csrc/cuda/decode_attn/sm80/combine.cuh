@@ -6,8 +6,9 @@
 
 #include <cstdint>
 
-#include "cuda/decode_attn/decode_attn.h"
+#include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/schedule.cuh"
+#include "cuda/decode_attn/sm80/quantized_kernel.cuh"
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/sync.cuh"
 
@@ -148,6 +149,30 @@ __device__ __forceinline__ void combine(const PlaceRange& range, const OutputHea
       *lse = (most + log2f(total)) * 0.6931471805599453F;
     }
   }
+}
+
+template <typename Element, int D, int MinTiles, int Threads>
+__global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
+    combine_kernel(const __grid_constant__ DecodeAttnParams params) {
+  ptx::launch_dependent_grids();
+  const OutputHead head = output_head(params);
+  const PlaceRange range = place_range<MinTiles>(row_tiles(params), params.blocks, head);
+  ptx::wait_on_dependent_grids();
+  const std::int64_t at = blockIdx.x;
+  combine<Element, D, Threads>(range, head, params.partials, static_cast<Element*>(params.out) + at * D,
+                               params.lse + at);
+}
+
+template <typename Element, int D, int Threads>
+__global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
+    combine_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
+  const DecodeAttnParams& attn = params.attn;
+  ptx::launch_dependent_grids();
+  const OutputHead head = output_head(attn);
+  const PlaceRange range = place_range<decode_shape::kMinQuantizedWarps>(LineOfTiles(params), attn.blocks, head);
+  ptx::wait_on_dependent_grids();
+  const std::int64_t at = blockIdx.x;
+  combine<Element, D, Threads>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
 }
 
 }  // namespace zipvl::cuda::decode

@@ -1,8 +1,17 @@
 // Picks the kernels of a dtype and head dim.
 #include "cuda/common/dispatch.h"
-#include "cuda/decode_attn/sm80/launch.h"
+#include "cuda/decode_attn/params.h"
 
 namespace zipvl::cuda {
+namespace decode {
+
+// Defined in launch.cuh, instantiated by instantiate.cu.in.
+template <typename ElementType, int D>
+cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream);
+template <typename ElementType, int D>
+cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream);
+
+}  // namespace decode
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream) {
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int D>() {
     return decode::launch_decode_attn<ElementType, D>(params, stream);

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/decode_attn/quantized.h"
+#include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/sm80/kernel.cuh"
 #include "cuda/decode_attn/sm80/quantized_block.cuh"
 #include "cuda/ptx/opaque.cuh"

@@ -1,4 +1,4 @@
-// Launch of decode_attn on CUDA. No Torch.
+// What decode_attn and decode_attn_quantized take on CUDA, and their launches. No Torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -42,6 +42,26 @@ struct DecodeAttnParams {
   Element element;
 };
 
+// One segment of a quantised cache: blocks of common/quantized_block.h. Strides are in bytes, multiples of 16.
+struct QuantizedSegment {
+  const std::uint8_t* packed;  // [batch, kv_heads, capacity, bytes of a block], aligned to 16 bytes
+  const std::int32_t* blocks;  // [batch], used ones; clamped to [0, capacity]
+  std::int64_t stride[3];      // batch, head, block
+  std::int64_t blocks_stride;
+  int capacity;
+  int bits;  // 2, 4 or 8
+};
+
+struct DecodeAttnQuantizedParams {
+  // The queries, the outputs, and the recent tokens as a cache in full precision (slots 0: none).
+  DecodeAttnParams attn;
+  QuantizedSegment segments[2];
+  const float* v_factor;  // [batch, kv_heads, head_dim]
+  std::int64_t v_factor_stride[3];
+  std::uint32_t code_bits;  // of the dtype's codes as elements; set by the launch
+};
+
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream);
+cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream);
 
 }  // namespace zipvl::cuda

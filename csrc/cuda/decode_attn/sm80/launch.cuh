@@ -3,34 +3,10 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/decode_attn/sm80/combine.cuh"
-#include "cuda/decode_attn/sm80/launch.h"
+#include "cuda/decode_attn/sm80/kernel.cuh"
 #include "cuda/decode_attn/sm80/quantized_kernel.cuh"
 
 namespace zipvl::cuda::decode {
-
-template <typename Element, int D, int MinTiles, int Threads>
-__global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
-    combine_kernel(const __grid_constant__ DecodeAttnParams params) {
-  ptx::launch_dependent_grids();
-  const OutputHead head = output_head(params);
-  const PlaceRange range = place_range<MinTiles>(row_tiles(params), params.blocks, head);
-  ptx::wait_on_dependent_grids();
-  const std::int64_t at = blockIdx.x;
-  combine<Element, D, Threads>(range, head, params.partials, static_cast<Element*>(params.out) + at * D,
-                               params.lse + at);
-}
-
-template <typename Element, int D, int Threads>
-__global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters))
-    combine_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
-  const DecodeAttnParams& attn = params.attn;
-  ptx::launch_dependent_grids();
-  const OutputHead head = output_head(attn);
-  const PlaceRange range = place_range<decode_shape::kMinQuantizedWarps>(LineOfTiles(params), attn.blocks, head);
-  ptx::wait_on_dependent_grids();
-  const std::int64_t at = blockIdx.x;
-  combine<Element, D, Threads>(range, head, attn.partials, static_cast<Element*>(attn.out) + at * D, attn.lse + at);
-}
 
 // `kernel`, then the combining one; the start of each overlaps the end of what is before it. Both prefer the same
 // carveout of shared memory, as changing that between kernels stalls.
@@ -77,10 +53,5 @@ cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params
                      combine_quantized_kernel<Element, D, kCombineThreads>,
                      combine_quantized_kernel<Element, D, kCombineThreadsOfMany>, with_bits, params.attn, stream);
 }
-
-// The one place that names a dtype and head dim: a file each.
-#define ZIPVL_INSTANTIATE_DECODE_ATTN(Element, D)                                             \
-  template cudaError_t launch_decode_attn<Element, D>(const DecodeAttnParams&, cudaStream_t); \
-  template cudaError_t launch_decode_attn_quantized<Element, D>(const DecodeAttnQuantizedParams&, cudaStream_t);
 
 }  // namespace zipvl::cuda::decode
