@@ -248,7 +248,7 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("blocks", &DecodeAttnCudaPlan::blocks)
       .def_readonly("head_chunks", &DecodeAttnCudaPlan::head_chunks)
       .def_readonly("shared_bytes", &DecodeAttnCudaPlan::shared_bytes)
-      .def_readonly("places", &DecodeAttnCudaPlan::places)
+      .def_readonly("partials", &DecodeAttnCudaPlan::partials)
       .def_readonly("workspace_bytes", &DecodeAttnCudaPlan::workspace_bytes)
       .def("__str__", &DecodeAttnCudaPlan::describe);
   m.def(

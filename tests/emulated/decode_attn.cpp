@@ -87,8 +87,8 @@ struct Call {
         q(shape.batch * shape.query_heads * D),
         out(q.size(), Element(NAN)),
         lse(shape.batch * shape.query_heads, NAN),
-        partial_out(plan.places * kDecodeHeads * D, NAN),
-        partial_lse(plan.places * kDecodeHeads, NAN) {
+        partial_out(plan.partials * kDecodeHeads * D, NAN),
+        partial_lse(plan.partials * kDecodeHeads, NAN) {
     for (Element& x : q) {
       x = Element(normal());
     }

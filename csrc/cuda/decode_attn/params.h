@@ -12,10 +12,10 @@ namespace zipvl::cuda {
 
 constexpr int kDecodeHeads = decode_shape::kHeads;
 
-// What the merge of partial results needs: partial i of item (batch row, key/value head, chunk of query heads).
+// Partial results of split-KV attention: one for each split of a work item (schedule.cuh).
 struct DecodePartials {
-  float* out;  // [places, kDecodeHeads, head_dim], each normalised on its own
-  float* lse;  // [places, kDecodeHeads], base 2
+  float* out;  // [partials, kDecodeHeads, head_dim], each normalised on its own
+  float* lse;  // [partials, kDecodeHeads], base 2
 };
 
 // Strides are in elements; those of the last dimension are 1, and every row begins at a multiple of 16 bytes. No slot
@@ -27,7 +27,7 @@ struct DecodeAttnParams {
   const std::int32_t* lengths;  // [batch]
   void* out;                    // [batch, query_heads, head_dim], contiguous
   float* lse;                   // [batch, query_heads], natural
-  DecodePartials partials;      // places: blocks + batch * kv_heads * head_chunks
+  DecodePartials partials;      // blocks + batch * kv_heads * head_chunks of them
   std::int64_t q_stride[2];     // batch, head
   std::int64_t k_stride[3];     // batch, head, slot
   std::int64_t v_stride[3];

@@ -54,8 +54,8 @@ struct Launch {
   Launch(const checks::AttentionSizes& sizes, const Tensor& q, const plan::DecodeAttnCudaPlan& plan, double scale)
       : out(aten::empty({sizes.batch, 1, sizes.query_heads, sizes.head_dim}, q.scalar_type(), q.device())),
         lse(aten::empty({sizes.batch, sizes.query_heads, 1}, aten::ScalarType::Float, q.device())),
-        partial_out(aten::empty({plan.places, kDecodeHeads, sizes.head_dim}, aten::ScalarType::Float, q.device())),
-        partial_lse(aten::empty({plan.places, kDecodeHeads}, aten::ScalarType::Float, q.device())) {
+        partial_out(aten::empty({plan.partials, kDecodeHeads, sizes.head_dim}, aten::ScalarType::Float, q.device())),
+        partial_lse(aten::empty({plan.partials, kDecodeHeads}, aten::ScalarType::Float, q.device())) {
     params.q = q.const_data_ptr();
     params.q_stride[0] = q.stride(0);
     params.q_stride[1] = q.stride(1);

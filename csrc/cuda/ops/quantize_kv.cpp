@@ -19,14 +19,14 @@ void copy_strides(const Tensor& x, std::int64_t (&strides)[3]) {
   }
 }
 
-QuantizedElement element_of(const Tensor& x) {
+std::optional<Element> element_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case aten::ScalarType::Half:
-      return QuantizedElement::kFloat16;
+      return Element::kFloat16;
     case aten::ScalarType::BFloat16:
-      return QuantizedElement::kBFloat16;
+      return Element::kBFloat16;
     default:
-      return QuantizedElement::kFloat32;
+      return std::nullopt;
   }
 }
 
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, 
   params.bits[0] = static_cast<int>(high_bits);
   params.bits[1] = static_cast<int>(low_bits);
   params.element = element_of(k);
-  const std::int64_t element_bytes = params.element == QuantizedElement::kFloat32 ? 4 : 2;
+  const std::int64_t element_bytes = params.element ? 2 : 4;
   const auto packed = [&](int bits) {
     const std::int64_t bytes = quantized::block_layout(k.size(3), bits, element_bytes).bytes;
     return aten::zeros({params.batch, params.heads, params.capacity, bytes}, ScalarType::Byte, k.device());
