@@ -99,18 +99,17 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchOptions& option
   return launch_allowed_kernel(kernel, options, stream, args...);
 }
 
-// Short forms of launch_allowed_kernel for dependent launches.
+// Short forms of launch_allowed_kernel for dependent launches. cluster: as in LaunchOptions.
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, unsigned blocks, unsigned threads,
+cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, unsigned threads,
                                       unsigned shared_bytes, cudaStream_t stream, const Args&... args) {
-  return launch_allowed_kernel(kernel, {dim3(blocks), threads, shared_bytes, cluster, /*dependent=*/true}, stream,
-                               args...);
+  return launch_allowed_kernel(kernel, {grid, threads, shared_bytes, cluster, /*dependent=*/true}, stream, args...);
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent(void (*kernel)(Params...), unsigned blocks, unsigned threads, unsigned shared_bytes,
+cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, unsigned threads, unsigned shared_bytes,
                              cudaStream_t stream, const Args&... args) {
-  return launch_dependent_clusters(kernel, 1, blocks, threads, shared_bytes, stream, args...);
+  return launch_dependent_clusters(kernel, 1, grid, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace zipvl::cuda

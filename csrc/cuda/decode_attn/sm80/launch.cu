@@ -12,6 +12,7 @@ template <typename ElementType, int D>
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream);
 
 }  // namespace decode
+
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream) {
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int D>() {
     return decode::launch_decode_attn<ElementType, D>(params, stream);
