@@ -31,7 +31,7 @@ constexpr int kChannelMultiple = 32;  // at 2 bits a word holds codes of 32 chan
 // Blocks that a segment made of up to `tokens` tokens has room for. One more than they can fill: with one block or more
 // a program traced for any number of tokens would have to ask whether it is exactly one.
 ZIPVL_HOST_DEVICE constexpr std::int64_t block_capacity(std::int64_t tokens) {
-  return (tokens + kBlockTokens - 1) / kBlockTokens + 1;
+  return ceil_div<std::int64_t>(tokens, kBlockTokens) + 1;
 }
 
 // Where the parts of a block begin, in bytes, and its size.
@@ -83,16 +83,16 @@ ZIPVL_HOST_DEVICE constexpr CodePlace value_code_place(int bits, int token, int 
 }
 
 // The step between codes of a range; the caller rounds it to the element's dtype before it is used.
-ZIPVL_HOST_DEVICE inline float step_of(float least, float most, int bits) {
-  return (most - least) / static_cast<float>((1 << bits) - 1);
+ZIPVL_HOST_DEVICE inline float step_of(float lowest, float highest, int bits) {
+  return (highest - lowest) / static_cast<float>((1 << bits) - 1);
 }
 
 // The code of x for a rounded scale and zero: 0 where the scale is 0. In float32 and correctly rounded, so that the
 // CPU and CUDA agree bit for bit.
 ZIPVL_HOST_DEVICE inline std::uint32_t code_of(float x, float scale, float zero, int bits) {
-  const float most = static_cast<float>((1 << bits) - 1);
+  const float max_code = static_cast<float>((1 << bits) - 1);
   const float steps = scale > 0.0F ? rintf((x - zero) / scale) : 0.0F;
-  return static_cast<std::uint32_t>(fminf(fmaxf(steps, 0.0F), most));
+  return static_cast<std::uint32_t>(fminf(fmaxf(steps, 0.0F), max_code));
 }
 
 // The factor of a channel whose largest value is `largest` in absolute value.

@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "cuda/common/device_attribute.h"
+#include "cuda/common/launch.h"
 
 namespace zipvl::cuda {
 namespace {

@@ -9,9 +9,8 @@
 #include "ops/checks.h"
 #include "ops/checks_quantized.h"
 #ifdef ZIPVL_CUDA_OPS
-#include "cuda/decode_attn/decode_attn.h"
+#include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/plan.h"
-#include "cuda/decode_attn/quantized.h"
 #include "ops/cuda_steps.h"
 #endif
 
@@ -141,8 +140,8 @@ struct Launch {
          std::optional<double> scale)
       : out(empty({sizes.batch, 1, sizes.query_heads, sizes.head_dim}, q.scalar_type(), q)),
         lse(empty({sizes.batch, sizes.query_heads, 1}, ScalarType::Float, q)),
-        partial_out(empty({plan.places, kDecodeHeads, sizes.head_dim}, ScalarType::Float, q)),
-        partial_lse(empty({plan.places, kDecodeHeads}, ScalarType::Float, q)) {
+        partial_out(empty({plan.partials, kDecodeHeads, sizes.head_dim}, ScalarType::Float, q)),
+        partial_lse(empty({plan.partials, kDecodeHeads}, ScalarType::Float, q)) {
     params.q = q.const_data_ptr();
     copy_strides(q, params.q_stride);
     params.out = out.mutable_data_ptr();
@@ -157,8 +156,7 @@ struct Launch {
     params.warps = plan.warps;
     params.shared_bytes = static_cast<int>(plan.shared_bytes);
     params.scale_log2 = static_cast<float>(ops::scale_or_default(scale, sizes.head_dim)) * kLog2E;
-    params.bfloat16 = q.scalar_type() == ScalarType::BFloat16;
-    params.dependent_launch = runs_hopper_code(q.get_device_index());
+    params.element = element_of(q);
   }
 
   void set_cache(const Tensor& k, const Tensor& v, const Tensor& lengths) {

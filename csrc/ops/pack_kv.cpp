@@ -49,7 +49,6 @@ PackKvParams pack_kv_params(const Tensor& k, const Tensor& v, void* k_packed, vo
   params.element_bytes = static_cast<int>(k.element_size());
   params.tail = 1;
   params.num_sms = num_sms(k.get_device_index());
-  params.overlap_previous = runs_hopper_code(k.get_device_index());
   return params;
 }
 

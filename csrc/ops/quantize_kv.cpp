@@ -7,7 +7,7 @@
 #include "ops/checks_quantized.h"
 #ifdef ZIPVL_CUDA_OPS
 #include "common/math.h"
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/quantize_kv/params.h"
 #include "ops/cuda_steps.h"
 #endif
 
@@ -51,17 +51,6 @@ namespace {
 
 ops::Implementation explain(const Tensor& q) { return implementation_of(q, ""); }
 
-QuantizedElement quantized_element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      return QuantizedElement::kFloat16;
-    case ScalarType::BFloat16:
-      return QuantizedElement::kBFloat16;
-    default:
-      return QuantizedElement::kFloat32;
-  }
-}
-
 ops::QuantizedSegments run(const ops::QuantizeKvArgs& args) {
   const auto& [k, v, index, count, high_bits, low_bits, v_factor, token_mask] = args;
   const DeviceGuard guard(k.get_device_index());
@@ -74,7 +63,7 @@ ops::QuantizedSegments run(const ops::QuantizeKvArgs& args) {
   params.chunks = ceil_div<std::int64_t>(params.tokens, kSplitChunk);
   params.bits[0] = static_cast<int>(high_bits);
   params.bits[1] = static_cast<int>(low_bits);
-  params.element = quantized_element_of(k);
+  params.element = is_half(k) ? std::optional(element_of(k)) : std::nullopt;  // float32
   const auto packed = [&](int bits) {
     const auto element_bytes = static_cast<std::int64_t>(k.element_size());
     const std::int64_t bytes = quantized::block_layout(k.size(3), bits, element_bytes).bytes;

@@ -4,10 +4,7 @@
 #include "ops/aten.h"
 #include "ops/checks.h"
 #ifdef ZIPVL_CUDA_OPS
-#include "cuda/sparse_attn/seen_tokens.h"
-#include "cuda/sparse_attn/sm80/launch.h"
-#include "cuda/sparse_attn/sm90/launch.h"
-#include "cuda/sparse_attn/sm90/packing.h"
+#include "cuda/sparse_attn/sm90/params.h"
 #include "ops/cuda_steps.h"
 #endif
 
@@ -71,8 +68,8 @@ void launch_sparse_attn(const char* op, const SparseAttnParams& params, const pl
       counting.tokens = params.tokens;
       check_launch(op, launch_seen_tokens(counting, stream));
     }
-    check_launch(op, launch_pack_kv(attn::sm90::packing(params, num_sms(device), runs_hopper_code(device)), stream));
-    check_launch(op, attn::sm90::launch_sparse_attn(params, seen, num_sms(device), stream));
+    check_launch(op, launch_pack_kv(sparse_attn::sm90::packing(params, num_sms(device)), stream));
+    check_launch(op, sparse_attn::sm90::launch_sparse_attn(params, seen, num_sms(device), stream));
     return;
   }
 #endif

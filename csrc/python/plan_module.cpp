@@ -1,11 +1,14 @@
-// zipvl._plan: the plans of the kernels for the tests, without a GPU and without Torch. No wheel holds it.
+// zipvl._plan: the plans, for tests: usable without a GPU and without Torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "common/text.h"
 #include "cpu/plan.h"
 #include "cuda/decode_attn/plan.h"
 #include "cuda/layer/plan.h"
@@ -14,220 +17,192 @@
 #include "cuda/sparse_attn/plan.h"
 
 namespace py = pybind11;
+using py::literals::operator""_a;
 using namespace zipvl::plan;  // NOLINT: this file is nothing but its binding
 
 namespace {
 
-void check_sizes(std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-                 std::int64_t head_dim, std::int64_t threads) {
-  if (threads < 1) {
-    throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+// Binds a plan: its fields, and its description as str().
+template <typename Plan, typename... Fields>
+py::class_<Plan> bind_plan(py::module_& m, const char* name, std::pair<const char*, Fields Plan::*>... fields) {
+  py::class_<Plan> bound(m, name);
+  (bound.def_readonly(fields.first, fields.second), ...);
+  return bound.def("__str__", &Plan::describe);
+}
+#define FIELD(name) std::pair<const char*, decltype(&Plan::name)>(#name, &Plan::name)
+
+using Size = std::int64_t;
+
+void check_positive(std::initializer_list<std::pair<const char*, Size>> sizes) {
+  for (const auto& [name, size] : sizes) {
+    if (size < 1) {
+      throw std::invalid_argument(zipvl::join(name, " must be at least 1, got ", size));
+    }
   }
+}
+
+void check_sizes(Size batch, Size query_heads, Size kv_heads, Size tokens, Size head_dim, Size threads) {
+  check_positive({{"threads", threads}});
   if (batch < 0 || tokens < 0 || query_heads < 1 || kv_heads < 1 || head_dim < 1 || query_heads % kv_heads != 0) {
-    throw std::invalid_argument(
-        "sizes must satisfy batch, tokens >= 0, heads and head_dim >= 1, query_heads % kv_heads == 0; got batch " +
-        std::to_string(batch) + ", query_heads " + std::to_string(query_heads) + ", kv_heads " +
-        std::to_string(kv_heads) + ", tokens " + std::to_string(tokens) + ", head_dim " + std::to_string(head_dim));
+    throw std::invalid_argument(zipvl::join(
+        "sizes must satisfy batch, tokens >= 0, heads and head_dim >= 1, query_heads % kv_heads == 0; got batch ",
+        batch, ", query_heads ", query_heads, ", kv_heads ", kv_heads, ", tokens ", tokens, ", head_dim ", head_dim));
   }
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_plan, m) {
-  m.doc() = "Launch plans of zipvl, for its tests.";
-
-  py::class_<ProbeScoresPlan>(m, "ProbeScoresPlan")
-      .def_readonly("heads_per_block", &ProbeScoresPlan::heads_per_block)
-      .def_readonly("probes_per_block", &ProbeScoresPlan::probes_per_block)
-      .def_readonly("head_tasks", &ProbeScoresPlan::head_tasks)
-      .def_readonly("blocks", &ProbeScoresPlan::blocks)
-      .def_readonly("workspace_bytes", &ProbeScoresPlan::workspace_bytes)
-      .def_readonly("flops", &ProbeScoresPlan::flops)
-      .def("__str__", &ProbeScoresPlan::describe);
+  m.doc() = "Launch plans of zipvl.";
+  {
+    using Plan = ProbeScoresPlan;
+    bind_plan<Plan>(m, "ProbeScoresPlan", FIELD(heads_per_block), FIELD(probes_per_block), FIELD(head_tasks),
+                    FIELD(blocks), FIELD(workspace_bytes), FIELD(flops));
+  }
   m.def(
       "plan_probe_scores",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
-         std::int64_t head_dim, std::int64_t threads) {
+      [](Size batch, Size query_heads, Size kv_heads, Size tokens, Size probes, Size head_dim, Size threads) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, threads);
-        if (probes < 1) {
-          throw std::invalid_argument("probes must be at least 1, got " + std::to_string(probes));
-        }
+        check_positive({{"probes", probes}});
         return plan_probe_scores({batch, query_heads, kv_heads, tokens, probes, head_dim, threads});
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("probes"), py::arg("head_dim"), py::arg("threads") = 1);
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "tokens"_a, "probes"_a, "head_dim"_a, "threads"_a = 1);
 
   py::enum_<SelectTeam>(m, "SelectTeam")
       .value("BLOCK", SelectTeam::kBlock)
       .value("CLUSTER", SelectTeam::kCluster)
       .value("GRID", SelectTeam::kGrid)
       .value("NONE", SelectTeam::kNone);
-  py::class_<SelectTokensPlan>(m, "SelectTokensPlan")
-      .def_readonly("team", &SelectTokensPlan::team)
-      .def_readonly("blocks_per_row", &SelectTokensPlan::blocks_per_row)
-      .def_readonly("tokens_per_block", &SelectTokensPlan::tokens_per_block)
-      .def_readonly("row_groups", &SelectTokensPlan::row_groups)
-      .def_readonly("workspace_bytes", &SelectTokensPlan::workspace_bytes)
-      .def("__str__", &SelectTokensPlan::describe);
+  {
+    using Plan = SelectTokensPlan;
+    bind_plan<Plan>(m, "SelectTokensPlan", FIELD(team), FIELD(reason), FIELD(blocks_per_row), FIELD(tokens_per_block),
+                    FIELD(row_groups), FIELD(workspace_bytes));
+  }
   m.def(
       "plan_select_tokens",
-      [](std::int64_t batch, std::int64_t tokens, std::int64_t num_sms, std::int64_t shared_bytes, bool clusters) {
+      [](Size batch, Size tokens, Size num_sms, Size shared_bytes, bool clusters) {
         if (batch < 0 || tokens < 0 || num_sms < 1) {
-          throw std::invalid_argument("sizes must satisfy batch, tokens >= 0, num_sms >= 1; got batch " +
-                                      std::to_string(batch) + ", tokens " + std::to_string(tokens) + ", num_sms " +
-                                      std::to_string(num_sms));
+          throw std::invalid_argument(zipvl::join("sizes must satisfy batch, tokens >= 0, num_sms >= 1; got batch ",
+                                                  batch, ", tokens ", tokens, ", num_sms ", num_sms));
         }
         return plan_select_tokens({batch, tokens, num_sms, shared_bytes, clusters});
       },
-      py::kw_only(), py::arg("batch"), py::arg("tokens"), py::arg("num_sms"), py::arg("shared_bytes"),
-      py::arg("clusters"));
+      py::kw_only(), "batch"_a, "tokens"_a, "num_sms"_a, "shared_bytes"_a, "clusters"_a);
 
-  py::class_<ProbeScoresCudaPlan>(m, "ProbeScoresCudaPlan")
-      .def_readonly("rows", &ProbeScoresCudaPlan::rows)
-      .def_readonly("rows_padded", &ProbeScoresCudaPlan::rows_padded)
-      .def_readonly("cluster_blocks", &ProbeScoresCudaPlan::cluster_blocks)
-      .def_readonly("chunk_keys", &ProbeScoresCudaPlan::chunk_keys)
-      .def_readonly("splits", &ProbeScoresCudaPlan::splits)
-      .def_readonly("row_splits", &ProbeScoresCudaPlan::row_splits)
-      .def_readonly("first_items", &ProbeScoresCudaPlan::first_items)
-      .def_readonly("second_items", &ProbeScoresCudaPlan::second_items)
-      .def_property_readonly("workspace_bytes", [](const ProbeScoresCudaPlan& plan) { return plan.workspace.bytes; })
-      .def_readonly("flops", &ProbeScoresCudaPlan::flops)
-      .def_readonly("exponentials", &ProbeScoresCudaPlan::exponentials)
-      .def("__str__", &ProbeScoresCudaPlan::describe);
+  {
+    using Plan = ProbeScoresCudaPlan;
+    bind_plan<Plan>(m, "ProbeScoresCudaPlan", FIELD(reason), FIELD(rows), FIELD(rows_padded), FIELD(cluster_blocks),
+                    FIELD(chunk_keys), FIELD(splits), FIELD(row_splits), FIELD(first_items), FIELD(second_items),
+                    FIELD(flops), FIELD(exponentials))
+        .def_property_readonly("workspace_bytes", [](const Plan& plan) { return plan.workspace.bytes; });
+  }
   m.def(
       "plan_probe_scores_cuda",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
-         std::int64_t head_dim, bool masked, bool clusters) {
+      [](Size batch, Size query_heads, Size kv_heads, Size tokens, Size probes, Size head_dim, bool masked,
+         bool clusters, bool half_precision, bool aligned) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, /*threads=*/1);
-        if (tokens < 1 || probes < 1) {
-          throw std::invalid_argument("tokens and probes must be at least 1, got " + std::to_string(tokens) + " and " +
-                                      std::to_string(probes));
-        }
-        return plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, clusters});
+        check_positive({{"tokens", tokens}, {"probes", probes}});
+        return plan_probe_scores_cuda(
+            {batch, query_heads, kv_heads, tokens, probes, head_dim, masked, clusters, half_precision, aligned});
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("probes"), py::arg("head_dim"), py::arg("masked") = false, py::arg("clusters") = true);
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "tokens"_a, "probes"_a, "head_dim"_a, "masked"_a = false,
+      "clusters"_a = true, "half_precision"_a = true, "aligned"_a = true);
 
-  py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
-      .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)
-      .def_readonly("head_tasks", &SparseAttnPlan::head_tasks)
-      .def_readonly("blocks", &SparseAttnPlan::blocks)
-      .def_readonly("workspace_bytes", &SparseAttnPlan::workspace_bytes)
-      .def_readonly("flops", &SparseAttnPlan::flops)
-      .def("__str__", &SparseAttnPlan::describe);
+  {
+    using Plan = SparseAttnPlan;
+    bind_plan<Plan>(m, "SparseAttnPlan", FIELD(rows_per_block), FIELD(head_tasks), FIELD(blocks),
+                    FIELD(workspace_bytes), FIELD(flops));
+  }
   m.def(
       "plan_sparse_attn",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-         std::int64_t head_dim, std::int64_t keys, bool causal, bool all_queries, bool count_on_host,
-         std::int64_t threads) {
+      [](Size batch, Size query_heads, Size kv_heads, Size tokens, Size head_dim, Size keys, bool causal,
+         bool all_queries, bool count_on_host, Size threads) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, threads);
         if (keys < 0 || keys > tokens) {
-          throw std::invalid_argument("keys must be in [0, " + std::to_string(tokens) + "], got " +
-                                      std::to_string(keys));
+          throw std::invalid_argument(zipvl::join("keys must be in [0, ", tokens, "], got ", keys));
         }
         return plan_sparse_attn(
             {batch, query_heads, kv_heads, tokens, head_dim, keys, causal, all_queries, count_on_host, threads});
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("head_dim"), py::arg("keys"), py::arg("causal") = true, py::arg("all_queries") = false,
-      py::arg("count_on_host") = true, py::arg("threads") = 1);
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "tokens"_a, "head_dim"_a, "keys"_a, "causal"_a = true,
+      "all_queries"_a = false, "count_on_host"_a = true, "threads"_a = 1);
 
   py::enum_<SparseAttnKernel>(m, "SparseAttnKernel")
       .value("SM90", SparseAttnKernel::kSm90)
       .value("SM80", SparseAttnKernel::kSm80)
       .value("ATEN", SparseAttnKernel::kAten);
-  py::class_<SparseAttnCudaPlan>(m, "SparseAttnCudaPlan")
-      .def_readonly("kernel", &SparseAttnCudaPlan::kernel)
-      .def_readonly("reason", &SparseAttnCudaPlan::reason)
-      .def_readonly("capacity", &SparseAttnCudaPlan::capacity)
-      .def_readonly("seen_tokens", &SparseAttnCudaPlan::seen_tokens)
-      .def_readonly("workspace_bytes", &SparseAttnCudaPlan::workspace_bytes)
-      .def("__str__", &SparseAttnCudaPlan::describe);
+  {
+    using Plan = SparseAttnCudaPlan;
+    bind_plan<Plan>(m, "SparseAttnCudaPlan", FIELD(kernel), FIELD(reason), FIELD(capacity), FIELD(seen_tokens),
+                    FIELD(workspace_bytes));
+  }
   m.def(
       "plan_sparse_attn_cuda",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-         std::int64_t head_dim, bool half_precision, bool aligned, double scale, bool causal, bool all_queries,
-         bool hopper) {
+      [](Size batch, Size query_heads, Size kv_heads, Size tokens, Size head_dim, bool half_precision, bool aligned,
+         double scale, bool causal, bool all_queries, bool hopper) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
         return plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, aligned, scale,
                                       causal, all_queries, hopper});
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("scale") = 1.0,
-      py::arg("causal") = true, py::arg("all_queries") = false, py::arg("hopper") = true);
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "tokens"_a, "head_dim"_a, "half_precision"_a = true,
+      "aligned"_a = true, "scale"_a = 1.0, "causal"_a = true, "all_queries"_a = false, "hopper"_a = true);
 
-  py::class_<LayerPlan>(m, "LayerPlan")
-      .def_readonly("native", &LayerPlan::native)
-      .def_readonly("draws_ahead", &LayerPlan::draws_ahead)
-      .def_readonly("selects_sums", &LayerPlan::selects_sums)
-      .def_readonly("selection_bytes", &LayerPlan::selection_bytes)
-      .def_readonly("attention_bytes", &LayerPlan::attention_bytes)
-      .def_property_readonly("workspace_bytes", [](const LayerPlan& plan) { return plan.workspace.bytes; })
-      .def_property_readonly(
-          "offsets",
-          [](const LayerPlan& plan) {
-            const LayerWorkspace& at = plan.workspace;
-            return std::map<std::string, std::int64_t>{
-                {"probe_index", at.probe_index}, {"keep_from", at.keep_from},       {"accumulated", at.accumulated},
-                {"normalized", at.normalized},   {"probe_scores", at.probe_scores}, {"select_tokens", at.select_tokens},
-                {"k_packed", at.k_packed},       {"v_packed", at.v_packed},         {"seen", at.seen}};
-          })
-      .def("__str__", &LayerPlan::describe);
+  {
+    using Plan = LayerPlan;
+    bind_plan<Plan>(m, "LayerPlan", FIELD(native), FIELD(draws_ahead), FIELD(selects_sums), FIELD(selection_bytes),
+                    FIELD(attention_bytes))
+        .def_property_readonly("workspace_bytes", [](const Plan& plan) { return plan.workspace.bytes; })
+        .def_property_readonly("offsets", [](const Plan& plan) {
+          const LayerWorkspace& at = plan.workspace;
+          return std::map<std::string, std::int64_t>{
+              {"probe_index", at.probe_index}, {"keep_from", at.keep_from},       {"accumulated", at.accumulated},
+              {"normalized", at.normalized},   {"probe_scores", at.probe_scores}, {"select_tokens", at.select_tokens},
+              {"k_packed", at.k_packed},       {"v_packed", at.v_packed},         {"seen", at.seen}};
+        });
+  }
   m.def(
       "plan_layer",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens,
-         std::int64_t head_dim, std::int64_t probes, bool masked, bool half_precision, bool all_queries, bool hopper,
-         std::int64_t num_sms, std::int64_t shared_bytes, bool returns_packed, bool projects, bool scored) {
+      [](Size batch, Size query_heads, Size kv_heads, Size tokens, Size head_dim, Size probes, bool masked,
+         bool half_precision, bool all_queries, bool hopper, Size num_sms, Size shared_bytes, bool returns_packed,
+         bool projects, bool scored) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
-        if (tokens < 1 || probes < 1 || num_sms < 1) {
-          throw std::invalid_argument("tokens, probes and num_sms must be at least 1, got " + std::to_string(tokens) +
-                                      ", " + std::to_string(probes) + " and " + std::to_string(num_sms));
-        }
+        check_positive({{"tokens", tokens}, {"probes", probes}, {"num_sms", num_sms}});
         return plan_layer(
             {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed, projects, scored},
-            plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper}),
+            plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper,
+                                    half_precision, /*aligned=*/true}),
             plan_select_tokens({batch, tokens, num_sms, shared_bytes, hopper}),
             plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,
                                    /*scale=*/1.0, /*causal=*/true, all_queries, hopper}));
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("head_dim"), py::arg("probes") = 128, py::arg("masked") = false, py::arg("half_precision") = true,
-      py::arg("all_queries") = false, py::arg("hopper") = true, py::arg("num_sms") = 132,
-      py::arg("shared_bytes") = 232448, py::arg("returns_packed") = false, py::arg("projects") = false,
-      py::arg("scored") = false);
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "tokens"_a, "head_dim"_a, "probes"_a = 128,
+      "masked"_a = false, "half_precision"_a = true, "all_queries"_a = false, "hopper"_a = true, "num_sms"_a = 132,
+      "shared_bytes"_a = 232448, "returns_packed"_a = false, "projects"_a = false, "scored"_a = false);
 
-  py::class_<DecodeAttnCudaPlan>(m, "DecodeAttnCudaPlan")
-      .def_readonly("reason", &DecodeAttnCudaPlan::reason)
-      .def_readonly("warps", &DecodeAttnCudaPlan::warps)
-      .def_readonly("blocks", &DecodeAttnCudaPlan::blocks)
-      .def_readonly("head_chunks", &DecodeAttnCudaPlan::head_chunks)
-      .def_readonly("shared_bytes", &DecodeAttnCudaPlan::shared_bytes)
-      .def_readonly("places", &DecodeAttnCudaPlan::places)
-      .def_readonly("workspace_bytes", &DecodeAttnCudaPlan::workspace_bytes)
-      .def("__str__", &DecodeAttnCudaPlan::describe);
+  {
+    using Plan = DecodeAttnCudaPlan;
+    bind_plan<Plan>(m, "DecodeAttnCudaPlan", FIELD(reason), FIELD(warps), FIELD(blocks), FIELD(head_chunks),
+                    FIELD(shared_bytes), FIELD(partials), FIELD(workspace_bytes));
+  }
   m.def(
       "plan_decode_attn_cuda",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
-         bool half_precision, bool aligned, std::int64_t num_sms, std::int64_t shared_bytes) {
+      [](Size batch, Size query_heads, Size kv_heads, Size slots, Size head_dim, bool half_precision, bool aligned,
+         Size num_sms, Size shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
         return plan_decode_attn_cuda(
             {batch, query_heads, kv_heads, head_dim, slots, half_precision, aligned, num_sms, shared_bytes});
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
-      py::arg("head_dim"), py::arg("half_precision") = true, py::arg("aligned") = true, py::arg("num_sms"),
-      py::arg("shared_bytes"));
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "slots"_a, "head_dim"_a, "half_precision"_a = true,
+      "aligned"_a = true, "num_sms"_a, "shared_bytes"_a);
   m.def(
       "plan_decode_attn_quantized_cuda",
-      [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t slots, std::int64_t head_dim,
-         std::int64_t high_blocks, std::int64_t low_blocks, int high_bits, int low_bits, std::int64_t num_sms,
-         std::int64_t shared_bytes) {
+      [](Size batch, Size query_heads, Size kv_heads, Size slots, Size head_dim, Size high_blocks, Size low_blocks,
+         int high_bits, int low_bits, Size num_sms, Size shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
         return plan_decode_attn_quantized_cuda({batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true,
                                                 /*aligned=*/true, num_sms, shared_bytes},
                                                {high_blocks, low_blocks, high_bits, low_bits});
       },
-      py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("slots"),
-      py::arg("head_dim"), py::arg("high_blocks"), py::arg("low_blocks"), py::arg("high_bits") = 4,
-      py::arg("low_bits") = 2, py::arg("num_sms"), py::arg("shared_bytes"));
+      py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "slots"_a, "head_dim"_a, "high_blocks"_a, "low_blocks"_a,
+      "high_bits"_a = 4, "low_bits"_a = 2, "num_sms"_a, "shared_bytes"_a);
 }

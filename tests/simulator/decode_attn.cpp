@@ -3,7 +3,7 @@
 //
 //   decode_attn CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "cuda/decode_attn/plan.h"
-#include "cuda/decode_attn/sm80/launch_kernel.cuh"
+#include "cuda/decode_attn/sm80/launch.cuh"
 #include "cuda_on_cpu.h"
 #include "reference.h"
 
@@ -11,6 +11,15 @@ namespace zipvl::cuda::decode {
 alignas(1024) thread_local unsigned char shared[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared);
 }  // namespace zipvl::cuda::decode
+
+// What the launches ask of the device.
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+namespace zipvl::cuda {
+bool runs_hopper_code(int /*device*/) { return false; }
+}  // namespace zipvl::cuda
 
 namespace {
 
@@ -78,8 +87,8 @@ struct Call {
         q(shape.batch * shape.query_heads * D),
         out(q.size(), Element(NAN)),
         lse(shape.batch * shape.query_heads, NAN),
-        partial_out(plan.places * kDecodeHeads * D, NAN),
-        partial_lse(plan.places * kDecodeHeads, NAN) {
+        partial_out(plan.partials * kDecodeHeads * D, NAN),
+        partial_lse(plan.partials * kDecodeHeads, NAN) {
     for (Element& x : q) {
       x = Element(normal());
     }

@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {"batch": 1, "query_heads": 28, "kv_heads": 4, "slots": 
 def test_one_block_a_multiprocessor() -> None:
     plan = _plan.plan_decode_attn_cuda(**SIZES, **HOPPER)
     assert plan.reason == "" and (plan.blocks, plan.warps, plan.head_chunks) == (132, 8, 1)
-    assert plan.places == 132 + 4 and plan.workspace_bytes == plan.places * 8 * 129 * 4
+    assert plan.partials == 132 + 4 and plan.workspace_bytes == plan.partials * 8 * 129 * 4
     assert plan.shared_bytes == 8 * (8 * (2 * 128 + 16) + 2 * 16 * 128 * 4)
 
 
@@ -80,7 +80,7 @@ def test_a_place_for_every_partial_result(
     )
     assert 1 <= plan.blocks <= HOPPER["num_sms"]
     assert plan.blocks >= min(HOPPER["num_sms"], batch * kv_heads * plan.head_chunks * (slots + high + low > 0))
-    assert plan.places == plan.blocks + batch * kv_heads * plan.head_chunks
+    assert plan.partials == plan.blocks + batch * kv_heads * plan.head_chunks
     assert plan.shared_bytes <= HOPPER["shared_bytes"]
     assert (plan.reason == "") == (batch * kv_heads * plan.head_chunks * (-(-slots // 16) + high + low) < 2**31)
 

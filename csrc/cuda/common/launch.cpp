@@ -1,7 +1,5 @@
 #include "cuda/common/launch.h"
 
-#include "cuda/common/device_attribute.h"
-
 namespace zipvl::cuda {
 
 bool runs_hopper_code([[maybe_unused]] int device) {

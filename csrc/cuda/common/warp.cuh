@@ -1,5 +1,5 @@
 // Warps and warpgroups, what the four lanes that share rows of an accumulator (a quad) do together, and how
-// accumulators become operands.
+// floats become elements and operands.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,6 +32,11 @@ __device__ __forceinline__ T warp_sum(T x) {
   }
   return x;
 }
+
+// A float rounded to an element.
+__device__ __forceinline__ void store_element(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void store_element(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store_element(float* to, float x) { *to = x; }
 
 // Two floats rounded to adjacent elements of 16 bits.
 template <typename Element>

@@ -2,15 +2,15 @@
 
 #include <algorithm>
 
+#include "common/math.h"
 #include "common/text.h"
+#include "cuda/common/element.h"
 #include "cuda/decode_attn/shape.h"
 
 namespace zipvl::plan {
 namespace {
 
 constexpr std::int64_t kMaxTiles = 2147483647;  // they are numbered with 32 bits, and so are blocks of a grid
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::int64_t items(const DecodeAttnCudaProblem& problem, const DecodeAttnCudaPlan& plan) {
   return problem.batch * problem.kv_heads * plan.head_chunks;
@@ -21,11 +21,8 @@ bool holds(const DecodeAttnCudaProblem& problem, std::int64_t bytes_of_warps) {
 }
 
 std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAttnCudaPlan& plan, std::int64_t tiles) {
-  if (!problem.half_precision) {
-    return "the kernels take float16 and bfloat16";
-  }
-  if (problem.head_dim != 64 && problem.head_dim != 96 && problem.head_dim != 128 && problem.head_dim != 256) {
-    return join("the kernels take head_dim 64, 96, 128 and 256, got ", problem.head_dim);
+  if (const std::string reason = cuda::why_not_element(problem.half_precision, problem.head_dim); !reason.empty()) {
+    return reason;
   }
   if (!problem.aligned) {
     return "the kernels take rows of q and of the cache that begin at multiples of 16 bytes";
@@ -39,20 +36,21 @@ std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAtt
   return "";
 }
 
-// Blocks for as many items as there are, each with `tiles` tiles, of which a block is started for `least`.
+// Blocks for as many items as there are, each with `tiles` tiles; `min_tiles`: that a block is worth starting for.
 void set_blocks(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan, std::int64_t tiles,
-                std::int64_t least) {
-  plan.blocks =
-      static_cast<int>(std::clamp<std::int64_t>(items(problem, plan) * ceil_div(tiles, least), 1, problem.num_sms));
-  // Each step from block to block or from item to item starts one partial result.
-  plan.places = plan.blocks + items(problem, plan);
+                std::int64_t min_tiles) {
+  plan.blocks = static_cast<int>(
+      std::clamp<std::int64_t>(items(problem, plan) * ceil_div<std::int64_t>(tiles, min_tiles), 1, problem.num_sms));
+  // Each step from block to block or from item to item starts one split.
+  plan.partials = plan.blocks + items(problem, plan);
   constexpr std::int64_t kFloatBytes = 4;
-  plan.workspace_bytes = plan.places * decode_shape::kHeads * (problem.head_dim + 1) * kFloatBytes;
+  plan.workspace_bytes = plan.partials * decode_shape::kHeads * (problem.head_dim + 1) * kFloatBytes;
 }
 
 DecodeAttnCudaPlan common_plan(const DecodeAttnCudaProblem& problem) {
   DecodeAttnCudaPlan plan{};
-  plan.head_chunks = static_cast<int>(ceil_div(problem.query_heads / problem.kv_heads, decode_shape::kHeads));
+  plan.head_chunks =
+      static_cast<int>(ceil_div<std::int64_t>(problem.query_heads / problem.kv_heads, decode_shape::kHeads));
   return plan;
 }
 
@@ -65,7 +63,7 @@ DecodeAttnCudaPlan plan_decode_attn_cuda(const DecodeAttnCudaProblem& problem) {
     plan.warps /= 2;  // 8.6 and 8.9 have 99 KB
   }
   plan.shared_bytes = plan.warps * decode_shape::warp_bytes(problem.head_dim);
-  const std::int64_t tiles = ceil_div(problem.slots, decode_shape::kTileTokens);
+  const std::int64_t tiles = ceil_div<std::int64_t>(problem.slots, decode_shape::kTileTokens);
   plan.reason = why_not_native(problem, plan, tiles);
   set_blocks(problem, plan, tiles, plan.warps);
   return plan;
@@ -82,7 +80,7 @@ DecodeAttnCudaPlan plan_decode_attn_quantized_cuda(const DecodeAttnCudaProblem& 
   }
   plan.shared_bytes = plan.warps * warp_bytes;
   const std::int64_t tiles =
-      ceil_div(problem.slots, decode_shape::kTileTokens) + segments.high_blocks + segments.low_blocks;
+      ceil_div<std::int64_t>(problem.slots, decode_shape::kTileTokens) + segments.high_blocks + segments.low_blocks;
   plan.reason = why_not_native(problem, plan, tiles);
   set_blocks(problem, plan, tiles, decode_shape::kMinQuantizedWarps);
   return plan;
@@ -93,7 +91,7 @@ std::string DecodeAttnCudaPlan::describe() const {
     return join("decode on CUDA: no kernel, because ", reason);
   }
   return join("decode on CUDA: ", blocks, " blocks of ", warps, " warps, ", shared_bytes, " bytes of shared memory, ",
-              places, " partial results in ", workspace_bytes, " bytes");
+              partials, " partial results in ", workspace_bytes, " bytes");
 }
 
 }  // namespace zipvl::plan

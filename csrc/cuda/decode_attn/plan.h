@@ -27,7 +27,7 @@ struct DecodeAttnCudaPlan {
   int blocks;                 // of threads; how many have work is decided on the device
   int head_chunks;            // of a key/value head's query heads, each read the head's cache
   std::int64_t shared_bytes;  // of a block's warps
-  std::int64_t places;        // partial results: [places, heads of a chunk, head_dim] float32, and their log-sum-exps
+  std::int64_t partials;      // partial results: [heads of a chunk, head_dim] float32 each, and their log-sum-exps
   std::int64_t workspace_bytes;
 
   std::string describe() const;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "common/quantized_block.h"
 
 namespace zipvl::decode_shape {
@@ -35,7 +36,7 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t warp_bytes(std::int64_t head_dim) {
 // The kernel over quantised segments: warps of a block of threads, one block a multiprocessor. It waits for its own
 // instructions more than for memory: 12 warps with 168 registers each (head dim 256: 8 with 255). On an H200 16 warps
 // with 128 registers, which do not hold the loop over the keys unrolled, take the same time at head dim 128. Where
-// shared memory does not hold their rings (head dim 256 at 8 bits, GPUs with 99 KB) blocks have the least warps.
+// shared memory does not hold their rings (head dim 256 at 8 bits, GPUs with 99 KB) blocks have the fewest warps.
 ZIPVL_HOST_DEVICE constexpr int quantized_warps(std::int64_t head_dim) { return head_dim == 256 ? 8 : 12; }
 constexpr int kMinQuantizedWarps = 4;
 // Buffers of a warp's ring, each of a block of 64 tokens.
@@ -43,13 +44,13 @@ ZIPVL_HOST_DEVICE constexpr int quantized_stages(int bits) { return bits == 2 ? 
 
 // Shared memory of a warp: its queries, and a ring of either segment's blocks or of one tile of recent tokens.
 ZIPVL_HOST_DEVICE constexpr std::int64_t quantized_warp_bytes(std::int64_t head_dim, int high_bits, int low_bits) {
-  std::int64_t most = kTileTokens * head_dim * 4;
+  std::int64_t ring = kTileTokens * head_dim * 4;
   const int both[] = {high_bits, low_bits};
   for (const int bits : both) {
     const std::int64_t bytes = quantized_stages(bits) * quantized::block_layout(head_dim, bits, 2).bytes;
-    most = bytes > most ? bytes : most;
+    ring = bytes > ring ? bytes : ring;
   }
-  return query_bytes(head_dim) + most;
+  return query_bytes(head_dim) + ring;
 }
 
 }  // namespace zipvl::decode_shape

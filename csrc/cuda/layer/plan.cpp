@@ -16,8 +16,8 @@ constexpr std::int64_t kMaxSumsBytes = std::int64_t{160} << 10;
 
 }  // namespace
 
-LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& scores,
-                              const SelectTokensPlan& select, const SparseAttnCudaPlan& attention) {
+LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& scores, const SelectTokensPlan& select,
+                     const SparseAttnCudaPlan& attention) {
   LayerPlan plan{};
   plan.native =
       scores.reason.empty() && select.team != SelectTeam::kNone && attention.kernel != SparseAttnKernel::kAten;

@@ -43,7 +43,7 @@ struct LayerPlan {
   std::string describe() const;
 };
 
-LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& scores,
-                              const SelectTokensPlan& select, const SparseAttnCudaPlan& attention);
+LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& scores, const SelectTokensPlan& select,
+                     const SparseAttnCudaPlan& attention);
 
 }  // namespace zipvl::plan

@@ -1,13 +1,14 @@
 // Keys and values of both segments into blocks of 64 tokens: one block of threads each. Float32 arithmetic, correctly
 // rounded and never fused, so that the bytes are those of the CPU.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include <algorithm>
 #include <cstdint>
-#include <mutex>
 
+#include "common/math.h"
 #include "common/quantized_block.h"
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/common/dispatch.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/warp.cuh"
+#include "cuda/quantize_kv/params.h"
 
 namespace zipvl::cuda {
 namespace {
@@ -15,33 +16,28 @@ namespace {
 using quantized::kBlockTokens;
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y and gridDim.z
-
-__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
-__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void store(float* to, float x) { *to = x; }
 
 // The largest absolute value of each channel over the real tokens. Bits of floats that are not negative order as
 // integers do, and a maximum does not depend on the order it is taken in.
-template <typename Element>
+template <typename ElementType>
 __global__ void __launch_bounds__(kThreads) largest_kernel(const __grid_constant__ QuantizeKvParams params) {
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kSplitChunk;
   const std::int64_t end = min(params.tokens, first + kSplitChunk);
   for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {
     for (std::int64_t h = blockIdx.y; h < params.heads; h += gridDim.y) {
-      const auto* v = static_cast<const Element*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1];
+      const auto* v = static_cast<const ElementType*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1];
       // Threads of a warp take neighbouring channels; where channels are few, several tokens at once.
       const int lanes = min(params.head_dim, kThreads), groups = kThreads / lanes;
       const int group = static_cast<int>(threadIdx.x) / lanes;
       for (int d = static_cast<int>(threadIdx.x) % lanes; d < params.head_dim && group < groups; d += lanes) {
-        float most = 0.0F;
+        float max_abs = 0.0F;
         for (std::int64_t n = first + group; n < end; n += groups) {
           if (params.token_mask == nullptr ||
               params.token_mask[b * params.mask_stride[0] + n * params.mask_stride[1]]) {
-            most = fmaxf(most, fabsf(static_cast<float>(v[n * params.v_stride[2] + d])));
+            max_abs = fmaxf(max_abs, fabsf(static_cast<float>(v[n * params.v_stride[2] + d])));
           }
         }
-        atomicMax(params.largest + (b * params.heads + h) * params.head_dim + d, __float_as_uint(most));
+        atomicMax(params.largest + (b * params.heads + h) * params.head_dim + d, __float_as_uint(max_abs));
       }
     }
   }
@@ -56,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) factor_kernel(const __grid_constant_
 }
 
 // One block's tokens in shared memory and its words under construction.
-struct Workplace {
+struct BlockBuilder {
   float* rows;           // [kBlockTokens, head_dim + 1]: a column's elements on different banks
   std::uint32_t* words;  // [kBlockTokens * head_dim * bits / 32]
   const int* position;   // [kBlockTokens]; -1: zeros
@@ -66,8 +62,8 @@ struct Workplace {
   __device__ int word_count() const { return kBlockTokens * head_dim * bits / 32; }
 
   // Loads the rows of `source` [tokens, head_dim] and clears the words.
-  template <typename Element>
-  __device__ void load(const Element* source, std::int64_t stride) const {
+  template <typename ElementType>
+  __device__ void load(const ElementType* source, std::int64_t stride) const {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < tokens * head_dim; i += kThreads) {
       const int token = i / head_dim, d = i % head_dim;
@@ -95,84 +91,85 @@ struct Workplace {
   }
 };
 
-// Stores a range's scale and zero, rounded to Element, and returns them as they were stored.
-template <typename Element>
-__device__ float2 put_range(float least, float most, int bits, Element* scale, Element* zero) {
-  store(scale, quantized::step_of(least, most, bits));
-  store(zero, least);
+// Stores a range's scale and zero, rounded to ElementType, and returns them as they were stored.
+template <typename ElementType>
+__device__ float2 put_range(float lowest, float highest, int bits, ElementType* scale, ElementType* zero) {
+  store_element(scale, quantized::step_of(lowest, highest, bits));
+  store_element(zero, lowest);
   return {static_cast<float>(*scale), static_cast<float>(*zero)};
 }
 
-template <typename Element>
-__device__ void pack_keys(const Workplace& work, std::uint8_t* block, const quantized::BlockLayout& layout) {
-  for (int d = static_cast<int>(threadIdx.x); d < work.head_dim; d += kThreads) {
-    float least = work.at(0, d), most = least;
-    for (int t = 1; t < work.tokens; ++t) {
-      least = fminf(least, work.at(t, d));
-      most = fmaxf(most, work.at(t, d));
+template <typename ElementType>
+__device__ void pack_keys(const BlockBuilder& builder, std::uint8_t* block, const quantized::BlockLayout& layout) {
+  for (int d = static_cast<int>(threadIdx.x); d < builder.head_dim; d += kThreads) {
+    float lowest = builder.at(0, d), highest = lowest;
+    for (int t = 1; t < builder.tokens; ++t) {
+      lowest = fminf(lowest, builder.at(t, d));
+      highest = fmaxf(highest, builder.at(t, d));
     }
     const int place = quantized::parameter_place(d);
-    const float2 range = put_range(least, most, work.bits, reinterpret_cast<Element*>(block + layout.k_scale) + place,
-                                   reinterpret_cast<Element*>(block + layout.k_zero) + place);
-    for (int t = 0; t < work.tokens; ++t) {
-      work.put(quantized::key_code_place(work.bits, t, d), work.at(t, d), range.x, range.y);
+    const float2 range =
+        put_range(lowest, highest, builder.bits, reinterpret_cast<ElementType*>(block + layout.k_scale) + place,
+                  reinterpret_cast<ElementType*>(block + layout.k_zero) + place);
+    for (int t = 0; t < builder.tokens; ++t) {
+      builder.put(quantized::key_code_place(builder.bits, t, d), builder.at(t, d), range.x, range.y);
     }
   }
-  work.write(block + layout.k_codes);
+  builder.write(block + layout.k_codes);
 }
 
-template <typename Element>
-__device__ void pack_values(const Workplace& work, std::uint8_t* block, const quantized::BlockLayout& layout,
+template <typename ElementType>
+__device__ void pack_values(const BlockBuilder& builder, std::uint8_t* block, const quantized::BlockLayout& layout,
                             const float* factor) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  auto* scales = reinterpret_cast<Element*>(block + layout.v_scale);
-  auto* zeros = reinterpret_cast<Element*>(block + layout.v_zero);
-  for (int t = static_cast<int>(threadIdx.x) / 32; t < kBlockTokens; t += kThreads / 32) {
-    if (t >= work.tokens) {  // read with weight 0: they must be numbers
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+  auto* scales = reinterpret_cast<ElementType*>(block + layout.v_scale);
+  auto* zeros = reinterpret_cast<ElementType*>(block + layout.v_zero);
+  for (int t = static_cast<int>(threadIdx.x) / kWarpThreads; t < kBlockTokens; t += kThreads / kWarpThreads) {
+    if (t >= builder.tokens) {  // read with weight 0: they must be numbers
       if (lane == 0) {
-        store(scales + t, 0.0F);
-        store(zeros + t, 0.0F);
+        store_element(scales + t, 0.0F);
+        store_element(zeros + t, 0.0F);
       }
       continue;
     }
-    float least = INFINITY, most = -INFINITY;
-    for (int d = lane; d < work.head_dim; d += 32) {
-      const float x = work.at(t, d) / factor[d];
-      work.at(t, d) = x;
-      least = fminf(least, x);
-      most = fmaxf(most, x);
+    float lowest = INFINITY, highest = -INFINITY;
+    for (int d = lane; d < builder.head_dim; d += kWarpThreads) {
+      const float x = builder.at(t, d) / factor[d];
+      builder.at(t, d) = x;
+      lowest = fminf(lowest, x);
+      highest = fmaxf(highest, x);
     }
-    for (int offset = 16; offset > 0; offset /= 2) {
-      least = fminf(least, __shfl_xor_sync(0xFFFFFFFFU, least, offset));
-      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFU, most, offset));
+    for (int offset = kWarpThreads / 2; offset > 0; offset /= 2) {
+      lowest = fminf(lowest, __shfl_xor_sync(kAllLanes, lowest, offset));
+      highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, offset));
     }
-    Element scale, zero;
-    const float2 range = put_range(least, most, work.bits, &scale, &zero);
+    ElementType scale, zero;
+    const float2 range = put_range(lowest, highest, builder.bits, &scale, &zero);
     if (lane == 0) {
       scales[t] = scale;
       zeros[t] = zero;
     }
-    for (int d = lane; d < work.head_dim; d += 32) {
-      work.put(quantized::value_code_place(work.bits, t, d), work.at(t, d), range.x, range.y);
+    for (int d = lane; d < builder.head_dim; d += kWarpThreads) {
+      builder.put(quantized::value_code_place(builder.bits, t, d), builder.at(t, d), range.x, range.y);
     }
   }
-  work.write(block + layout.v_codes);
+  builder.write(block + layout.v_codes);
 }
 
 // gridDim.x: the blocks of the high segment, then those of the low one.
-template <typename Element>
+template <typename ElementType>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ QuantizeKvParams params) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int position[kBlockTokens];
   const int segment = blockIdx.x < params.capacity ? 0 : 1;
   const std::int64_t number = blockIdx.x - segment * params.capacity;
-  Workplace work{};
-  work.head_dim = params.head_dim;
-  work.bits = params.bits[segment];
-  work.rows = reinterpret_cast<float*>(shared);
-  work.words = reinterpret_cast<std::uint32_t*>(work.rows + kBlockTokens * (params.head_dim + 1));
-  work.position = position;
-  const quantized::BlockLayout layout = quantized::block_layout(params.head_dim, work.bits, sizeof(Element));
+  BlockBuilder builder{};
+  builder.head_dim = params.head_dim;
+  builder.bits = params.bits[segment];
+  builder.rows = reinterpret_cast<float*>(shared);
+  builder.words = reinterpret_cast<std::uint32_t*>(builder.rows + kBlockTokens * (params.head_dim + 1));
+  builder.position = position;
+  const quantized::BlockLayout layout = quantized::block_layout(params.head_dim, builder.bits, sizeof(ElementType));
   for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {
     const std::int64_t given = segment == 0 ? params.count[b * params.count_stride] : params.rest_count[b];
     const std::int64_t total = min(max(given, std::int64_t{0}), params.tokens);
@@ -180,9 +177,9 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
     if (first >= total) {
       continue;
     }
-    work.tokens = static_cast<int>(min(static_cast<std::int64_t>(kBlockTokens), total - first));
+    builder.tokens = static_cast<int>(min(static_cast<std::int64_t>(kBlockTokens), total - first));
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < work.tokens) {
+    if (static_cast<int>(threadIdx.x) < builder.tokens) {
       const std::int64_t place = first + threadIdx.x;
       const int n = segment == 0 ? params.index[b * params.index_stride[0] + place * params.index_stride[1]]
                                  : params.rest[b * params.tokens + place];
@@ -191,26 +188,27 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
     for (std::int64_t h = blockIdx.y; h < params.heads; h += gridDim.y) {
       std::uint8_t* block = params.packed[segment] + ((b * params.heads + h) * params.capacity + number) * layout.bytes;
       if (threadIdx.x < quantized::kHeaderBytes / 4) {
-        reinterpret_cast<int*>(block)[threadIdx.x] = threadIdx.x == 0 ? work.tokens : 0;
+        reinterpret_cast<int*>(block)[threadIdx.x] = threadIdx.x == 0 ? builder.tokens : 0;
       }
-      work.load(static_cast<const Element*>(params.k) + b * params.k_stride[0] + h * params.k_stride[1],
-                params.k_stride[2]);
-      pack_keys<Element>(work, block, layout);
-      work.load(static_cast<const Element*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1],
-                params.v_stride[2]);
-      pack_values<Element>(work, block, layout, params.v_factor + (b * params.heads + h) * params.head_dim);
+      builder.load(static_cast<const ElementType*>(params.k) + b * params.k_stride[0] + h * params.k_stride[1],
+                   params.k_stride[2]);
+      pack_keys<ElementType>(builder, block, layout);
+      builder.load(static_cast<const ElementType*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1],
+                   params.v_stride[2]);
+      pack_values<ElementType>(builder, block, layout, params.v_factor + (b * params.heads + h) * params.head_dim);
     }
   }
 }
 
-template <typename Element>
+template <typename ElementType>
 cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
-  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(n < kMaxGrid ? n : kMaxGrid); };
+  const auto grid_of = [](std::int64_t n) { return static_cast<unsigned>(std::min(n, kMaxGridYZ)); };
   if (params.largest != nullptr) {
-    largest_kernel<Element><<<dim3(static_cast<unsigned>(params.chunks), grid_of(params.heads), grid_of(params.batch)),
-                              kThreads, 0, stream>>>(params);
+    largest_kernel<ElementType>
+        <<<dim3(static_cast<unsigned>(params.chunks), grid_of(params.heads), grid_of(params.batch)), kThreads, 0,
+           stream>>>(params);
     const std::int64_t channels = params.batch * params.heads * params.head_dim;
-    factor_kernel<<<grid_of((channels + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
+    factor_kernel<<<grid_of(ceil_div<std::int64_t>(channels, kThreads)), kThreads, 0, stream>>>(params);
   }
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     return error;
@@ -221,30 +219,19 @@ cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
   const int max_bits = params.bits[0] > params.bits[1] ? params.bits[0] : params.bits[1];
   const int shared = kBlockTokens * (params.head_dim + 1) * static_cast<int>(sizeof(float)) +
                      kBlockTokens * params.head_dim * max_bits / 8;
-  const auto kernel = pack_kernel<Element>;
-  // The attribute is the kernel's, and another thread of the host may ask for less between here and the launch.
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-      error != cudaSuccess) {
-    return error;
-  }
   const dim3 grid(static_cast<unsigned>(2 * params.capacity), grid_of(params.heads), grid_of(params.batch));
-  kernel<<<grid, kThreads, static_cast<std::size_t>(shared), stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(pack_kernel<ElementType>,
+                       {.grid = grid, .threads = kThreads, .shared_bytes = static_cast<unsigned>(shared)}, stream,
+                       params);
 }
 
 }  // namespace
 
 cudaError_t launch_quantize_kv(const QuantizeKvParams& params, cudaStream_t stream) {
-  switch (params.element) {
-    case QuantizedElement::kFloat16:
-      return launch_for<__half>(params, stream);
-    case QuantizedElement::kBFloat16:
-      return launch_for<__nv_bfloat16>(params, stream);
-    default:
-      return launch_for<float>(params, stream);
-  }
+  return params.element
+             ? dispatch_element(*params.element,
+                                [&]<typename ElementType>() { return launch_for<ElementType>(params, stream); })
+             : launch_for<float>(params, stream);
 }
 
 }  // namespace zipvl::cuda

@@ -1,17 +1,21 @@
 // The real tokens that the selection leaves out, in ascending order. A block of threads marks which tokens of its chunk
 // are selected (the selection is ascending, so its entries of the chunk lie together); the first kernel counts the
 // others, the second one writes them behind those of the chunks before.
+#include <algorithm>
 #include <cstdint>
 
+#include "common/math.h"
 #include "common/quantized_block.h"
-#include "cuda/quantize_kv/quantize_kv.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/warp.cuh"
+#include "cuda/quantize_kv/params.h"
 
 namespace zipvl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTokensPerThread = kSplitChunk / kThreads;
-constexpr int kWarps = kThreads / 32;
+constexpr int kWarps = kThreads / kWarpThreads;
 
 __device__ int clamped_count(const QuantizeKvParams& params, std::int64_t b) {
   return static_cast<int>(
@@ -60,9 +64,9 @@ __device__ unsigned rest_of_thread(const QuantizeKvParams& params, std::int64_t 
 
 // Sum over the block of threads; every thread gets it. `shared` [kWarps].
 __device__ int block_sum(int x, int* shared) {
-  const int in_warp = __reduce_add_sync(0xFFFFFFFFU, x);
-  if (threadIdx.x % 32 == 0) {
-    shared[threadIdx.x / 32] = in_warp;
+  const int in_warp = __reduce_add_sync(kAllLanes, x);
+  if (threadIdx.x % kWarpThreads == 0) {
+    shared[threadIdx.x / kWarpThreads] = in_warp;
   }
   __syncthreads();
   int sum = 0;
@@ -99,17 +103,17 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
     // Of the threads before this one in the chunk: in the warp by a scan, of the warps before by their sums.
     const int own = __popc(rest);
     int through = own;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xFFFFFFFFU, through, offset);
-      through += thread % 32 >= offset ? other : 0;
+    for (int offset = 1; offset < kWarpThreads; offset *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, through, offset);
+      through += thread % kWarpThreads >= offset ? other : 0;
     }
-    if (thread % 32 == 31) {
-      sums[thread / 32] = through;
+    if (thread % kWarpThreads == kWarpThreads - 1) {
+      sums[thread / kWarpThreads] = through;
     }
     __syncthreads();
     int place = before + through - own, total = before;
     for (int w = 0; w < kWarps; ++w) {
-      place += w < thread / 32 ? sums[w] : 0;
+      place += w < thread / kWarpThreads ? sums[w] : 0;
       total += sums[w];
     }
 #pragma unroll
@@ -121,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
     if (chunk == params.chunks - 1 && thread == 0) {
       constexpr int kBlock = quantized::kBlockTokens;
       params.rest_count[b] = total;
-      params.blocks[0][b] = (clamped_count(params, b) + kBlock - 1) / kBlock;
-      params.blocks[1][b] = (total + kBlock - 1) / kBlock;
+      params.blocks[0][b] = ceil_div(clamped_count(params, b), kBlock);
+      params.blocks[1][b] = ceil_div(total, kBlock);
     }
     __syncthreads();
   }
@@ -131,9 +135,7 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
 }  // namespace
 
 cudaError_t launch_split_tokens(const QuantizeKvParams& params, cudaStream_t stream) {
-  constexpr std::int64_t kMaxGrid = 65535;  // gridDim.y
-  const dim3 grid(static_cast<unsigned>(params.chunks),
-                  static_cast<unsigned>(params.batch < kMaxGrid ? params.batch : kMaxGrid));
+  const dim3 grid(static_cast<unsigned>(params.chunks), static_cast<unsigned>(std::min(params.batch, kMaxGridYZ)));
   count_kernel<<<grid, kThreads, 0, stream>>>(params);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     return error;

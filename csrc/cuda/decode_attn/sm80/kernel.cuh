@@ -1,16 +1,99 @@
-// Attention of one new token to a cache in full precision. A warp walks tiles of 16 tokens on its own: a private ring
-// of buffers, filled by cp.async, and no barrier of the block until its item is done.
+// Attention of one new token to a cache in full precision. A warp takes tiles of 16 tokens on its own, through a
+// private ring of buffers filled by cp.async; the block has no barrier until its split is done.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/decode_attn/decode_attn.h"
-#include "cuda/decode_attn/sm80/tile.cuh"
-#include "cuda/decode_attn/sm80/walk.cuh"
+#include "cuda/decode_attn/params.h"
+#include "cuda/decode_attn/schedule.cuh"
+#include "cuda/decode_attn/shape.h"
+#include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::decode {
+
+using decode_shape::kTileTokens;
+
+// The keys and values of one head.
+template <typename ElementType>
+struct HeadRows {
+  const ElementType *k, *v;  // [slots, D]
+  std::int64_t k_stride, v_stride;
+  int length;  // rows that may be read
+};
+
+// 16 tokens of one head's keys and values in shared memory: fetched by one warp, attended to by it.
+template <typename ElementType, int D>
+struct KvTile {
+  static constexpr int kChunks = D / 8;  // of 16 bytes in a row
+  static constexpr int kRowsBytes = kTileTokens * D * 2;
+  static constexpr int kBytes = 2 * kRowsBytes;  // keys, then values
+
+  // Bytes from the start to chunk `chunk` of row `row`. Chunks are permuted so that the eight rows that ldmatrix reads
+  // at once fall on different banks; where a row is not a multiple of 128 bytes (D = 96), rows of either parity do
+  // already.
+  static __device__ __forceinline__ int swizzled(int row, int chunk) {
+    const int swizzle = kChunks % 8 == 0 ? row % 8 : row / 2 % 4;
+    return row * D * 2 + (chunk ^ swizzle) * 16;
+  }
+
+  // Starts copying rows [first, first + 16) of keys and values; rows past the length become zeros and are not read.
+  static __device__ __forceinline__ void fetch(std::uint32_t target, const HeadRows<ElementType>& rows, int first,
+                                               int lane) {
+    if constexpr (kWarpThreads % kChunks == 0) {  // a lane has the same chunk of every row
+      constexpr int kStep = kWarpThreads / kChunks;
+      const int row = lane / kChunks, chunk = lane % kChunks;
+      const ElementType* k = rows.k + (first + row) * rows.k_stride + chunk * 8;
+      const ElementType* v = rows.v + (first + row) * rows.v_stride + chunk * 8;
+#pragma unroll
+      for (int step = 0; step < kTileTokens; step += kStep) {
+        fetch_chunk(target + swizzled(row + step, chunk), k + step * rows.k_stride, v + step * rows.v_stride,
+                    first + row + step < rows.length);
+      }
+    } else {
+#pragma unroll
+      for (int at = lane; at < kTileTokens * kChunks; at += kWarpThreads) {
+        const int row = at / kChunks, chunk = at % kChunks;
+        fetch_chunk(target + swizzled(row, chunk), rows.k + (first + row) * rows.k_stride + chunk * 8,
+                    rows.v + (first + row) * rows.v_stride + chunk * 8, first + row < rows.length);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void fetch_chunk(std::uint32_t target, const ElementType* k, const ElementType* v,
+                                                     bool valid) {
+    ptx::cp_async_16(target, k, valid);
+    ptx::cp_async_16(target + kRowsBytes, v, valid);
+  }
+
+  // q: as of Queries::load_tiles. `valid`: how many of the tile's tokens there are; at least one.
+  static __device__ __forceinline__ void attend(WarpState<D>& state, const std::uint32_t (&q)[D / 32][4],
+                                                std::uint32_t tile, int valid, float scale_log2, int lane) {
+    const int matrix = lane / 8;
+    float s[1][4] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      std::uint32_t keys[4];
+      ptx::ldmatrix(keys, tile + swizzled(lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
+      ptx::mma_16x8x16<ElementType>(s[0], keys, q[k / 2][k % 2 * 2], q[k / 2][k % 2 * 2 + 1]);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      s[0][c] = lane / 4 + c / 2 * 8 < valid ? s[0][c] * scale_log2 : kMinusInfinity;
+    }
+    state.online_softmax(s);
+    std::uint32_t weights[2];
+    weights_operand<ElementType>(weights, s[0]);
+#pragma unroll
+    for (int m = 0; m < D / 16; ++m) {
+      std::uint32_t values[4];
+      ptx::ldmatrix_trans(values, tile + kRowsBytes + swizzled(lane % 8 + matrix / 2 * 8, 2 * m + matrix % 2));
+      ptx::mma_16x8x16<ElementType>(state.out[m], values, weights[0], weights[1]);
+    }
+  }
+};
 
 __device__ __forceinline__ RowTiles row_tiles(const DecodeAttnParams& params) {
   return {params.lengths, params.lengths_stride,          static_cast<int>(params.slots),
@@ -23,7 +106,7 @@ __device__ __forceinline__ RowTiles row_tiles(const DecodeAttnParams& params) {
 template <int Warps, int Stages, int Bytes, typename Fetch, typename Begin, typename Attend>
 __device__ __forceinline__ void stream_tiles(std::uint32_t ring, int first, int end, const Fetch& fetch,
                                              const Begin& begin, const Attend& attend) {
-  int tile = first + static_cast<int>(threadIdx.x / 32);
+  int tile = first + static_cast<int>(threadIdx.x / kWarpThreads);
   const auto fetch_into = [&](int slot, int fetched) {
     if (fetched < end) {
       fetch(ring + slot * Bytes, fetched);
@@ -48,44 +131,46 @@ __device__ __forceinline__ void stream_tiles(std::uint32_t ring, int first, int 
   ptx::cp_async_wait<0>();
 }
 
-// The head of a piece in the cache in full precision.
-template <typename Element, typename Piece>
-__device__ __forceinline__ HeadRows<Element> head_rows(const DecodeAttnParams& params, const Piece& piece, int length) {
-  return {static_cast<const Element*>(params.k) + piece.b * params.k_stride[0] + piece.head * params.k_stride[1],
-          static_cast<const Element*>(params.v) + piece.b * params.v_stride[0] + piece.head * params.v_stride[1],
+// The head of a split in the cache in full precision.
+template <typename ElementType, typename Split>
+__device__ __forceinline__ HeadRows<ElementType> head_rows(const DecodeAttnParams& params, const Split& split,
+                                                           int length) {
+  return {static_cast<const ElementType*>(params.k) + split.b * params.k_stride[0] + split.head * params.k_stride[1],
+          static_cast<const ElementType*>(params.v) + split.b * params.v_stride[0] + split.head * params.v_stride[1],
           params.k_stride[2], params.v_stride[2], length};
 }
 
-// The query heads of a piece, into a warp's shared memory.
-template <typename Element, int D, typename Piece>
-__device__ __forceinline__ void fetch_queries(std::uint32_t target, const DecodeAttnParams& params, const Piece& piece,
+// The query heads of a split, into a warp's shared memory.
+template <typename ElementType, int D, typename Split>
+__device__ __forceinline__ void fetch_queries(std::uint32_t target, const DecodeAttnParams& params, const Split& split,
                                               int lane) {
-  Queries<Element, D>::fetch(
+  Queries<ElementType, D>::fetch(
       target,
-      static_cast<const Element*>(params.q) + piece.b * params.q_stride[0] + piece.first_head * params.q_stride[1],
-      params.q_stride[1], piece.heads, lane);
+      static_cast<const ElementType*>(params.q) + split.b * params.q_stride[0] + split.first_head * params.q_stride[1],
+      params.q_stride[1], split.heads, lane);
 }
 
-template <typename Element, int D, int Warps, int Stages>
-__global__ void __launch_bounds__(Warps * 32) decode_attn_kernel(const __grid_constant__ DecodeAttnParams params) {
-  using Tile = KvTile<Element, D>;
+template <typename ElementType, int D, int Warps, int Stages>
+__global__ void __launch_bounds__(Warps* kWarpThreads)
+    decode_attn_kernel(const __grid_constant__ DecodeAttnParams params) {
+  using Tile = KvTile<ElementType, D>;
   constexpr int kQueryBytes = decode_shape::query_bytes(D), kWarpBytes = kQueryBytes + Stages * Tile::kBytes;
   static_assert(kWarpBytes >= kMergeBytes<D>);
   extern __shared__ __align__(128) unsigned char shared[];
   const RowTiles tiles = row_tiles(params);
-  const std::uint32_t queries = ptx::shared_address(shared) + threadIdx.x / 32 * kWarpBytes;
-  const auto lane = static_cast<int>(threadIdx.x % 32);
-  walk<D, Warps, Warps>(params, tiles, shared, kWarpBytes, [&](WarpState<D>& state, const auto& piece) {
-    const HeadRows<Element> rows = head_rows<Element>(params, piece, piece.counts);
+  const std::uint32_t queries = ptx::shared_address(shared) + threadIdx.x / kWarpThreads * kWarpBytes;
+  const auto lane = static_cast<int>(threadIdx.x % kWarpThreads);
+  for_each_split<D, Warps, Warps>(params, tiles, shared, kWarpBytes, [&](WarpState<D>& state, const auto& split) {
+    const HeadRows<ElementType> rows = head_rows<ElementType>(params, split, split.counts);
     std::uint32_t q[D / 32][4];
-    fetch_queries<Element, D>(queries, params, piece, lane);
+    fetch_queries<ElementType, D>(queries, params, split, lane);
     stream_tiles<Warps, Stages, Tile::kBytes>(
-        queries + kQueryBytes, piece.first, piece.end,
+        queries + kQueryBytes, split.first, split.end,
         [&](std::uint32_t buffer, int tile) { Tile::fetch(buffer, rows, tile * kTileTokens, lane); },
         [&] {
 #pragma unroll
           for (int pair = 0; pair < D / 32; ++pair) {
-            Queries<Element, D>::load_tiles(q[pair], queries, pair, lane);
+            Queries<ElementType, D>::load_tiles(q[pair], queries, pair, lane);
           }
         },
         [&](std::uint32_t buffer, int tile) {

@@ -14,10 +14,11 @@
 
 namespace zipvl::cuda::decode {
 
-// What a code's bits stand for in the lower bits of an element of Element. float16: the subnormal code * 2**-24, which
-// tensor cores take as it is. bfloat16, whose subnormals are too small for float32 sums: 128 + code, the bits of 128
-// set, and 128 times the queries is taken off again. Codes there have 4 bits; of 8, each half is multiplied by itself.
-template <typename Element>
+// What a code's bits stand for in the lower bits of an element. float16: the subnormal code * 2**-24,
+// which tensor cores take as it is. bfloat16, whose subnormals are too small for float32 sums: 128 + code, the bits of
+// 128 set, and 128 times the queries is taken off again. Codes there have 4 bits; of 8, each half is multiplied by
+// itself.
+template <typename ElementType>
 struct CodeElement;
 template <>
 struct CodeElement<__half> {
@@ -32,16 +33,16 @@ struct CodeElement<__nv_bfloat16> {
   static constexpr int kMantissa = 7;
 };
 
-template <typename Element>
+template <typename ElementType>
 __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  using Pair = std::conditional_t<std::is_same_v<ElementType, __half>, __half2, __nv_bfloat162>;
   const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
   return reinterpret_cast<const std::uint32_t&>(product);
 }
 
-template <typename Element>
+template <typename ElementType>
 __device__ __forceinline__ float2 unpack_pair(std::uint32_t x) {
-  if constexpr (std::is_same_v<Element, __half>) {
+  if constexpr (std::is_same_v<ElementType, __half>) {
     return __half22float2(reinterpret_cast<const __half2&>(x));
   } else {
     return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
@@ -50,10 +51,10 @@ __device__ __forceinline__ float2 unpack_pair(std::uint32_t x) {
 
 // Codes of a word as the four registers of an operand. Rows 8 to 15 of it (registers 1 and 3) need no shift of their
 // own where the mantissa holds two codes: they stay where they are, kUpper times as much as they stand for.
-template <typename Element, int Bits>
+template <typename ElementType, int Bits>
 struct Unpack {
   static constexpr int kWidth = Bits == 2 ? 2 : 4;
-  static constexpr bool kStay = 2 * kWidth <= CodeElement<Element>::kMantissa;
+  static constexpr bool kStay = 2 * kWidth <= CodeElement<ElementType>::kMantissa;
   static constexpr int kUpper = kStay ? 1 << kWidth : 1;
   static constexpr std::uint32_t kMask = Bits == 2 ? 0x00030003U : 0x000F000FU;
 
@@ -68,14 +69,14 @@ struct Unpack {
   }
 };
 
-template <typename Element, int D, int Bits_>
+template <typename ElementType, int D, int Bits_>
 struct QuantizedTile {
   static constexpr int kBits = Bits_;
   static constexpr quantized::BlockLayout kLayout = quantized::block_layout(D, kBits, 2);
   static constexpr int kBytes = static_cast<int>(kLayout.bytes);
   static constexpr int kTokenTiles = quantized::kBlockTokens / 16;
-  using Code = CodeElement<Element>;
-  using Keys = Unpack<Element, kBits>;
+  using Code = CodeElement<ElementType>;
+  using Keys = Unpack<ElementType, kBits>;
   using Values = Unpack<__half, kBits>;
   // How many times too large the outputs of channels 16 m + 8 + i are; 8 bits have both halves of a code in one
   // operand.
@@ -133,24 +134,24 @@ struct QuantizedTile {
       const std::uint32_t scale_of[2][2] = {{scale.x, scale.y}, {scale.z, scale.w}};
       uint4 word = words(codes, lane, 2 * pair);
       std::uint32_t q[4];
-      Queries<Element, D>::load_halves(q, queries, pair, lane);
+      Queries<ElementType, D>::load_halves(q, queries, pair, lane);
       // As they were loaded: rows 0 to 7 are the zeros of channels 0 to 7 of both tiles, rows 8 to 15 of 8 to 15.
       const std::uint32_t zeros_of[4] = {zero.x, zero.y, zero.z, zero.w};
-      ptx::mma_16x8x16<Element>(lower_zeros, zeros_of, q[0], q[1]);
-      ptx::mma_16x8x16<Element>(upper_zeros, zeros_of, q[2], q[3]);
+      ptx::mma_16x8x16<ElementType>(lower_zeros, zeros_of, q[0], q[1]);
+      ptx::mma_16x8x16<ElementType>(upper_zeros, zeros_of, q[2], q[3]);
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int k = 2 * pair + odd;
-        const std::uint32_t low = multiply_pairs<Element>(q[odd], scale_of[odd][0]);
-        const std::uint32_t high = multiply_pairs<Element>(q[odd + 2], scale_of[odd][1]);
+        const std::uint32_t low = multiply_pairs<ElementType>(q[odd], scale_of[odd][0]);
+        const std::uint32_t high = multiply_pairs<ElementType>(q[odd + 2], scale_of[odd][1]);
         if (kBits != 2 && odd == 1) {
           word = words(codes, lane, k);
         }
         add_codes(s, set, word, kBits == 2 ? odd : 0, bits, low, high);
         if constexpr (kBits == 8) {
-          constexpr std::uint32_t kSixteen = std::is_same_v<Element, __half> ? 0x4C004C00U : 0x41804180U;
-          add_codes(s, set, words(codes, lane, k, true), 0, bits, multiply_pairs<Element>(low, kSixteen),
-                    multiply_pairs<Element>(high, kSixteen));
+          constexpr std::uint32_t kSixteen = std::is_same_v<ElementType, __half> ? 0x4C004C00U : 0x41804180U;
+          add_codes(s, set, words(codes, lane, k, true), 0, bits, multiply_pairs<ElementType>(low, kSixteen),
+                    multiply_pairs<ElementType>(high, kSixteen));
         }
       }
     }
@@ -176,39 +177,33 @@ struct QuantizedTile {
     const std::uint32_t of_tile[kTokenTiles] = {word.x, word.y, word.z, word.w};
     if constexpr (Code::kBits != 0) {
       const std::uint32_t ones[4] = {bits, bits, bits, bits};
-      ptx::mma_16x8x16<Element>(set, ones, low, high);
+      ptx::mma_16x8x16<ElementType>(set, ones, low, high);
     }
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       std::uint32_t codes[4];
       Keys::run(codes, of_tile[t], odd, bits);
-      ptx::mma_16x8x16<Element>(s[t], codes, low, high);
+      ptx::mma_16x8x16<ElementType>(s[t], codes, low, high);
     }
   }
 
   // Scores become the weights of the value codes. They hold the tokens' scales and are float16 whatever the model's
   // dtype: they are at most the scale, which is at most 2 / 3 of the square root of the largest value.
-  static __device__ __forceinline__ void weigh(std::uint32_t (&weights)[kTokenTiles][2], WarpState<D>& state,
-                                               std::uint32_t queries, const unsigned char* block, float scale_log2,
-                                               std::uint32_t code_bits, int lane) {
+  static __device__ __forceinline__ void softmax_weights(std::uint32_t (&weights)[kTokenTiles][2], WarpState<D>& state,
+                                                         std::uint32_t queries, const unsigned char* block,
+                                                         float scale_log2, std::uint32_t code_bits, int lane) {
     float s[kTokenTiles][4];
     scores(s, queries, block, scale_log2, code_bits, lane);
     if (const int tokens = *reinterpret_cast<const int*>(block); tokens < quantized::kBlockTokens) {
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          s[t][c] = 16 * t + lane / 4 + c / 2 * 8 < tokens ? s[t][c] : kNone;
-        }
-      }
+      apply_mask(s, tokens, lane);
     }
-    state.weigh(s);
+    state.online_softmax(s);
     std::uint32_t scales[kTokenTiles], zeros[kTokenTiles];
     load_by_token(scales, block + kLayout.v_scale, lane);
     load_by_token(zeros, block + kLayout.v_zero, lane);
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
-      const float2 scale = unpack_pair<Element>(scales[t]), zero = unpack_pair<Element>(zeros[t]);
+      const float2 scale = unpack_pair<ElementType>(scales[t]), zero = unpack_pair<ElementType>(zeros[t]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         state.offset[h] += s[t][h] * zero.x;
@@ -293,7 +288,7 @@ __device__ __forceinline__ void finish_codes(WarpState<D>& state, float upper, c
   for (int m = 0; m < D / 16; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = __shfl_sync(0xFFFFFFFFU, factors[m / 2], m % 2 * 16 + half * 8 + i);
+      const float factor = __shfl_sync(kAllLanes, factors[m / 2], m % 2 * 16 + half * 8 + i);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float& out = state.out[m][2 * half + h];

@@ -1,11 +1,11 @@
 // Attention of one new token to a quantised cache. The blocks of both segments and the recent tokens of an item stand
-// in one line of tiles, so that they are shared out together and a block of threads leaves one partial result of all
-// three.
+// in one line of tiles, so that they are split together and a block of threads leaves one partial result of all three.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/decode_attn/quantized.h"
+#include "common/math.h"
+#include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/sm80/kernel.cuh"
 #include "cuda/decode_attn/sm80/quantized_block.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -14,11 +14,11 @@
 namespace zipvl::cuda::decode {
 
 // Tiles of a row: blocks of the first segment, blocks of the second, tiles of recent tokens.
-struct LineOfTiles {
+struct QuantizedRowTiles {
   const DecodeAttnQuantizedParams& params;
   int batch, items_per_row;
 
-  __device__ __forceinline__ explicit LineOfTiles(const DecodeAttnQuantizedParams& all)
+  __device__ __forceinline__ explicit QuantizedRowTiles(const DecodeAttnQuantizedParams& all)
       : params(all),
         batch(static_cast<int>(all.attn.batch)),
         items_per_row(static_cast<int>(all.attn.kv_heads) * all.attn.head_chunks) {}
@@ -46,8 +46,8 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_
                                                const std::uint8_t* head, std::int64_t stride, int at, int end,
                                                float scale_log2, std::uint32_t code_bits) {
   constexpr int kStages = decode_shape::quantized_stages(Tile::kBits);
-  // Opaque: or what is computed from it, for every number of bits, is computed before the first piece, and spilled.
-  const int lane = ptx::opaque(static_cast<int>(threadIdx.x % 32));
+  // Opaque: or what is computed from it, for every number of bits, is computed before the first split, and spilled.
+  const int lane = ptx::opaque(static_cast<int>(threadIdx.x % kWarpThreads));
   const std::uint32_t ring_address = ptx::shared_address(ring) + 16 * lane;
   head += 16 * lane;
   const auto fetch_keys = [&](int slot, int tile) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_
     std::uint32_t weights[Tile::kTokenTiles][2];
     ptx::cp_async_wait<2 * kStages - 1>();
     __syncwarp();
-    Tile::weigh(weights, state, queries, block, scale_log2, code_bits, lane);
+    Tile::softmax_weights(weights, state, queries, block, scale_log2, code_bits, lane);
     __syncwarp();
     fetch_keys(slot, at + kStages * Warps);
     ptx::cp_async_wait<2 * kStages - 1>();
@@ -86,24 +86,24 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_
   ptx::cp_async_wait<0>();
 }
 
-// What a warp attends to in a piece of the line: its tiles of all three kinds, in this order.
-template <typename Element, int D, int Warps>
-__device__ __forceinline__ void attend_piece(WarpState<D>& state, std::uint32_t queries,
+// What a warp attends to in a split: its tiles of all three kinds, in this order.
+template <typename ElementType, int D, int Warps>
+__device__ __forceinline__ void attend_split(WarpState<D>& state, std::uint32_t queries,
                                              const DecodeAttnQuantizedParams& params,
-                                             const Piece<LineOfTiles::Counts>& piece, unsigned char* ring) {
+                                             const Split<QuantizedRowTiles::Counts>& split, unsigned char* ring) {
   const DecodeAttnParams& attn = params.attn;
-  int at = piece.first + static_cast<int>(threadIdx.x / 32), before = 0;
+  int at = split.first + static_cast<int>(threadIdx.x / kWarpThreads), before = 0;
   float unit = 1.0F, factors[D / 32];
   load_factors<D>(factors,
-                  params.v_factor + piece.b * params.v_factor_stride[0] + piece.head * params.v_factor_stride[1],
-                  params.v_factor_stride[2], static_cast<int>(threadIdx.x % 32));
+                  params.v_factor + split.b * params.v_factor_stride[0] + split.head * params.v_factor_stride[1],
+                  params.v_factor_stride[2], static_cast<int>(threadIdx.x % kWarpThreads));
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind) {
     const QuantizedSegment& segment = params.segments[kind];
-    const int tiles = kind == 0 ? piece.counts.blocks[0] : piece.counts.blocks[1], end = min(piece.end - before, tiles);
+    const int tiles = kind == 0 ? split.counts.blocks[0] : split.counts.blocks[1], end = min(split.end - before, tiles);
     const int mine = at - before;
     if (mine < end) {
-      const std::uint8_t* head = segment.packed + piece.b * segment.stride[0] + piece.head * segment.stride[1];
+      const std::uint8_t* head = segment.packed + split.b * segment.stride[0] + split.head * segment.stride[1];
       const auto stream = [&](auto tile) {
         using Tile = decltype(tile);
         state.scale_upper(Tile::kValueUpper / unit);
@@ -113,28 +113,28 @@ __device__ __forceinline__ void attend_piece(WarpState<D>& state, std::uint32_t 
       };
       switch (segment.bits) {
         case 2:
-          stream(QuantizedTile<Element, D, 2>{});
+          stream(QuantizedTile<ElementType, D, 2>{});
           break;
         case 4:
-          stream(QuantizedTile<Element, D, 4>{});
+          stream(QuantizedTile<ElementType, D, 4>{});
           break;
         default:
-          stream(QuantizedTile<Element, D, 8>{});
+          stream(QuantizedTile<ElementType, D, 8>{});
           break;
       }
       at += (end - mine + Warps - 1) / Warps * Warps;
     }
     before += tiles;
   }
-  if (piece.first < before) {
-    finish_codes(state, unit, factors, ptx::opaque(static_cast<int>(threadIdx.x % 32)));
+  if (split.first < before) {
+    finish_codes(state, unit, factors, ptx::opaque(static_cast<int>(threadIdx.x % kWarpThreads)));
   }
-  if (at < piece.end) {
-    using Tile = KvTile<Element, D>;
-    const HeadRows<Element> rows = head_rows<Element>(attn, piece, piece.counts.recent);
+  if (at < split.end) {
+    using Tile = KvTile<ElementType, D>;
+    const HeadRows<ElementType> rows = head_rows<ElementType>(attn, split, split.counts.recent);
     const std::uint32_t buffer = ptx::shared_address(ring);
-    const int lane = ptx::opaque(static_cast<int>(threadIdx.x % 32));
-    for (; at < piece.end; at += Warps) {
+    const int lane = ptx::opaque(static_cast<int>(threadIdx.x % kWarpThreads));
+    for (; at < split.end; at += Warps) {
       const int first = (at - before) * kTileTokens;
       __syncwarp();
       Tile::fetch(buffer, rows, first, lane);
@@ -144,29 +144,29 @@ __device__ __forceinline__ void attend_piece(WarpState<D>& state, std::uint32_t 
       std::uint32_t q[D / 32][4];
 #pragma unroll
       for (int pair = 0; pair < D / 32; ++pair) {
-        Queries<Element, D>::load_tiles(q[pair], queries, pair, lane);
+        Queries<ElementType, D>::load_tiles(q[pair], queries, pair, lane);
       }
       Tile::attend(state, q, buffer, rows.length - first, attn.scale_log2, lane);
     }
   }
 }
 
-template <typename Element, int D, int Warps>
-__global__ void __launch_bounds__(Warps * 32, 1)
+template <typename ElementType, int D, int Warps>
+__global__ void __launch_bounds__(Warps* kWarpThreads, 1)
     decode_attn_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
   static_assert(decode_shape::quantized_warp_bytes(D, 2, 2) >= kMergeBytes<D>);
   extern __shared__ __align__(128) unsigned char shared[];
-  const LineOfTiles line(params);
+  const QuantizedRowTiles tiles(params);
   const int warp_bytes = params.attn.shared_bytes / Warps;
-  walk<D, Warps, decode_shape::kMinQuantizedWarps>(
-      params.attn, line, shared, warp_bytes, [&](WarpState<D>& state, const auto& piece) {
+  for_each_split<D, Warps, decode_shape::kMinQuantizedWarps>(
+      params.attn, tiles, shared, warp_bytes, [&](WarpState<D>& state, const auto& split) {
         // A warp's queries, which there are no registers for, then its ring.
-        unsigned char* own = shared + threadIdx.x / 32 * warp_bytes;
+        unsigned char* own = shared + threadIdx.x / kWarpThreads * warp_bytes;
         const std::uint32_t queries = ptx::shared_address(own);
-        if (piece.first + static_cast<int>(threadIdx.x / 32) < piece.end) {
-          fetch_queries<Element, D>(queries, params.attn, piece, static_cast<int>(threadIdx.x % 32));
+        if (split.first + static_cast<int>(threadIdx.x / kWarpThreads) < split.end) {
+          fetch_queries<ElementType, D>(queries, params.attn, split, static_cast<int>(threadIdx.x % kWarpThreads));
         }
-        attend_piece<Element, D, Warps>(state, queries, params, piece, own + decode_shape::query_bytes(D));
+        attend_split<ElementType, D, Warps>(state, queries, params, split, own + decode_shape::query_bytes(D));
       });
 }
 

@@ -1,13 +1,14 @@
-// Launch of quantize_kv on CUDA. No Torch. Blocks: common/quantized_block.h.
+// What quantize_kv takes on CUDA, and its launch. No Torch. Blocks: common/quantized_block.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <optional>
+
+#include "cuda/common/element.h"
 
 namespace zipvl::cuda {
-
-enum class QuantizedElement { kFloat16, kBFloat16, kFloat32 };
 
 // Strides are in elements; k's and v's of the last dimension are 1. The workspaces need no initialisation but
 // `largest`.
@@ -30,9 +31,9 @@ struct QuantizeKvParams {
   std::int64_t count_stride;
   std::int64_t mask_stride[2];  // batch, token
   std::int64_t batch, heads, tokens, capacity, chunks;
-  int head_dim;  // a multiple of 32
-  int bits[2];   // 2, 4 or 8
-  QuantizedElement element;
+  int head_dim;                    // a multiple of 32
+  int bits[2];                     // 2, 4 or 8
+  std::optional<Element> element;  // none: float32
 };
 constexpr int kSplitChunk = 1024;
 
