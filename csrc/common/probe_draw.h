@@ -1,5 +1,5 @@
 // Which earlier tokens become random probes: a pure function of (seed, stratum, number of earlier tokens), the same
-// bits on the CPU, on CUDA and in zipvl/reference.py (ZipVL Sec. A; spec "Probe tokens").
+// bits on the CPU, on CUDA and in zipvl/reference.py (ZipVL Sec. A; docs/ops.md, step 1).
 #pragma once
 
 #include <cstdint>

@@ -104,7 +104,7 @@ def attention(
     causal: bool = True,
     all_queries: bool = False,
 ) -> Tensor:
-    """spec.md step 5 with every intermediate in ``dtype``, all heads at once."""
+    """docs/ops.md, step 5, with every intermediate in ``dtype``, all heads at once."""
     B, Hq, N, D = q.shape
     group = Hq // k.shape[1]
     out = torch.zeros(B, Hq, N, D, dtype=dtype, device="cuda")

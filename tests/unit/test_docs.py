@@ -1,8 +1,10 @@
-"""docs/ops.md says what the ops do: its examples run, and its schemas are the ones registered."""
+"""docs/ops.md says what the ops do: its examples run, and its schemas are the ones registered. No page that sources
+name is missing."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import zipvl
 
 from .helpers import OPS
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "ops.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs" / "ops.md"
+SOURCES = {".md", ".py", ".h", ".cpp", ".cu", ".cuh", ".txt", ".toml", ".in", ".sh", ".html", ""}
 
 
 def test_examples_run(tmp_path: Path) -> None:
@@ -33,3 +37,39 @@ def test_schemas_are_the_registered_ones(op: str) -> None:
     documented = torch._C.parse_schema(" ".join(section.group(1).split()))
     registered = getattr(torch.ops.zipvl, op).default._schema
     assert str(documented) == str(registered).removeprefix("zipvl::")
+
+
+def tracked() -> list[Path]:
+    """The files of the checkout that git tracks, of kinds that name pages of docs."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.splitlines() if Path(name).suffix in SOURCES]
+    return [file for file in files if file.is_file()]
+
+
+def test_every_page_that_is_named_exists() -> None:
+    """``docs/<page>`` anywhere in a source, and links between pages."""
+    missing, named = set(), 0
+    for file in tracked():
+        text = file.read_text(errors="ignore")
+        pages = {ROOT / page for page in re.findall(r"\bdocs/[\w./-]*\w\.(?:md|png|html)\b", text)}
+        if file.suffix == ".md":
+            links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
+            pages |= {file.parent / link for link in links}
+        named += len(pages)
+        missing |= {f"{file.relative_to(ROOT)} names {page}" for page in pages if not page.exists()}
+    assert not missing and named > 50
+
+
+def test_the_normative_text_is_docs_ops() -> None:
+    """No source cites another specification, and the steps that ``zipvl/reference.py`` cites are there."""
+    citing = {file for file in tracked() if re.search(r"\bspec\.md\b|\bspec \"", file.read_text(errors="ignore"))}
+    assert citing <= {Path(__file__).resolve()}
+    page = DOCS.read_text()
+    cited = re.findall(r"docs/ops\.md, (?:steps? )?(\d)", (ROOT / "zipvl" / "reference.py").read_text())
+    assert set(cited) == {"1", "2", "3", "5"} and all(f"**Step {step}: " in page for step in "123456")
+    sections = re.findall(
+        r'docs/ops\.md, (?:steps? [\w ]+ and )?"(\w+)"', (ROOT / "zipvl" / "reference.py").read_text()
+    )
+    assert len(sections) >= 7 and all(f"\n## {section}\n" in page for section in sections)

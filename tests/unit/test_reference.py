@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_defaults_are_those_of_the_spec(op: str) -> None:
+def test_defaults_are_those_of_the_page(op: str) -> None:
     parameters = inspect.signature(REFERENCE[op]).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords == KEYWORDS[op]
