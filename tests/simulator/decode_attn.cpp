@@ -7,10 +7,10 @@
 #include "cuda_on_cpu.h"
 #include "reference.h"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn::sm80 {
 alignas(1024) thread_local unsigned char shared[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared);
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn::sm80
 
 // What the launches ask of the device.
 extern "C" cudaError_t cudaGetDevice(int* device) {
@@ -153,7 +153,7 @@ double decode(const Shape& shape) {
   Call<Element, D> call(shape, plan::plan_decode_attn_cuda({shape.batch, shape.query_heads, shape.kv_heads, D, slots,
                                                             true, true, shape.num_sms, emulated::kSharedBytes}));
   call.set_cache(k, v, slots, lengths);
-  decode::launch_decode_attn<Element, D>(call.params, nullptr);
+  decode_attn::sm80::launch_decode_attn<Element, D>(call.params, nullptr);
   return call.error([&](int b, int h) {
     std::pair<Rows, Rows> tokens;
     for (int t = 0; t < lengths[b]; ++t) {
@@ -253,7 +253,7 @@ double decode_quantized(const Shape& shape) {
   params.v_factor_stride[0] = shape.kv_heads * D;
   params.v_factor_stride[1] = D;
   params.v_factor_stride[2] = 1;
-  decode::launch_decode_attn_quantized<Element, D>(params, nullptr);
+  decode_attn::sm80::launch_decode_attn_quantized<Element, D>(params, nullptr);
   return call.error([&](int b, int h) {
     std::pair<Rows, Rows> tokens;
     const int item = b * shape.kv_heads + h;

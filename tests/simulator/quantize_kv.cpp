@@ -83,7 +83,7 @@ Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vec
 }
 
 template <typename Element>
-bool run(const Case& c, std::optional<Element> element) {
+bool run(const Case& c, std::optional<cuda::Element> element) {
   const std::size_t rows = static_cast<std::size_t>(c.batch) * c.heads * c.tokens;
   std::vector<Element> k(rows * c.head_dim), v(k.size());
   for (auto* x : {&k, &v}) {

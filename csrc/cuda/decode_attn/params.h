@@ -10,7 +10,7 @@
 
 namespace zipvl::cuda {
 
-constexpr int kDecodeHeads = decode_shape::kHeads;
+constexpr int kDecodeHeads = decode_attn::kHeads;
 
 // Partial results of split-KV attention: one for each split of a work item (schedule.cuh).
 struct DecodePartials {
@@ -36,7 +36,7 @@ struct DecodeAttnParams {
   int head_dim;      // 64, 96, 128 or 256
   int head_chunks;   // ceil(query_heads / kv_heads / kDecodeHeads)
   int blocks;        // of the grid
-  int warps;         // of a block: decode_shape::max_warps or half of that, quantized_warps or kMinQuantizedWarps
+  int warps;         // of a block: decode_attn::max_warps or half of that, quantized_warps or kMinQuantizedWarps
   int shared_bytes;  // of a block's warps
   float scale_log2;  // of scores before the softmax, times log2(e)
   Element element;

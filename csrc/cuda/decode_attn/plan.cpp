@@ -17,7 +17,7 @@ std::int64_t items(const DecodeAttnCudaProblem& problem, const DecodeAttnCudaPla
 }
 
 bool holds(const DecodeAttnCudaProblem& problem, std::int64_t bytes_of_warps) {
-  return bytes_of_warps + decode_shape::kBlockBytes <= problem.shared_bytes;
+  return bytes_of_warps + cuda::decode_attn::kBlockBytes <= problem.shared_bytes;
 }
 
 std::string why_not_native(const DecodeAttnCudaProblem& problem, const DecodeAttnCudaPlan& plan, std::int64_t tiles) {
@@ -44,13 +44,13 @@ void set_blocks(const DecodeAttnCudaProblem& problem, DecodeAttnCudaPlan& plan, 
   // Each step from block to block or from item to item starts one split.
   plan.partials = plan.blocks + items(problem, plan);
   constexpr std::int64_t kFloatBytes = 4;
-  plan.workspace_bytes = plan.partials * decode_shape::kHeads * (problem.head_dim + 1) * kFloatBytes;
+  plan.workspace_bytes = plan.partials * cuda::decode_attn::kHeads * (problem.head_dim + 1) * kFloatBytes;
 }
 
 DecodeAttnCudaPlan common_plan(const DecodeAttnCudaProblem& problem) {
   DecodeAttnCudaPlan plan{};
   plan.head_chunks =
-      static_cast<int>(ceil_div<std::int64_t>(problem.query_heads / problem.kv_heads, decode_shape::kHeads));
+      static_cast<int>(ceil_div<std::int64_t>(problem.query_heads / problem.kv_heads, cuda::decode_attn::kHeads));
   return plan;
 }
 
@@ -58,12 +58,12 @@ DecodeAttnCudaPlan common_plan(const DecodeAttnCudaProblem& problem) {
 
 DecodeAttnCudaPlan plan_decode_attn_cuda(const DecodeAttnCudaProblem& problem) {
   DecodeAttnCudaPlan plan = common_plan(problem);
-  plan.warps = decode_shape::max_warps(problem.head_dim);
-  if (!holds(problem, plan.warps * decode_shape::warp_bytes(problem.head_dim))) {
+  plan.warps = cuda::decode_attn::max_warps(problem.head_dim);
+  if (!holds(problem, plan.warps * cuda::decode_attn::warp_bytes(problem.head_dim))) {
     plan.warps /= 2;  // 8.6 and 8.9 have 99 KB
   }
-  plan.shared_bytes = plan.warps * decode_shape::warp_bytes(problem.head_dim);
-  const std::int64_t tiles = ceil_div<std::int64_t>(problem.slots, decode_shape::kTileTokens);
+  plan.shared_bytes = plan.warps * cuda::decode_attn::warp_bytes(problem.head_dim);
+  const std::int64_t tiles = ceil_div<std::int64_t>(problem.slots, cuda::decode_attn::kTileTokens);
   plan.reason = why_not_native(problem, plan, tiles);
   set_blocks(problem, plan, tiles, plan.warps);
   return plan;
@@ -73,16 +73,16 @@ DecodeAttnCudaPlan plan_decode_attn_quantized_cuda(const DecodeAttnCudaProblem& 
                                                    const QuantizedSegments& segments) {
   DecodeAttnCudaPlan plan = common_plan(problem);
   const std::int64_t warp_bytes =
-      decode_shape::quantized_warp_bytes(problem.head_dim, segments.high_bits, segments.low_bits);
-  plan.warps = decode_shape::quantized_warps(problem.head_dim);
+      cuda::decode_attn::quantized_warp_bytes(problem.head_dim, segments.high_bits, segments.low_bits);
+  plan.warps = cuda::decode_attn::quantized_warps(problem.head_dim);
   if (!holds(problem, plan.warps * warp_bytes)) {
-    plan.warps = decode_shape::kMinQuantizedWarps;
+    plan.warps = cuda::decode_attn::kMinQuantizedWarps;
   }
   plan.shared_bytes = plan.warps * warp_bytes;
-  const std::int64_t tiles =
-      ceil_div<std::int64_t>(problem.slots, decode_shape::kTileTokens) + segments.high_blocks + segments.low_blocks;
+  const std::int64_t tiles = ceil_div<std::int64_t>(problem.slots, cuda::decode_attn::kTileTokens) +
+                             segments.high_blocks + segments.low_blocks;
   plan.reason = why_not_native(problem, plan, tiles);
-  set_blocks(problem, plan, tiles, decode_shape::kMinQuantizedWarps);
+  set_blocks(problem, plan, tiles, cuda::decode_attn::kMinQuantizedWarps);
   return plan;
 }
 

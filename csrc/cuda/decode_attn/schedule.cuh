@@ -18,7 +18,7 @@
 #include "cuda/decode_attn/warp_state.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn {
 
 // Tiles of row b, from the device's counts.
 struct RowTiles {
@@ -169,7 +169,7 @@ __device__ __forceinline__ void for_each_split(const DecodeAttnParams& params, c
     int b, head, first_head, heads, per_item, part, partial;
     std::uint32_t at, last;
   } kept;
-  static_assert(sizeof(kept) <= decode_shape::kBlockBytes);
+  static_assert(sizeof(kept) <= kBlockBytes);
   const auto block = static_cast<int>(blockIdx.x);
   if (threadIdx.x == 0) {
     const int items = rows.batch * rows.items_per_row, per_item = blocks_per_item(rows, params.blocks);
@@ -245,4 +245,4 @@ __device__ __forceinline__ void for_each_split(const DecodeAttnParams& params, c
   } while (at < last);
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn

@@ -6,7 +6,7 @@
 #include "common/math.h"
 #include "common/quantized_block.h"
 
-namespace zipvl::decode_shape {
+namespace zipvl::cuda::decode_attn {
 
 constexpr int kTileTokens = 16;  // rows of an mma.m16n8k16
 // A block of threads serves up to so many query heads of a key/value head at once: the columns of an mma.m16n8k16.
@@ -53,4 +53,4 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t quantized_warp_bytes(std::int64_t head_
   return query_bytes(head_dim) + ring;
 }
 
-}  // namespace zipvl::decode_shape
+}  // namespace zipvl::cuda::decode_attn

@@ -13,7 +13,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/scalar.cuh"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn {
 
 constexpr float kMinusInfinity = -INFINITY;
 
@@ -134,7 +134,7 @@ __device__ __forceinline__ void weights_operand(std::uint32_t (&b)[2], const flo
 template <typename ElementType, int D>
 struct Queries {
   // 16 bytes more than the channels: the eight rows that ldmatrix reads at once fall on different banks.
-  static constexpr int kRowBytes = decode_shape::query_bytes(D) / kDecodeHeads;
+  static constexpr int kRowBytes = query_bytes(D) / kDecodeHeads;
 
   // Starts copying rows q, q + head_stride, ...; those past `heads` become 0 and are not read.
   static __device__ __forceinline__ void fetch(std::uint32_t target, const ElementType* q, std::int64_t head_stride,
@@ -223,4 +223,4 @@ __device__ __forceinline__ void merge_warps(const float* first, int stride, int 
   }
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn

@@ -55,7 +55,7 @@ INITCHECK = """========= COMPUTE-SANITIZER
 =========     Address 0x7f936fa001e8
 =========
 ========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void zipvl::cuda::decode::combine_kernel<__half, (int)64, (int)8>(zipvl::cuda::DecodeAttnParams)+0x60
+=========     at void zipvl::cuda::decode_attn::sm80::combine_kernel<__half>(zipvl::cuda::DecodeAttnParams)+0x60
 =========     by thread (2,0,0) in block (0,0,0)
 =========     Address 0x7f936fa001e8
 =========

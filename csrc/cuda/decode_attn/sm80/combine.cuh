@@ -13,7 +13,7 @@
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/scalar.cuh"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn::sm80 {
 
 // Threads of a block. Few heads leave multiprocessors free, and every partial result is loaded at once; many are all
 // resident beside the kernel before only if they are small.
@@ -161,12 +161,11 @@ __global__ void __launch_bounds__(Threads, 65536 / (Threads * kCombineRegisters)
   const DecodeAttnParams& attn = params.attn;
   ptx::launch_dependent_grids();
   const OutputHead head = output_head(attn);
-  const PartialRange range =
-      partial_range<decode_shape::kMinQuantizedWarps>(QuantizedRowTiles(params), attn.blocks, head);
+  const PartialRange range = partial_range<kMinQuantizedWarps>(QuantizedRowTiles(params), attn.blocks, head);
   ptx::wait_on_dependent_grids();
   const std::int64_t at = blockIdx.x;
   combine<ElementType, D, Threads>(range, head, attn.partials, static_cast<ElementType*>(attn.out) + at * D,
                                    attn.lse + at);
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn::sm80

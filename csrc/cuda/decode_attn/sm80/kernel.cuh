@@ -12,9 +12,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/scalar.cuh"
 
-namespace zipvl::cuda::decode {
-
-using decode_shape::kTileTokens;
+namespace zipvl::cuda::decode_attn::sm80 {
 
 // The keys and values of one head.
 template <typename ElementType>
@@ -154,7 +152,7 @@ template <typename ElementType, int D, int Warps, int Stages>
 __global__ void __launch_bounds__(Warps* kWarpThreads)
     decode_attn_kernel(const __grid_constant__ DecodeAttnParams params) {
   using Tile = KvTile<ElementType, D>;
-  constexpr int kQueryBytes = decode_shape::query_bytes(D), kWarpBytes = kQueryBytes + Stages * Tile::kBytes;
+  constexpr int kQueryBytes = query_bytes(D), kWarpBytes = kQueryBytes + Stages * Tile::kBytes;
   static_assert(kWarpBytes >= kMergeBytes<D>);
   extern __shared__ __align__(128) unsigned char shared[];
   const RowTiles tiles = row_tiles(params);
@@ -179,4 +177,4 @@ __global__ void __launch_bounds__(Warps* kWarpThreads)
   });
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn::sm80

@@ -7,7 +7,7 @@
 #include "cuda/decode_attn/sm80/kernel.cuh"
 #include "cuda/decode_attn/sm80/quantized_kernel.cuh"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn::sm80 {
 
 // `kernel`, then the combining one; the start of each overlaps the end of what is before it. Both prefer the same
 // carveout of shared memory, as changing that between kernels stalls.
@@ -32,21 +32,21 @@ cudaError_t launch_pair(void (*kernel)(Params), void (*of_few)(Params), void (*o
 
 template <typename ElementType, int D, int Warps>
 cudaError_t launch_with_warps(const DecodeAttnParams& params, cudaStream_t stream) {
-  return launch_pair(decode_attn_kernel<ElementType, D, Warps, decode_shape::stages(D)>,
+  return launch_pair(decode_attn_kernel<ElementType, D, Warps, stages(D)>,
                      combine_kernel<ElementType, D, Warps, kCombineThreads>,
                      combine_kernel<ElementType, D, Warps, kCombineThreadsManyHeads>, params, params, stream);
 }
 
 template <typename ElementType, int D>
 cudaError_t launch_decode_attn(const DecodeAttnParams& params, cudaStream_t stream) {
-  constexpr int kMaxWarps = decode_shape::max_warps(D);
+  constexpr int kMaxWarps = max_warps(D);
   return params.warps == kMaxWarps ? launch_with_warps<ElementType, D, kMaxWarps>(params, stream)
                                    : launch_with_warps<ElementType, D, kMaxWarps / 2>(params, stream);
 }
 
 template <typename ElementType, int D>
 cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params, cudaStream_t stream) {
-  constexpr int kMaxWarps = decode_shape::quantized_warps(D), kMinWarps = decode_shape::kMinQuantizedWarps;
+  constexpr int kMaxWarps = quantized_warps(D), kMinWarps = kMinQuantizedWarps;
   DecodeAttnQuantizedParams with_bits = params;
   with_bits.code_bits = CodeElement<ElementType>::kBits;
   return launch_pair(params.attn.warps == kMaxWarps ? decode_attn_quantized_kernel<ElementType, D, kMaxWarps>
@@ -56,4 +56,4 @@ cudaError_t launch_decode_attn_quantized(const DecodeAttnQuantizedParams& params
                      stream);
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn::sm80

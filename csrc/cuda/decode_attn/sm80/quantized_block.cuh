@@ -12,7 +12,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/scalar.cuh"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn::sm80 {
 
 // What a code's bits stand for in the lower bits of an element. float16: the subnormal code * 2**-24,
 // which tensor cores take as it is. bfloat16, whose subnormals are too small for float32 sums: 128 + code, the bits of
@@ -298,4 +298,4 @@ __device__ __forceinline__ void finish_codes(WarpState<D>& state, float upper, c
   }
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn::sm80

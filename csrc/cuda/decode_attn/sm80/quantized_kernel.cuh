@@ -11,7 +11,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/scalar.cuh"
 
-namespace zipvl::cuda::decode {
+namespace zipvl::cuda::decode_attn::sm80 {
 
 // Tiles of a row: blocks of the first segment, blocks of the second, tiles of recent tokens.
 struct QuantizedRowTiles {
@@ -45,7 +45,7 @@ template <typename Tile, int Warps, int D>
 __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_t queries, unsigned char* ring,
                                                const std::uint8_t* head, std::int64_t stride, int at, int end,
                                                float scale_log2, std::uint32_t code_bits) {
-  constexpr int kStages = decode_shape::quantized_stages(Tile::kBits);
+  constexpr int kStages = quantized_stages(Tile::kBits);
   // Opaque: or what is computed from it, for every number of bits, is computed before the first split, and spilled.
   const int lane = ptx::opaque(static_cast<int>(threadIdx.x % kWarpThreads));
   const std::uint32_t ring_address = ptx::shared_address(ring) + 16 * lane;
@@ -154,11 +154,11 @@ __device__ __forceinline__ void attend_split(WarpState<D>& state, std::uint32_t 
 template <typename ElementType, int D, int Warps>
 __global__ void __launch_bounds__(Warps* kWarpThreads, 1)
     decode_attn_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
-  static_assert(decode_shape::quantized_warp_bytes(D, 2, 2) >= kMergeBytes<D>);
+  static_assert(quantized_warp_bytes(D, 2, 2) >= kMergeBytes<D>);
   extern __shared__ __align__(128) unsigned char shared[];
   const QuantizedRowTiles tiles(params);
   const int warp_bytes = params.attn.shared_bytes / Warps;
-  for_each_split<D, Warps, decode_shape::kMinQuantizedWarps>(
+  for_each_split<D, Warps, kMinQuantizedWarps>(
       params.attn, tiles, shared, warp_bytes, [&](WarpState<D>& state, const auto& split) {
         // A warp's queries, which there are no registers for, then its ring.
         unsigned char* own = shared + threadIdx.x / kWarpThreads * warp_bytes;
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(Warps* kWarpThreads, 1)
         if (split.first + static_cast<int>(threadIdx.x / kWarpThreads) < split.end) {
           fetch_queries<ElementType, D>(queries, params.attn, split, static_cast<int>(threadIdx.x % kWarpThreads));
         }
-        attend_split<ElementType, D, Warps>(state, queries, params, split, own + decode_shape::query_bytes(D));
+        attend_split<ElementType, D, Warps>(state, queries, params, split, own + query_bytes(D));
       });
 }
 
-}  // namespace zipvl::cuda::decode
+}  // namespace zipvl::cuda::decode_attn::sm80
