@@ -83,6 +83,7 @@ PYBIND11_MODULE(_plan, m) {
       .value("NONE", SelectTeam::kNone);
   py::class_<SelectTokensPlan>(m, "SelectTokensPlan")
       .def_readonly("team", &SelectTokensPlan::team)
+      .def_readonly("reason", &SelectTokensPlan::reason)
       .def_readonly("blocks_per_row", &SelectTokensPlan::blocks_per_row)
       .def_readonly("tokens_per_block", &SelectTokensPlan::tokens_per_block)
       .def_readonly("row_groups", &SelectTokensPlan::row_groups)
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("clusters"));
 
   py::class_<ProbeScoresCudaPlan>(m, "ProbeScoresCudaPlan")
+      .def_readonly("reason", &ProbeScoresCudaPlan::reason)
       .def_readonly("rows", &ProbeScoresCudaPlan::rows)
       .def_readonly("rows_padded", &ProbeScoresCudaPlan::rows_padded)
       .def_readonly("cluster_blocks", &ProbeScoresCudaPlan::cluster_blocks)
@@ -117,16 +119,18 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan_probe_scores_cuda",
       [](std::int64_t batch, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t tokens, std::int64_t probes,
-         std::int64_t head_dim, bool masked, bool clusters) {
+         std::int64_t head_dim, bool masked, bool clusters, bool half_precision, bool aligned) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, /*threads=*/1);
         if (tokens < 1 || probes < 1) {
           throw std::invalid_argument("tokens and probes must be at least 1, got " + std::to_string(tokens) + " and " +
                                       std::to_string(probes));
         }
-        return plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, clusters});
+        return plan_probe_scores_cuda(
+            {batch, query_heads, kv_heads, tokens, probes, head_dim, masked, clusters, half_precision, aligned});
       },
       py::kw_only(), py::arg("batch"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("tokens"),
-      py::arg("probes"), py::arg("head_dim"), py::arg("masked") = false, py::arg("clusters") = true);
+      py::arg("probes"), py::arg("head_dim"), py::arg("masked") = false, py::arg("clusters") = true,
+      py::arg("half_precision") = true, py::arg("aligned") = true);
 
   py::class_<SparseAttnPlan>(m, "SparseAttnPlan")
       .def_readonly("rows_per_block", &SparseAttnPlan::rows_per_block)
@@ -205,7 +209,8 @@ PYBIND11_MODULE(_plan, m) {
         }
         return plan_zipvl_attn(
             {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed},
-            plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper}),
+            plan_probe_scores_cuda(
+                {batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper, half_precision}),
             plan_select_tokens({batch, tokens, num_sms, shared_bytes, hopper}),
             plan_sparse_attn_cuda({batch, query_heads, kv_heads, tokens, head_dim, half_precision, /*aligned=*/true,
                                    /*scale=*/1.0, /*causal=*/true, all_queries, hopper}));

@@ -100,6 +100,28 @@ def test_work_is_counted() -> None:
     assert str(plan.workspace_bytes) in str(plan)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"half_precision": False}, "the kernels take float16 and bfloat16"),
+        ({"head_dim": 80}, "the kernels take head_dim 64, 96, 128 and 256, got 80"),
+        ({"aligned": False}, "the kernels take rows of k that begin at multiples of 16 bytes"),
+        ({"probes": 256}, ""),
+        ({"probes": 257}, "the kernels take at most 256 probes, got 257"),
+        ({"batch": 65}, "the kernels take at most 64 batch rows, got 65"),
+        ({"tokens": 2**20}, ""),
+        ({"tokens": 2**20 + 1}, "the kernels take at most 1048576 tokens, got 1048577"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_take(change: dict[str, int], reason: str) -> None:
+    plan = _plan.plan_probe_scores_cuda(**{"batch": 1, "tokens": 4096, **LONGVA, **change})
+    assert plan.reason == reason
+    assert (plan.workspace_bytes == 0) == (reason != "")
+    assert str(plan).endswith(f"over ATen, because {reason}") == (reason != "")
+
+
 @pytest.mark.parametrize("change", [{"tokens": 0}, {"probes": 0}, {"query_heads": 30}])
 def test_bad_sizes_are_named(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must"):

@@ -25,7 +25,9 @@ def test_blocks_cover_the_row_and_fit(batch: int, tokens: int, num_sms: int, dev
     plan = _plan.plan_select_tokens(**{**device, "batch": batch, "tokens": tokens, "num_sms": num_sms})
     if plan.team == _plan.SelectTeam.NONE:
         assert tokens > min(2**20, 16384 * num_sms) or num_sms < 2
+        assert plan.reason in str(plan) and plan.reason
         return
+    assert plan.reason == ""
     assert plan.tokens_per_block in (4096, 8192, 16384)
     assert plan.blocks_per_row * plan.tokens_per_block >= tokens
     exchange = CLUSTER_BYTES if plan.team == _plan.SelectTeam.CLUSTER else 0
@@ -46,6 +48,25 @@ def test_real_devices_take_every_length(tokens: int, device: dict[str, int]) -> 
     assert plan.team != _plan.SelectTeam.NONE
     assert plan.workspace_bytes <= 64 * 2**20
     assert f"{plan.blocks_per_row} blocks" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokens": 2**20 + 1}, "the kernels take at most 1048576 tokens, got 1048577"),
+        ({"shared_bytes": 32767}, "a block takes 32768 bytes of shared memory, and the device has 32767"),
+        (
+            {"tokens": 2**20, "num_sms": 63},
+            "a row of 1048576 tokens takes 64 blocks at once, and the device has 63 multiprocessors",
+        ),
+    ],
+    ids=str,
+)
+def test_why_no_kernel_takes_a_row(change: dict[str, int], reason: str) -> None:
+    plan = _plan.plan_select_tokens(**{"batch": 1, "tokens": 4096, **H100, **change})
+    assert plan.team == _plan.SelectTeam.NONE
+    assert plan.reason == reason
+    assert str(plan) == f"select_tokens on CUDA: over ATen, because {reason}"
 
 
 def test_bad_sizes_are_named() -> None:

@@ -3,7 +3,7 @@
 //
 //   probe_scores_sm90 CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "cuda/probe_scores/passes.h"
-#include "cuda/probe_scores/sm90/launch_passes.cuh"
+#include "cuda/probe_scores/sm90/launch.cuh"
 #include "hopper_host.h"
 #include "scored_layer.h"
 
@@ -34,7 +34,7 @@ void check(emulated::Report& report, const char* name, bool clusters) {
           params.probe_index = nullptr;
           params.draw = zipvl::draw_probes(c.tokens, c.recent, c.random, c.seed);
         }
-        launch_passes_of<probe::sm90::Passes, Token, D>(params, nullptr);
+        probe::launch_passes<probe::sm90::Passes<Token, D>>(params, nullptr);
       },
       clusters);
   report(probes && error < 1e-4,

@@ -7,9 +7,8 @@
 #include <type_traits>
 
 #include "common/probe_draw.h"
-#include "cuda/probe_index/probe_index.h"
-#include "cuda/probe_scores/planned.h"
-#include "cuda/probe_scores/probe_scores.h"
+#include "cuda/probe_index/params.h"
+#include "cuda/probe_scores/params.h"
 #include "cuda_on_cpu.h"
 #include "reference.h"
 

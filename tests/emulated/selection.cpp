@@ -8,7 +8,7 @@
 
 #include "cuda/pack_kv/pack_kv.h"
 #include "cuda/probe_scores/passes.h"
-#include "cuda/probe_scores/sm80/launch_passes.cuh"
+#include "cuda/probe_scores/sm80/passes.cuh"
 #include "cuda_on_cpu.h"
 #include "reference.h"
 #include "scored_layer.h"
@@ -206,7 +206,7 @@ struct Sums {
       }
     }
     from.cluster_blocks = uniform(0, 1);
-    launch_finish_scores(from, nullptr);
+    probe::launch_finish_scores(from, nullptr);
     from.probe_index = drawn ? nullptr : positions.data();
     SelectTokensParams params{};
     params.token_mask = from.token_mask;
@@ -257,7 +257,7 @@ int main(int count, char** arguments) {
     const emulated::Case& c = layer.c;
     const bool probes = layer.probe_index();
     const double scores = layer.probe_scores(
-        [](const ProbeScoresParams& params) { launch_passes_of<probe::sm80::Passes, Token, D>(params, nullptr); },
+        [](const ProbeScoresParams& params) { probe::launch_passes<probe::sm80::Passes<Token, D>>(params, nullptr); },
         /*clusters=*/false);
     const bool selection = layer.select_tokens(), packed = layer.pack_kv();
     Sums sums;

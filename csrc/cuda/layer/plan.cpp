@@ -18,7 +18,8 @@ constexpr std::int64_t kMaxSumsBytes = std::int64_t{160} << 10;
 ZipvlAttnPlan plan_zipvl_attn(const ZipvlAttnProblem& problem, const ProbeScoresCudaPlan& scores,
                               const SelectTokensPlan& select, const SparseAttnCudaPlan& attention) {
   ZipvlAttnPlan plan{};
-  plan.native = select.team != SelectTeam::kNone && attention.kernel != SparseAttnKernel::kAten;
+  plan.native =
+      scores.reason.empty() && select.team != SelectTeam::kNone && attention.kernel != SparseAttnKernel::kAten;
   if (!plan.native) {
     return plan;
   }

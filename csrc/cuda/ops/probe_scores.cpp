@@ -8,7 +8,6 @@
 #include "cuda/ops/device.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
-#include "cuda/probe_scores/planned.h"
 #include "ops/aten.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"
@@ -25,8 +24,8 @@ bool kernels_take(const checks::AttentionSizes& sizes, const Tensor& q, std::int
   const auto type = q.scalar_type();
   const std::int64_t d = sizes.head_dim;
   return (type == aten::ScalarType::Half || type == aten::ScalarType::BFloat16) &&
-         (d == 64 || d == 96 || d == 128 || d == 256) && probes <= kMaxProbes && sizes.batch <= kMaxBatches &&
-         sizes.tokens <= kMaxTokens;
+         (d == 64 || d == 96 || d == 128 || d == 256) && probes <= plan::kProbeMaxProbes &&
+         sizes.batch <= kMaxBatches && sizes.tokens <= kMaxTokens;
 }
 
 // Without what the plan says.

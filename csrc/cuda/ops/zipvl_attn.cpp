@@ -9,7 +9,6 @@
 #include "cuda/layer/plan.h"
 #include "cuda/ops/ops.h"
 #include "cuda/ops/steps.h"
-#include "cuda/probe_scores/planned.h"
 #include "ops/checks.h"
 #include "ops/defaults.h"
 #include "ops/ops.h"

@@ -3,14 +3,15 @@
 // them and writes those whose rank is a probe's.
 #include "common/probe_draw.h"
 #include "cuda/common/launch.h"
-#include "cuda/probe_index/probe_index.h"
+#include "cuda/common/warp.cuh"
+#include "cuda/probe_index/params.h"
 #include "cuda/ptx/sync.cuh"
 
 namespace zipvl::cuda {
 namespace {
 
 constexpr int kThreads = 1024;  // the most: with a mask a block walks its row between barriers
-constexpr int kWarps = kThreads / 32;
+constexpr int kWarps = kThreads / kWarpThreads;
 
 // How many of the block's `flag`s are set before this thread, and in all. Every thread of the block calls it.
 struct BlockCount {
@@ -18,8 +19,8 @@ struct BlockCount {
 };
 
 __device__ BlockCount count_flags(bool flag, int* warp_totals /* shared [kWarps] */) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const unsigned ballot = __ballot_sync(0xFFFFFFFFU, flag);
+  const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
+  const unsigned ballot = __ballot_sync(kAllLanes, flag);
   if (lane == 0) {
     warp_totals[warp] = __popc(ballot);
   }

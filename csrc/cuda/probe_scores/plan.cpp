@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <bit>
 
+#include "common/math.h"
 #include "common/text.h"
+#include "cuda/common/element.h"
 
 namespace zipvl::plan {
 namespace {
@@ -22,7 +24,27 @@ constexpr std::int64_t kMinChunkTiles = 4;
 constexpr std::int64_t kMaxClusters = 15;
 constexpr std::int64_t kAlignment = 256;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t kMaxBatches = 64;
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;
+
+std::string why_not_native(const ProbeScoresCudaProblem& problem) {
+  if (std::string reason = cuda::why_not_element(problem.half_precision, problem.head_dim); !reason.empty()) {
+    return reason;
+  }
+  if (!problem.aligned) {
+    return "the kernels take rows of k that begin at multiples of 16 bytes";
+  }
+  if (problem.probes > kProbeMaxProbes) {
+    return join("the kernels take at most ", kProbeMaxProbes, " probes, got ", problem.probes);
+  }
+  if (problem.batch > kMaxBatches) {
+    return join("the kernels take at most ", kMaxBatches, " batch rows, got ", problem.batch);
+  }
+  if (problem.tokens > kMaxTokens) {
+    return join("the kernels take at most ", kMaxTokens, " tokens, got ", problem.tokens);
+  }
+  return "";
+}
 
 // Both passes in one kernel, if the keys fit into a cluster and the clusters of a batch row onto the chip. A block
 // alone is no cluster, and may not store into one.
@@ -62,10 +84,14 @@ void plan_passes(const ProbeScoresCudaProblem& problem, ProbeScoresCudaPlan& pla
 
 ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem) {
   ProbeScoresCudaPlan plan{};
+  plan.reason = why_not_native(problem);
+  if (!plan.reason.empty()) {
+    return plan;
+  }
   const std::int64_t heads = problem.batch * problem.kv_heads;
   plan.rows = problem.query_heads / problem.kv_heads * problem.probes;
-  plan.rows_padded = ceil_div(plan.rows, kProbeRowAlignment) * kProbeRowAlignment;
-  plan.words = ceil_div(problem.tokens, kProbeTileKeys) * kProbeTileKeys / 32;
+  plan.rows_padded = round_up(plan.rows, kProbeRowAlignment);
+  plan.words = round_up(problem.tokens, kProbeTileKeys) / 32;
   plan_clusters(problem, plan);
   const bool passes = plan.cluster_blocks == 0;
   if (passes) {
@@ -75,7 +101,7 @@ ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem
   std::int64_t end = 0;
   const auto take = [&end](std::int64_t bytes) {
     const std::int64_t begin = end;
-    end += ceil_div(bytes, kAlignment) * kAlignment;
+    end += round_up(bytes, kAlignment);
     return begin;
   };
   ProbeScoresWorkspace& space = plan.workspace;
@@ -95,6 +121,9 @@ ProbeScoresCudaPlan plan_probe_scores_cuda(const ProbeScoresCudaProblem& problem
 }
 
 std::string ProbeScoresCudaPlan::describe() const {
+  if (!reason.empty()) {
+    return join("probe_scores on CUDA: over ATen, because ", reason);
+  }
   if (cluster_blocks > 0) {
     return join("probe_scores on CUDA: ", rows, " rows a key/value head; one kernel, ", row_splits, " clusters of ",
                 cluster_blocks, " blocks a head; ", workspace.bytes, " bytes of workspace, ", flops, " FLOPs, ",

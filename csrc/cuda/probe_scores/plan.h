@@ -1,12 +1,14 @@
-// How probe_scores runs over its CUDA kernels: the tiles both passes share, how finely each is split, and the
-// workspace; or the one kernel that takes short inputs. Nothing here depends on the batch size but the workspace, so
-// that a row's result does not depend on its company.
+// How probe_scores runs over its CUDA kernels, if they take it: the tiles both passes share, how finely each is split,
+// and the workspace; or the one kernel that takes short inputs. Nothing here depends on the batch size but the
+// workspace, so that a row's result does not depend on its company.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
 namespace zipvl::plan {
+
+constexpr std::int64_t kProbeMaxProbes = 256;  // a thread each in the kernels that read them
 
 // Tiles of probe_scores' kernels. Rows are the probes of one key/value head's query heads: row = probe * group + head.
 constexpr std::int64_t kProbeUnitRows = 64;       // rows that share one range of limits: M of a wgmma
@@ -27,7 +29,9 @@ constexpr std::int64_t probe_cluster_keys(std::int64_t head_dim) {
 struct ProbeScoresCudaProblem {
   std::int64_t batch, query_heads, kv_heads, tokens, probes, head_dim;
   bool masked;
-  bool clusters;  // Hopper's kernels run
+  bool clusters;               // Hopper's kernels run
+  bool half_precision = true;  // float16 or bfloat16
+  bool aligned = true;         // every row of k begins at a multiple of 16 bytes
 };
 
 // Byte offsets into the workspace, each a multiple of 256. Where one kernel takes both passes, all but the sums are
@@ -44,6 +48,7 @@ struct ProbeScoresWorkspace {
 };
 
 struct ProbeScoresCudaPlan {
+  std::string reason;              // why no kernel takes the problem: all else is 0 then; or empty
   std::int64_t rows, rows_padded;  // of one key/value head
   std::int64_t cluster_blocks;     // of the kernel that takes both passes; 0: two kernels, with others around them
   std::int64_t words;              // of the packed token mask of a batch row

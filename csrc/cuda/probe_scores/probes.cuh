@@ -1,15 +1,19 @@
-// What the kernels that read the probes' rows share: where a probe is, what it may see, and the pieces of its rows.
+// Several kernels share this: they find a probe and what it may see, load the pieces of its rows, and make a token's
+// scores of its column sums. The selection that makes the scores as it reads gives the same bits as the kernel that
+// writes them.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "cuda/probe_scores/probe_scores.h"
+#include "cuda/probe_scores/params.h"
+#include "cuda/probe_scores/plan.h"
 
-namespace zipvl::cuda {
+namespace zipvl::cuda::probe {
 
-constexpr int kPieceElements = 8;  // of 16 bytes
+constexpr int kPieceElements = 8;                                  // of 16 bytes
+constexpr int kUnitRows = static_cast<int>(plan::kProbeUnitRows);  // rows that share one range of limits
 
 __device__ __forceinline__ bool is_token(const ProbeScoresParams& params, int position) {
   return position >= 0 && position < params.tokens;
@@ -53,4 +57,40 @@ __device__ __forceinline__ uint4 load_piece(const ProbeScoresParams& params, con
   return make_uint4(value.x ^ sign, value.y ^ sign, value.z ^ sign, value.w ^ sign);
 }
 
-}  // namespace zipvl::cuda
+constexpr int kPartsAtOnce = 16;  // loads of a token's parts under way; 28/4 heads have 12 in short prompts
+
+__device__ __forceinline__ void add_part(float& sum, float part) { sum += part; }
+__device__ __forceinline__ void add_part(float4& sum, float4 part) {
+  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
+// The parts of a token (float) or of four (float4), `stride` of that type apart, added up in their order.
+template <typename Sum>
+__device__ __forceinline__ Sum sum_of_parts(const Sum* first, int parts, std::int64_t stride) {
+  Sum total{};
+  for (int begin = 0; begin < parts; begin += kPartsAtOnce) {
+    Sum part[kPartsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      part[i] = begin + i < parts ? *first : Sum{};
+      first += stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      add_part(total, part[i]);
+    }
+  }
+  return total;
+}
+
+struct TokenScores {
+  float accumulated, normalized;
+};
+
+// sum: a token's weights over all rows. viewers: the probes that see it; 0 where it is not real.
+__device__ __forceinline__ TokenScores scores_of(float sum, int viewers, int query_heads) {
+  const float total = viewers > 0 ? sum / static_cast<float>(query_heads) : 0.0F;
+  return {total, viewers > 0 ? total / static_cast<float>(viewers) : 0.0F};
+}
+
+}  // namespace zipvl::cuda::probe

@@ -2,20 +2,21 @@
 // second's into scores. Each sum has one order, so the same bits come out on every run.
 #include <algorithm>
 
+#include "common/math.h"
 #include "cuda/common/launch.h"
-#include "cuda/probe_scores/probe_scores.h"
+#include "cuda/common/warp.cuh"
+#include "cuda/probe_scores/passes.h"
 #include "cuda/probe_scores/probes.cuh"
-#include "cuda/probe_scores/scores.cuh"
-#include "cuda/probe_scores/tile_math.cuh"
+#include "cuda/probe_scores/statistics.cuh"
 #include "cuda/ptx/sync.cuh"
 
-namespace zipvl::cuda {
+namespace zipvl::cuda::probe {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-static_assert(kThreads >= kMaxProbes);
-constexpr int kUnitRows = 64;
+constexpr int kWarps = kThreads / kWarpThreads;
+constexpr int kMaxProbes = static_cast<int>(plan::kProbeMaxProbes);
+static_assert(kThreads >= kMaxProbes, "a thread each");
 constexpr int kWordsPerWarp = 8;  // of the packed mask
 constexpr int kWordsPerBlock = kWarps * kWordsPerWarp;
 constexpr int kCombineGroups = 8;  // threads that share a row's partial sums
@@ -61,25 +62,27 @@ __device__ void write_limits(const ProbeScoresParams& params, int b) {
     params.row_limit[static_cast<std::int64_t>(b) * params.rows_padded + row] = limit_of_row(row);
   }
   const int units = params.rows_padded / kUnitRows;
-  for (int unit = threadIdx.x / 32; unit < units; unit += kWarps) {
-    const int lane = threadIdx.x % 32;
-    const int first = limit_of_row(unit * kUnitRows + lane), second = limit_of_row(unit * kUnitRows + 32 + lane);
-    const int least = __reduce_min_sync(0xFFFFFFFFU, min(first, second));
-    const int most = __reduce_max_sync(0xFFFFFFFFU, max(first, second));
+  for (int unit = threadIdx.x / kWarpThreads; unit < units; unit += kWarps) {
+    const int lane = threadIdx.x % kWarpThreads;
+    const int first = limit_of_row(unit * kUnitRows + lane),
+              second = limit_of_row(unit * kUnitRows + kWarpThreads + lane);
+    const int min_limit = __reduce_min_sync(kAllLanes, min(first, second));
+    const int max_limit = __reduce_max_sync(kAllLanes, max(first, second));
     if (lane == 0) {
-      reinterpret_cast<int2*>(params.unit_range)[static_cast<std::int64_t>(b) * units + unit] = make_int2(least, most);
+      reinterpret_cast<int2*>(params.unit_range)[static_cast<std::int64_t>(b) * units + unit] =
+          make_int2(min_limit, max_limit);
     }
   }
 }
 
 __device__ void pack_mask(const ProbeScoresParams& params, int b, int block) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const bool* mask = params.token_mask + b * params.mask_stride[0];
 #pragma unroll
   for (int i = 0; i < kWordsPerWarp; ++i) {
     const int word = block * kWordsPerBlock + i * kWarps + warp;
     const int token = word * 32 + lane;
-    const unsigned bits = __ballot_sync(0xFFFFFFFFU, token < params.tokens && mask[token * params.mask_stride[1]]);
+    const unsigned bits = __ballot_sync(kAllLanes, token < params.tokens && mask[token * params.mask_stride[1]]);
     if (lane == 0 && word < params.words) {
       params.mask_words[static_cast<std::int64_t>(b) * params.words + word] = bits;
     }
@@ -120,14 +123,14 @@ __device__ bool sees_some_key(const ProbeScoresParams& params, int b, int limit)
   return false;
 }
 
-struct Stats {
+struct MaxSum {
   float max, sum;
 };
 
 // Sums relative to the greater maximum. NaN in a sum stays.
-__device__ __forceinline__ Stats merge(Stats a, Stats b, float scale_log2) {
+__device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b, float scale_log2) {
   const float max = fmaxf(a.max, b.max);
-  const float base = base_of(max, scale_log2);
+  const float base = scaled_max(max, scale_log2);
   const float share_a = a.max == -INFINITY ? a.sum : a.sum * ptx::exp2(fmaf(a.max, scale_log2, -base));
   const float share_b = b.max == -INFINITY ? b.sum : b.sum * ptx::exp2(fmaf(b.max, scale_log2, -base));
   return {max, share_a + share_b};
@@ -144,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParam
   const int row = static_cast<int>(blockIdx.x) % blocks_each * kCombineRows + row_in_block;
   const auto* partial =
       reinterpret_cast<const float2*>(params.partial) + head * params.splits * params.rows_padded + row;
-  Stats stats{-INFINITY, 0.0F};
+  MaxSum stats{-INFINITY, 0.0F};
 #pragma unroll 4
   for (int split = split_group; split < params.splits; split += kCombineGroups) {
     const float2 one = partial[static_cast<std::int64_t>(split) * params.rows_padded];
@@ -162,7 +165,8 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(ProbeScoresParam
   const auto b = static_cast<int>(head / params.kv_heads);
   const int limit = params.row_limit[static_cast<std::int64_t>(b) * params.rows_padded + row];
   const bool sees = stats.sum == 0.0F && limit >= 0 && sees_some_key(params, b, limit);
-  params.row_lse[head * params.rows_padded + row] = log_sum_exp(base_of(stats.max, params.scale_log2), stats.sum, sees);
+  params.row_lse[head * params.rows_padded + row] =
+      log_sum_exp(scaled_max(stats.max, params.scale_log2), stats.sum, sees);
 }
 
 // A block takes 256 tokens of one batch row, a thread each. kProbesAreThere: the kernel before lets this one start when
@@ -221,16 +225,15 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
   params.normalized[at] = scores.normalized;
 }
 
-int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 }  // namespace
 
 cudaError_t launch_gather_rows(const ProbeScoresParams& params, cudaStream_t stream) {
   const std::int64_t pieces =
       static_cast<std::int64_t>(params.batch) * params.kv_heads * params.rows * (params.head_dim / kPieceElements);
   constexpr int kMaxBlocks = 1 << 16;
-  const GatherRoles roles{std::min(ceil_div(pieces, kThreads), kMaxBlocks), params.batch,
-                          ceil_div(params.words, kWordsPerBlock)};
+  const GatherRoles roles{
+      static_cast<int>(std::min<std::int64_t>(ceil_div<std::int64_t>(pieces, kThreads), kMaxBlocks)), params.batch,
+      ceil_div(params.words, kWordsPerBlock)};
   const int mask_blocks = params.mask_words == nullptr ? 0 : params.batch * roles.mask_blocks_each;
   return launch_dependent(&gather_rows_kernel,
                           static_cast<unsigned>(roles.limit_blocks + roles.gather_blocks + mask_blocks), kThreads, 0,
@@ -248,4 +251,4 @@ cudaError_t launch_finish_scores(const ProbeScoresParams& params, cudaStream_t s
                           static_cast<unsigned>(params.batch * blocks_each), kThreads, 0, stream, params, blocks_each);
 }
 
-}  // namespace zipvl::cuda
+}  // namespace zipvl::cuda::probe

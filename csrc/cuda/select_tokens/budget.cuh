@@ -1,10 +1,10 @@
-// How many tokens: the fewest whose budget scores reach a share of their sum.
+// How many tokens: the fewest whose budget scores reach a share of their sum (top-p over attention mass).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "cuda/select_tokens/descent.cuh"
+#include "cuda/select_tokens/radix_select.cuh"
 
 namespace zipvl::cuda::select {
 
@@ -14,10 +14,10 @@ struct Sums {
 
 // use(value) of each of the first n warps' `mine`, in order, in every thread.
 template <typename T, typename Use>
-__device__ void gather_warps(const T& mine, int n, Shared& shared, const Use& use) {
+__device__ void all_gather_warps(const T& mine, int n, Shared& shared, const Use& use) {
   static_assert(sizeof(T) == sizeof(uint4));
-  if (threadIdx.x % 32 == 0) {
-    memcpy(&shared.records[threadIdx.x / 32], &mine, sizeof(T));
+  if (threadIdx.x % kWarpThreads == 0) {
+    memcpy(&shared.records[threadIdx.x / kWarpThreads], &mine, sizeof(T));
   }
   __syncthreads();
 #pragma unroll
@@ -29,8 +29,8 @@ __device__ void gather_warps(const T& mine, int n, Shared& shared, const Use& us
 }
 
 // The sums of the row's scores where some are negative: rare, so it has a pass of its own over memory.
-template <int kItems, typename Team>
-__device__ Sums signed_sums(Team& team, const SelectTokensParams& params, std::int64_t b, const Keys<kItems>& keys,
+template <int kItems, typename Group>
+__device__ Sums signed_sums(Group& group, const SelectTokensParams& params, std::int64_t b, const Keys<kItems>& keys,
                             int first, Shared& shared) {
   Sums mine{};
 #pragma unroll
@@ -48,10 +48,10 @@ __device__ Sums signed_sums(Team& team, const SelectTokensParams& params, std::i
   }
   Sums sum{};
   const auto add = [&sum](const Sums& other) { sum = {sum.budget + other.budget, sum.rank + other.rank}; };
-  gather_warps(mine, kWarps, shared, add);
+  all_gather_warps(mine, kWarps, shared, add);
   const Sums of_block = sum;
   sum = {};
-  team.gather(0, of_block, team.size(), add);
+  group.all_gather(0, of_block, group.size(), add);
   return sum;
 }
 
@@ -59,39 +59,40 @@ __device__ Sums signed_sums(Team& team, const SelectTokensParams& params, std::i
 __device__ inline double power_of_two(int exponent) { return __hiloint2double((exponent + 1023) << 20, 0); }
 
 // p: the fewest real tokens whose largest budget scores sum to tau of the total. `sum`: the total where scores are
-// negative; else null. A bin's mass is an exact integer of 44 bits, shifted to the unit of the row's highest bin: sums
-// then stay below 2**62, and bins so far below the highest that bits fall off are rounded, each to half a unit, which
-// is less than 2**-61 * tokens of the largest score.
-template <int kItems, typename Team>
-__device__ int budget_by_mass(Team& team, const Keys<kItems>& keys, const Four& four, int top, const Sums* sum,
-                              const SelectTokensParams& params, MassBins* bins, Shared& shared) {
+// negative; else null. A bucket's mass is an exact integer of 44 bits, shifted to the unit of the row's highest bucket:
+// sums then stay below 2**62, and buckets so far below the highest that bits fall off are rounded, each to half a unit,
+// which is less than 2**-61 * tokens of the largest score.
+template <int kItems, typename Group>
+__device__ int budget_by_mass(Group& group, const Keys<kItems>& keys, const ThreadBuckets& buckets, int top,
+                              const Sums* sum, const SelectTokensParams& params, MassHistogram* mass_histogram,
+                              Shared& shared) {
   const int top_exponent = max(top / 8, 1);
   const int widest = 38 - (32 - __clz(params.tokens - 1));
-  const int first = group_of_thread() * kBinsEach;
-  // Groups of four bins share an exponent.
+  const int first = bucket_quad() * kBucketsPerThread;
+  // Groups of four buckets share an exponent.
   const int shift = widest - top_exponent + max(first / 8, 1);
-  std::uint64_t mass[kBinsEach], masses = 0;
+  std::uint64_t mass[kBucketsPerThread], masses = 0;
   std::uint32_t counts = 0;
 #pragma unroll
-  for (int i = 0; i < kBinsEach; ++i) {
-    mass[i] =
-        std::uint64_t{four.count[i]} * mass_of(static_cast<std::uint32_t>(first + i) << kFirstShift) + four.low[i];
-    counts += four.count[i];
+  for (int i = 0; i < kBucketsPerThread; ++i) {
+    mass[i] = std::uint64_t{buckets.count[i]} * mass_of(static_cast<std::uint32_t>(first + i) << kTopDigitShift) +
+              buckets.low[i];
+    counts += buckets.count[i];
   }
   if (shift >= 0) {
 #pragma unroll
-    for (int i = 0; i < kBinsEach; ++i) {
+    for (int i = 0; i < kBucketsPerThread; ++i) {
       mass[i] <<= shift;
       masses += mass[i];
     }
   } else if (counts != 0) {
 #pragma unroll
-    for (int i = 0; i < kBinsEach; ++i) {
+    for (int i = 0; i < kBucketsPerThread; ++i) {
       mass[i] = shift < -60 ? 0 : (mass[i] + (std::uint64_t{1} << (-shift - 1))) >> -shift;
       masses += mass[i];
     }
   }
-  const Prefix prefix = prefix_of<true>(masses, counts, shared.scan);
+  const ExclusiveSum prefix = exclusive_sum<true>(masses, counts, shared.scan);
   const double total =
       sum == nullptr ? __ull2double_rn(prefix.mass_total) : sum->budget * power_of_two(widest + 150 - top_exponent);
   const std::uint64_t share = __double2ull_ru(total * params.tau);
@@ -100,24 +101,26 @@ __device__ int budget_by_mass(Team& team, const Keys<kItems>& keys, const Four& 
   std::uint32_t above = prefix.count;
   if (before < need && need <= before + masses) {
 #pragma unroll
-    for (int i = kBinsEach - 1; i >= 0; --i) {
+    for (int i = kBucketsPerThread - 1; i >= 0; --i) {
       if (before < need && need <= before + mass[i]) {
         const std::uint64_t rest = need - before;
-        // In units of the bin's own keys, whose sum rounds to at least `rest`.
+        // In units of the bucket's own keys, whose sum rounds to at least `rest`.
         const std::uint64_t exact = shift >= 0 ? (rest + (std::uint64_t{1} << shift) - 1) >> shift
                                                : (rest << -shift) - (std::uint64_t{1} << (-shift - 1));
-        shared.cut = {exact, static_cast<std::uint32_t>(first + i) << kFirstShift, kFirstSpan, above, four.count[i]};
+        shared.threshold = {exact, static_cast<std::uint32_t>(first + i) << kTopDigitShift, kTopBucketSpan, above,
+                            buckets.count[i]};
       }
       before += mass[i];
-      above += four.count[i];
+      above += buckets.count[i];
     }
   }
   __syncthreads();
-  const Cut cut = resolve<true>(team, keys.budget, shared.cut, bins, shared);
-  __syncthreads();  // every thread has read the cut, and the ranks' may be written
-  const std::uint64_t value = mass_of(cut.lo);
-  const std::uint64_t ties = cut.need <= value ? 1 : (cut.need + value - 1) / value;  // rarely a division of 64 bits
-  return static_cast<int>(cut.above + ties);
+  const ThresholdBucket threshold = radix_select<true>(group, keys.budget, shared.threshold, mass_histogram, shared);
+  __syncthreads();  // every thread has read the threshold, and the ranks' may be written
+  const std::uint64_t value = mass_of(threshold.lo);
+  const std::uint64_t ties =
+      threshold.need <= value ? 1 : (threshold.need + value - 1) / value;  // rarely a division of 64 bits
+  return static_cast<int>(threshold.above + ties);
 }
 
 }  // namespace zipvl::cuda::select

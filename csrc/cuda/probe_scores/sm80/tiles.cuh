@@ -4,19 +4,20 @@
 
 #include <cstdint>
 
+#include "common/math.h"
+#include "cuda/common/warp.cuh"
+#include "cuda/probe_scores/probes.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace zipvl::cuda::probe::sm80 {
 
 constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kThreads = kWarpThreads * kWarps;
 constexpr int kWarpRows = 16;                   // M of a product
 constexpr int kBlockRows = kWarpRows * kWarps;  // held
 constexpr int kStreamRows = 64;
-constexpr int kUnitRows = 64;             // rows that share one range of limits
 constexpr int kScores = kStreamRows / 2;  // a thread's of a tile
-constexpr int kPieceElements = 8;         // 16 bytes
 static_assert(kBlockRows == 2 * kStreamRows, "the held rows pass through the two stream buffers");
 
 template <typename ElementType, int HeadDim>
@@ -25,7 +26,7 @@ struct Traits {
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kPieces = HeadDim / kPieceElements;
   // Rows in shared memory are a multiple of eight pieces, which the swizzle permutes.
-  static constexpr int kRowPieces = (kPieces + 7) / 8 * 8;
+  static constexpr int kRowPieces = round_up(kPieces, 8);
   static constexpr int kRowBytes = kRowPieces * 16;
   static constexpr int kTileBytes = kStreamRows * kRowBytes;
   static constexpr int kSharedBytes = 2 * kTileBytes;
@@ -87,7 +88,7 @@ template <typename Traits, typename HoldRows, typename Load, typename Use>
 __device__ __forceinline__ void stream_tiles(std::uint32_t shared, int first, int last,
                                              std::uint32_t (&held)[Traits::kSteps][4], HoldRows&& hold_rows,
                                              Load&& load, Use&& use) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   hold_rows(shared);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();

@@ -1,4 +1,4 @@
-// The loads and products that both passes share.
+// The loads and products that the passes share.
 #pragma once
 
 #include <cuda.h>
@@ -11,7 +11,7 @@
 
 namespace zipvl::cuda::probe::sm90 {
 
-// What comes before the first load.
+// Comes before the first load.
 template <typename Traits>
 __device__ __forceinline__ void begin(SharedStorage<Traits>& shared, const CUtensorMap* held,
                                       const CUtensorMap* stream) {
@@ -48,11 +48,30 @@ __device__ __forceinline__ void load_stream(SharedStorage<Traits>& shared, const
   }
 }
 
+constexpr int kRowBytes = kSlabColumns * 2;  // of a slab
+
+// s = 64 rows of a x rows of b^T, done on return.
+template <typename Traits, int kValues>
+__device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, int a_slab_bytes, std::uint64_t b,
+                                         int b_slab_bytes) {
+  using Product = ptx::Wgmma<typename Traits::Element, kValues * 2, false>;
+  ptx::wgmma_fence_operand(s);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+    const int slab = k / 4, in_slab = k % 4 * 32;
+    Product::ss(s, ptx::wgmma_advance(a, slab * a_slab_bytes + in_slab),
+                ptx::wgmma_advance(b, slab * b_slab_bytes + in_slab), k > 0);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_fence_operand(s);
+}
+
 // A consumer warpgroup: its 64 held rows, and its place in the stream.
 template <typename Traits>
 struct Consumer {
   static constexpr int kScores = Traits::kStreamRows / 2;  // a thread's of a tile
-  static constexpr int kSteps = Traits::kHeadDim / 16;
 
   SharedStorage<Traits>& shared;
   int warpgroup;
@@ -60,7 +79,7 @@ struct Consumer {
   PipelineState<Traits::kStages> place;
 
   // Asks for the warpgroup's rows of an item. All its warps are done with the rows before; the barrier says so.
-  __device__ __forceinline__ void request(const CUtensorMap* map, int first_row, int h, int b) {
+  __device__ __forceinline__ void load_held(const CUtensorMap* map, int first_row, int h, int b) {
     ptx::named_barrier_sync(1 + warpgroup, kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) {
       ptx::mbarrier_arrive_expect_tx(&shared.held_full[warpgroup], Traits::kHeldBytes);
@@ -73,29 +92,17 @@ struct Consumer {
   }
 
   // Waits for them.
-  __device__ __forceinline__ void hold() {
+  __device__ __forceinline__ void wait_held() {
     ptx::mbarrier_wait(&shared.held_full[warpgroup], held_parity);
     held_parity ^= 1;
   }
 
-  __device__ __forceinline__ void await_tile() { ptx::mbarrier_wait(&shared.full[place.index], place.phase); }
+  __device__ __forceinline__ void wait_tile() { ptx::mbarrier_wait(&shared.full[place.index], place.phase); }
 
   // s = held rows x tile rows^T, done on return.
-  __device__ __forceinline__ void multiply(float (&s)[kScores]) const {
-    const std::uint64_t held = ptx::wgmma_descriptor(shared.held[warpgroup]);
-    const std::uint64_t tile = ptx::wgmma_descriptor(shared.stream[place.index]);
-    ptx::wgmma_fence_operand(s);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      using Product = ptx::Wgmma<typename Traits::Element, Traits::kStreamRows, false>;
-      const int slab = k / 4, in_slab = k % 4 * 32;
-      const std::uint64_t b = ptx::wgmma_advance(tile, slab * Traits::kStreamRows * 128 + in_slab);
-      Product::ss(s, ptx::wgmma_advance(held, slab * kUnitRows * 128 + in_slab), b, k > 0);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_operand(s);
+  __device__ __forceinline__ void multiply_tile(float (&s)[kScores]) const {
+    multiply<Traits>(s, ptx::wgmma_descriptor(shared.held[warpgroup]), kUnitRows * kRowBytes,
+                     ptx::wgmma_descriptor(shared.stream[place.index]), Traits::kStreamRows * kRowBytes);
   }
 
   // This warp is done with the tile.

@@ -5,15 +5,16 @@
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "cuda/common/pipeline.cuh"
+#include "cuda/common/warp.cuh"
+#include "cuda/probe_scores/probes.cuh"
 #include "cuda/ptx/shared_address.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
 
-constexpr int kWarpThreads = 32;
-constexpr int kWarpgroupThreads = 128;
 constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
-constexpr int kUnitRows = 64;     // of a warpgroup: M of its products
+static_assert(kUnitRows == 64, "a warpgroup's rows: M of its products");
 
 // The block's dynamic shared memory from the first multiple of 1,024 bytes on, as the swizzle asks for.
 template <typename Storage>
@@ -34,8 +35,8 @@ struct Traits {
   static constexpr int kBlockRows = kUnitRows * kConsumers;
   static constexpr int kThreads = kConsumers * kWarpgroupThreads + kWarpThreads;  // the last warp loads
   static constexpr int kStreamRows = HeadDim == 256 ? 64 : 128;
-  static constexpr int kSlabs = (HeadDim + kSlabColumns - 1) / kSlabColumns;
-  // What 227 KiB hold beside the 256 rows: 128 KiB of them at D 256, 64 at D 128 and 96.
+  static constexpr int kSlabs = ceil_div(HeadDim, kSlabColumns);
+  // As many as 227 KiB hold beside the 256 rows: 128 KiB of them at D 256, 64 at D 128 and 96.
   static constexpr int kStages = HeadDim == 256 ? 3 : HeadDim == 64 ? 8 : 4;
   static constexpr int kHeldElements = kSlabs * kUnitRows * kSlabColumns;  // of one warpgroup
   static constexpr int kStreamElements = kSlabs * kStreamRows * kSlabColumns;
@@ -55,9 +56,9 @@ struct SharedStorage {
 
 // Work items of a persistent block, in waves of one item a block. A block's place moves from wave to wave: items differ
 // in length by their place, and so no block gets the long ones every time.
-class ItemWalk {
+class TileScheduler {
  public:
-  __device__ __forceinline__ explicit ItemWalk(int items) : place_(static_cast<int>(blockIdx.x)), items_(items) {
+  __device__ __forceinline__ explicit TileScheduler(int items) : place_(static_cast<int>(blockIdx.x)), items_(items) {
     skip_missing();
   }
   __device__ __forceinline__ bool valid() const { return wave_start_ < items_; }

@@ -3,9 +3,7 @@
 // token is counted while it runs.
 #include "cuda/common/launch.h"
 #include "cuda/probe_scores/probes.cuh"
-#include "cuda/probe_scores/scores.cuh"
 #include "cuda/ptx/sync.cuh"
-#include "cuda/select_tokens/block_team.cuh"
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
@@ -27,10 +25,10 @@ struct SummedScores {
   static __device__ int first_token(int quad) { return 4 * (static_cast<int>(threadIdx.x) + quad * kThreads); }
 
   __device__ SummedScores(const ProbeScoresParams& of, std::int64_t row) : from(of), b(row), viewers{} {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % kWarpThreads;
     for (int begin = 0; begin < from.probes; begin += 32) {
       const int probe = begin + lane;
-      const int limit = probe < from.probes ? limit_of(from, new_probe_position(from, b, probe)) : -1;
+      const int limit = probe < from.probes ? probe::limit_of(from, probe::new_probe_position(from, b, probe)) : -1;
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
         const int n = first_token(quad), first = n - 4 * lane, last = min(first + 128, from.tokens) - 1;  // of the warp
@@ -60,9 +58,10 @@ struct SummedScores {
       const int n = first_token(quad);
       if (n < tokens) {
         const float4 sum = sums_of_quad(sums + n, parts, tokens, min(tokens - n, 4));
-        const TokenScores scores[] = {
-            scores_of(sum.x, viewers[quad][0], from.query_heads), scores_of(sum.y, viewers[quad][1], from.query_heads),
-            scores_of(sum.z, viewers[quad][2], from.query_heads), scores_of(sum.w, viewers[quad][3], from.query_heads)};
+        const probe::TokenScores scores[] = {probe::scores_of(sum.x, viewers[quad][0], from.query_heads),
+                                             probe::scores_of(sum.y, viewers[quad][1], from.query_heads),
+                                             probe::scores_of(sum.z, viewers[quad][2], from.query_heads),
+                                             probe::scores_of(sum.w, viewers[quad][3], from.query_heads)};
         *reinterpret_cast<float4*>(accumulated + n) = {scores[0].accumulated, scores[1].accumulated,
                                                        scores[2].accumulated, scores[3].accumulated};
         *reinterpret_cast<float4*>(normalized + n) = {scores[0].normalized, scores[1].normalized, scores[2].normalized,
@@ -80,7 +79,7 @@ struct SummedScores {
 
   // The first `there` tokens of a quad; 0 for the others.
   static __device__ float4 sums_of_quad(const float* first, int parts, int tokens, int there) {
-    return tokens % 4 == 0 ? sum_of_parts(reinterpret_cast<const float4*>(first), parts, tokens / 4)
+    return tokens % 4 == 0 ? probe::sum_of_parts(reinterpret_cast<const float4*>(first), parts, tokens / 4)
                            : sums_apart(first, parts, tokens, there);
   }
 
@@ -91,7 +90,7 @@ struct SummedScores {
     for (int c = 0; c < 4; ++c) {
 #pragma unroll 1
       for (int part = 0; part < parts && c < there; ++part) {
-        add_part(sum[c], first[static_cast<std::int64_t>(part) * tokens + c]);
+        probe::add_part(sum[c], first[static_cast<std::int64_t>(part) * tokens + c]);
       }
     }
     return {sum[0], sum[1], sum[2], sum[3]};
@@ -106,15 +105,15 @@ __global__ void __launch_bounds__(kThreads, 1) by_block_of_sums(const __grid_con
   ptx::launch_dependent_grids();
   const SummedScores scores(from, blockIdx.x);
   ptx::wait_on_dependent_grids();
-  BlockTeam<kItems / 8> team;
-  select_row<kItems>(team, scores, blockIdx.x, params, reinterpret_cast<MassBins*>(&shared + 1), shared);
+  BlockGroup<kItems / 8> group;
+  select_row<kItems>(group, scores, blockIdx.x, params, reinterpret_cast<MassHistogram*>(&shared + 1), shared);
 }
 
 }  // namespace
 }  // namespace select
 
 cudaError_t launch_select_sums(const SelectTokensParams& params, const ProbeScoresParams& from, cudaStream_t stream) {
-  constexpr std::size_t kSharedBytes = sizeof(select::Shared) + select::kItems / 8 * sizeof(select::MassBins);
+  constexpr std::size_t kSharedBytes = sizeof(select::Shared) + select::kItems / 8 * sizeof(select::MassHistogram);
   const cudaError_t allowed = cudaFuncSetAttribute(
       select::by_block_of_sums, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
   if (allowed != cudaSuccess) {

@@ -1,4 +1,4 @@
-// Launch of the probe draw on CUDA. No Torch.
+// The parameters and the launch of the probe draw on CUDA, a block a row. No Torch.
 #pragma once
 
 #include <cuda_runtime_api.h>

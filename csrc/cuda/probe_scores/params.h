@@ -1,4 +1,4 @@
-// Launch of probe_scores on CUDA. No Torch.
+// The parameters of probe_scores' kernels, how a plan fills them, and the launch of either family. No Torch.
 //
 // Rows: the probes of the query heads that share a key/value head, row = probe * group + head, `rows` of them, padded
 // to `rows_padded`. Two passes over the scores of rows and keys, neither of which writes a score: the first finds each
@@ -10,7 +10,8 @@
 #include <cstdint>
 
 #include "common/probe_draw.h"
-#include "cuda/common/tensor_map.h"
+#include "cuda/common/element.h"
+#include "cuda/probe_scores/plan.h"
 
 namespace zipvl::cuda {
 
@@ -32,14 +33,14 @@ struct ProbeScoresParams {
   // `sums`.
   void* probe_rows;           // [batch, kv_heads, rows, head_dim]
   std::int32_t* row_limit;    // [batch, rows_padded]: the last key a row may see; -1 where the row is no probe
-  std::int32_t* unit_range;   // [batch, rows_padded / 64, 2]: least and greatest limit of 64 rows
+  std::int32_t* unit_range;   // [batch, rows_padded / 64, 2]: minimum and maximum limit of 64 rows
   std::uint32_t* mask_words;  // [batch, words]: token_mask as bits, 0 past the end; null where there is no mask
   float* partial;             // [batch, kv_heads, splits, rows_padded, 2]: maximum and sum of a row over a key chunk
   float* row_lse;             // [batch, kv_heads, rows_padded]: log2 of the sum of a row's 2**(scale_log2 * score)
   float* sums;                // [batch, kv_heads, row_splits, tokens]: weights of a key, summed over rows
 
   Element element;
-  int head_dim;  // 64, 96, 128 or 256
+  int head_dim;  // one of kHeadDims
   int batch, query_heads, kv_heads, tokens, probes;
   int rows, rows_padded, words;
   int cluster_blocks;  // of the kernel that takes both passes and gathers by itself; 0: launches as below
@@ -50,19 +51,34 @@ struct ProbeScoresParams {
   int num_sms;
 };
 
-constexpr int kMaxProbes = 256;  // a thread each in the kernels that read them
+inline void take_plan(ProbeScoresParams& params, const plan::ProbeScoresCudaPlan& plan) {
+  params.rows = static_cast<int>(plan.rows);
+  params.rows_padded = static_cast<int>(plan.rows_padded);
+  params.words = static_cast<int>(plan.words);
+  params.cluster_blocks = static_cast<int>(plan.cluster_blocks);
+  params.chunk_keys = static_cast<int>(plan.chunk_keys);
+  params.splits = static_cast<int>(plan.splits);
+  params.row_splits = static_cast<int>(plan.row_splits);
+}
+
+// bytes: device memory of space.bytes bytes, aligned to 256.
+inline void place_workspace(ProbeScoresParams& params, const plan::ProbeScoresWorkspace& space, unsigned char* bytes) {
+  params.probe_rows = bytes + space.probe_rows;
+  params.row_limit = reinterpret_cast<std::int32_t*>(bytes + space.row_limit);
+  params.unit_range = reinterpret_cast<std::int32_t*>(bytes + space.unit_range);
+  params.mask_words =
+      params.token_mask == nullptr ? nullptr : reinterpret_cast<std::uint32_t*>(bytes + space.mask_words);
+  params.partial = reinterpret_cast<float*>(bytes + space.partial);
+  params.row_lse = reinterpret_cast<float*>(bytes + space.row_lse);
+  params.sums = reinterpret_cast<float*>(bytes + space.sums);
+}
 
 // Hopper's wgmma and TMA; k must satisfy probe_scores_fits_sm90.
 cudaError_t launch_probe_scores_sm90(const ProbeScoresParams& params, cudaStream_t stream);
 bool probe_scores_fits_sm90(const ProbeScoresParams& params);
 
-// mma.sync and cp.async; rows of k must be aligned to 16 bytes (probe_scores_fits_sm80).
+// mma.sync and cp.async; k must satisfy probe_scores_fits_sm80: its rows begin at multiples of 16 bytes.
 cudaError_t launch_probe_scores_sm80(const ProbeScoresParams& params, cudaStream_t stream);
 bool probe_scores_fits_sm80(const ProbeScoresParams& params);
-
-// What both families share (rows.cu), to be launched in this order with the passes between.
-cudaError_t launch_gather_rows(const ProbeScoresParams& params, cudaStream_t stream);   // then the first pass
-cudaError_t launch_combine_rows(const ProbeScoresParams& params, cudaStream_t stream);  // then the second pass
-cudaError_t launch_finish_scores(const ProbeScoresParams& params, cudaStream_t stream);
 
 }  // namespace zipvl::cuda

@@ -1,18 +1,18 @@
-// Launches of both passes for one element type and head dimension; instantiated in hdim*.cu.
+// Launches of Hopper's kernels for one element type and head dim, with the tensor maps they read by.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
 
 #include "cuda/common/launch.h"
+#include "cuda/common/tensor_map.h"
+#include "cuda/probe_scores/passes.h"
 #include "cuda/probe_scores/sm90/cluster_passes.cuh"
-#include "cuda/probe_scores/sm90/first_pass.cuh"
-#include "cuda/probe_scores/sm90/launch.h"
-#include "cuda/probe_scores/sm90/second_pass.cuh"
+#include "cuda/probe_scores/sm90/passes.cuh"
 
 namespace zipvl::cuda::probe::sm90 {
+
+constexpr int kSharedAlignment = 1024;   // of a kernel's; the launch aligns dynamic shared memory to 16 bytes only
+constexpr int kMaxSharedBytes = 232448;  // of a block: 227 KiB
 
 // Keys or gathered probe rows [batch, kv_heads, size, head_dim], `box_rows` rows of one slab at a time.
 inline TensorMapView keys_view(const ProbeScoresParams& params, int box_rows) {
@@ -38,8 +38,7 @@ template <typename Traits>
 cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams, const CUtensorMap, const CUtensorMap), int items,
                         const TensorMapView& held, const TensorMapView& stream_view, const ProbeScoresParams& params,
                         cudaStream_t stream) {
-  constexpr int kSharedBytes =
-      sizeof(SharedStorage<Traits>) + 1024;  // dynamic shared memory is aligned to 16 bytes only
+  constexpr int kSharedBytes = sizeof(SharedStorage<Traits>) + kSharedAlignment;
   CUtensorMap held_map, stream_map;
   if (const cudaError_t error = make_tensor_map(held, &held_map); error != cudaSuccess) {
     return error;
@@ -56,37 +55,42 @@ cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams, const CUtensorMa
 }
 
 template <typename ElementType, int HeadDim>
-cudaError_t launch_first_pass(const ProbeScoresParams& params, cudaStream_t stream) {
+cudaError_t Passes<ElementType, HeadDim>::row_statistics(const ProbeScoresParams& params, cudaStream_t stream) {
   using Tr = Traits<ElementType, HeadDim>;
-  static_assert(sizeof(SharedStorage<Tr>) + 1024 <= 232448, "a block's shared memory");
-  return launch_pass<Tr>(&probe_rows_sm90<Tr>, first_items<Tr>(params), rows_view(params, kUnitRows),
+  static_assert(sizeof(SharedStorage<Tr>) + kSharedAlignment <= kMaxSharedBytes, "a block's shared memory");
+  return launch_pass<Tr>(&probe_rows_sm90<Tr>, row_items<Tr>(params), rows_view(params, kUnitRows),
                          keys_view(params, Tr::kStreamRows), params, stream);
 }
 
 template <typename ElementType, int HeadDim>
-cudaError_t launch_second_pass(const ProbeScoresParams& params, cudaStream_t stream) {
+cudaError_t Passes<ElementType, HeadDim>::column_sums(const ProbeScoresParams& params, cudaStream_t stream) {
   using Tr = Traits<ElementType, HeadDim>;
-  return launch_pass<Tr>(&probe_columns_sm90<Tr>, second_items<Tr>(params), keys_view(params, kUnitRows),
+  return launch_pass<Tr>(&probe_columns_sm90<Tr>, key_items<Tr>(params), keys_view(params, kUnitRows),
                          rows_view(params, Tr::kStreamRows), params, stream);
 }
 
 template <typename ElementType, int HeadDim>
-cudaError_t launch_both_passes(const ProbeScoresParams& params, cudaStream_t stream) {
-  using Tr = ClusterTraits<ElementType, HeadDim>;
-  constexpr int kSharedBytes = sizeof(ClusterShared<Tr>) + 1024;  // as above
-  static_assert(kSharedBytes <= 232448, "a block's shared memory");
-  CUtensorMap keys;
-  if (const cudaError_t error = make_tensor_map(keys_view(params, Tr::kTileKeys), &keys); error != cudaSuccess) {
-    return error;
+cudaError_t Passes<ElementType, HeadDim>::both(const ProbeScoresParams& params, cudaStream_t stream) {
+  if constexpr (!kClusters) {
+    return cudaErrorInvalidValue;
+  } else {
+    using Tr = ClusterTraits<ElementType, HeadDim>;
+    constexpr int kSharedBytes = sizeof(ClusterShared<Tr>) + kSharedAlignment;
+    static_assert(kSharedBytes <= kMaxSharedBytes, "a block's shared memory");
+    CUtensorMap keys;
+    if (const cudaError_t error = make_tensor_map(keys_view(params, Tr::kTileKeys), &keys); error != cudaSuccess) {
+      return error;
+    }
+    const auto kernel = &probe_cluster_sm90<Tr>;
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+        error != cudaSuccess) {
+      return error;
+    }
+    const int blocks = params.batch * params.kv_heads * params.row_splits * params.cluster_blocks;
+    return launch_dependent_clusters(kernel, static_cast<unsigned>(params.cluster_blocks),
+                                     static_cast<unsigned>(blocks), Tr::kThreads, kSharedBytes, stream, params, keys);
   }
-  const auto kernel = &probe_cluster_sm90<Tr>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  const int blocks = params.batch * params.kv_heads * params.row_splits * params.cluster_blocks;
-  return launch_dependent_clusters(kernel, static_cast<unsigned>(params.cluster_blocks), static_cast<unsigned>(blocks),
-                                   Tr::kThreads, kSharedBytes, stream, params, keys);
 }
 
 }  // namespace zipvl::cuda::probe::sm90

@@ -1,33 +1,24 @@
-// What both kernel families do with a tile of scores in registers. A thread's s[4 * j + 2 * i + c] stands at row
-// lane / 4 + 8 * i of its warp's 16 and column 8 * j + 2 * (lane % 4) + c: the accumulators of mma.sync and of wgmma.
+// Both kernel families reduce a tile of scores in registers with this: row statistics (maximum, sum, log-sum-exp) in
+// the first pass, column sums of weights in the second. A thread's s[4 * j + 2 * i + c] stands at row lane / 4 + 8 * i
+// of its warp's 16 and column 8 * j + 2 * (lane % 4) + c: the accumulators of mma.sync and of wgmma.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/exp2.cuh"
 
-namespace zipvl::cuda {
+namespace zipvl::cuda::probe {
 
-// The same result in all four lanes that share a row.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFU, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFU, x, 2);
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, 2));
-}
-
-// What scaled scores are measured from; a maximum over nothing counts as 0, so that nothing weighs 0 and not NaN.
-__device__ __forceinline__ float base_of(float max, float scale_log2) {
+// The base of scaled scores; a maximum over nothing counts as 0, so that nothing weighs 0 and not NaN.
+__device__ __forceinline__ float scaled_max(float max, float scale_log2) {
   return max == -INFINITY ? 0.0F : max * scale_log2;
 }
 
 // First pass: this thread's share of two rows, over the keys so far. fmaxf passes over NaN; the sum keeps it.
-struct RowStats {
+struct RowStatistics {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0F, 0.0F};
 
@@ -35,19 +26,19 @@ struct RowStats {
   __device__ __forceinline__ void add(const float (&s)[kValues], float scale_log2) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float most[2] = {max[i], s[2 * i + 1]};
+      float new_max[2] = {max[i], s[2 * i + 1]};
 #pragma unroll
       for (int j = 0; j < kValues / 4; ++j) {
-        most[0] = fmaxf(most[0], s[4 * j + 2 * i]);
-        most[1] = fmaxf(most[1], s[4 * j + 2 * i + 1]);
+        new_max[0] = fmaxf(new_max[0], s[4 * j + 2 * i]);
+        new_max[1] = fmaxf(new_max[1], s[4 * j + 2 * i + 1]);
       }
-      most[0] = fmaxf(most[0], most[1]);
-      const float base = base_of(most[0], scale_log2);
+      new_max[0] = fmaxf(new_max[0], new_max[1]);
+      const float base = scaled_max(new_max[0], scale_log2);
       float total[2] = {sum[i] * ptx::exp2(fmaf(max[i], scale_log2, -base)), 0.0F};
       if (max[i] == -INFINITY) {
         total[0] = sum[i];  // 0, or NaN where every score so far was NaN
       }
-      max[i] = most[0];
+      max[i] = new_max[0];
 #pragma unroll
       for (int j = 0; j < kValues / 4; ++j) {
 #pragma unroll
@@ -63,11 +54,11 @@ struct RowStats {
   __device__ __forceinline__ void reduce(float scale_log2) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float most = quad_max(max[i]);
-      const float base = base_of(most, scale_log2);
+      const float row_max = quad_max(max[i]);
+      const float base = scaled_max(row_max, scale_log2);
       const float share = max[i] == -INFINITY ? sum[i] : sum[i] * ptx::exp2(fmaf(max[i], scale_log2, -base));
       sum[i] = quad_sum(share);
-      max[i] = most;
+      max[i] = row_max;
     }
   }
 };
@@ -81,8 +72,8 @@ __device__ __forceinline__ float log_sum_exp(float base, float sum, bool sees) {
 // Scores of keys a row may not see become -inf. `limit`: the last key of each of the thread's two rows; `words`: which
 // of the tile's keys are real, a bit each.
 template <int kValues>
-__device__ __forceinline__ void hide_keys(float (&s)[kValues], const int (&limit)[2], int first_key,
-                                          const std::uint32_t (&words)[kValues / 16]) {
+__device__ __forceinline__ void apply_mask(float (&s)[kValues], const int (&limit)[2], int first_key,
+                                           const std::uint32_t (&words)[kValues / 16]) {
   const int column = 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int j = 0; j < kValues / 4; ++j) {
@@ -103,8 +94,8 @@ __device__ __forceinline__ void hide_keys(float (&s)[kValues], const int (&limit
 // Second pass: adds to `sum` the weights of the thread's two keys over the tile's rows. lse, limit: of those rows, in
 // shared memory. kMasked: some row may not see some key; a hidden weight is left out, whatever its score.
 template <bool kMasked, int kValues>
-__device__ __forceinline__ void add_weights(float (&sum)[2], const float (&s)[kValues], const float* lse,
-                                            const std::int32_t* limit, int first_key, float scale_log2) {
+__device__ __forceinline__ void add_column_sums(float (&sum)[2], const float (&s)[kValues], const float* lse,
+                                                const std::int32_t* limit, int first_key, float scale_log2) {
   const int column = 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int j = 0; j < kValues / 4; ++j) {
@@ -126,4 +117,4 @@ __device__ __forceinline__ void add_weights(float (&sum)[2], const float (&s)[kV
   }
 }
 
-}  // namespace zipvl::cuda
+}  // namespace zipvl::cuda::probe

@@ -1,9 +1,9 @@
-// A row's scores into registers, as keys.
+// A row's scores into registers, as keys: integers in the order of the scores.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/select_tokens/bins.cuh"
+#include "cuda/select_tokens/histogram.cuh"
 
 namespace zipvl::cuda::select {
 
@@ -23,11 +23,12 @@ struct Keys {
 
   // The place in the block of a quad's first token.
   static __device__ int place(int quad) {
-    return static_cast<int>(threadIdx.x) / 32 * (32 * kItems) + quad * 128 + static_cast<int>(threadIdx.x % 32) * 4;
+    return static_cast<int>(threadIdx.x) / kWarpThreads * (32 * kItems) + quad * 128 +
+           static_cast<int>(threadIdx.x % kWarpThreads) * 4;
   }
 };
 
-// What does not lie side by side, or ends within the quad. Apart, so that its code stays out of the usual way.
+// For quads that do not lie side by side, or end within. Apart, so that its code stays out of the usual way.
 static __device__ __noinline__ std::uint32_t load_masks_apart(const bool* mask, std::int64_t stride, int n,
                                                               int tokens) {
   std::uint32_t bytes = 0;
@@ -88,9 +89,9 @@ struct GivenScores {
   }
 };
 
-// What a lane knows of its tokens.
-struct Seen {
-  std::uint32_t flags;  // bit i: bin kNotFiniteBin + i counts it
+// The facts about a lane's tokens.
+struct LaneSummary {
+  std::uint32_t flags;  // bit i: bucket kNotFiniteBucket + i counts it
   std::uint32_t real;   // tokens
 };
 
@@ -99,8 +100,8 @@ __device__ inline std::uint32_t bits_of(std::uint32_t bytes) { return (bytes * 0
 
 // The keys of the block's tokens, the first of which is `first`; clear() runs while scores are on their way.
 template <int kItems, typename Scores, typename Clear>
-__device__ Seen load(Keys<kItems>& keys, const Scores& scores, const SelectTokensParams& params, std::int64_t b,
-                     int first, const Clear& clear) {
+__device__ LaneSummary load(Keys<kItems>& keys, const Scores& scores, const SelectTokensParams& params, std::int64_t b,
+                            int first, const Clear& clear) {
   static_assert(kItems <= 32, "a bit a token");
   const bool* real_mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
   const bool* keep_mask = params.keep_mask == nullptr ? nullptr : params.keep_mask + b * params.keep_stride[0];

@@ -1,8 +1,0 @@
-#include "cuda/probe_scores/sm80/launch_passes.cuh"
-
-namespace zipvl::cuda::probe::sm80 {
-template cudaError_t launch_first_pass<__half, 64>(const ProbeScoresParams&, cudaStream_t);
-template cudaError_t launch_second_pass<__half, 64>(const ProbeScoresParams&, cudaStream_t);
-template cudaError_t launch_first_pass<__nv_bfloat16, 64>(const ProbeScoresParams&, cudaStream_t);
-template cudaError_t launch_second_pass<__nv_bfloat16, 64>(const ProbeScoresParams&, cudaStream_t);
-}  // namespace zipvl::cuda::probe::sm80

@@ -1,8 +1,0 @@
-#include "cuda/probe_scores/sm90/launch_passes.cuh"
-
-namespace zipvl::cuda::probe::sm90 {
-template cudaError_t launch_first_pass<__half, 256>(const ProbeScoresParams&, cudaStream_t);
-template cudaError_t launch_second_pass<__half, 256>(const ProbeScoresParams&, cudaStream_t);
-template cudaError_t launch_first_pass<__nv_bfloat16, 256>(const ProbeScoresParams&, cudaStream_t);
-template cudaError_t launch_second_pass<__nv_bfloat16, 256>(const ProbeScoresParams&, cudaStream_t);
-}  // namespace zipvl::cuda::probe::sm90
