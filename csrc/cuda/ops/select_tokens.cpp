@@ -40,7 +40,6 @@ SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens,
   params.min_tokens = static_cast<int>(std::min(min_tokens, tokens));
   params.tau = tau;
   params.ratio = ratio.value_or(0.0);
-  params.dense_above = 1.0;
   params.blocks_per_row = static_cast<int>(plan.blocks_per_row);
   params.tokens_per_block = static_cast<int>(plan.tokens_per_block);
   params.row_groups = static_cast<int>(plan.row_groups);

@@ -38,7 +38,7 @@ ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Ten
 // What a device offers to select_tokens.
 plan::SelectTokensPlan select_tokens_plan(std::int64_t batch, std::int64_t tokens, int device);
 
-// Without scores, keep_from, results and workspace; dense_above is 1.
+// Without scores, keep_from, results and workspace.
 SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens, const plan::SelectTokensPlan& plan,
                                         double tau, std::optional<double> ratio, std::int64_t min_tokens,
                                         const std::optional<Tensor>& keep_mask,

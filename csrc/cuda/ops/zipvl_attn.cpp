@@ -92,7 +92,6 @@ void launch_selection(const LayerCall& call, const checks::AttentionSizes& sizes
   select.budget_stride[1] = select.rank_stride[1] = 1;
   select.keep_from = call.token_mask ? words(at.keep_from) : nullptr;
   select.keep_last = static_cast<int>(std::min(call.keep_recent, sizes.tokens));
-  select.dense_above = call.dense_above;
   select.index = result.index.mutable_data_ptr<std::int32_t>();
   select.count = result.count.mutable_data_ptr<std::int32_t>();
   select.workspace = steps.select.workspace_bytes > 0 ? space + at.select_tokens : nullptr;
@@ -148,7 +147,7 @@ std::optional<LayerResult> run(const LayerCall& call, bool returns_packed) {
   const auto sizes =
       checks::layer(call.op, call.q, call.k, call.v, call.tau, call.ratio, call.num_recent, call.num_random, call.seed,
                     call.keep_recent, call.min_tokens, call.scale, call.keep_mask, call.token_mask, call.dense_above);
-  if (sizes.batch == 0 || sizes.tokens == 0) {
+  if (sizes.batch == 0 || sizes.tokens == 0 || call.dense_above < 1.0) {
     return std::nullopt;
   }
   const int device = call.q.get_device_index();

@@ -25,8 +25,7 @@ struct SelectTokensParams {
   int min_tokens;  // at most `tokens`
   int keep_last;   // at most `tokens`
   double tau;
-  double ratio;        // 0: the budget is by tau
-  double dense_above;  // in (0, 1]: a row with more than this share of its real tokens selected has all of them
+  double ratio;  // 0: the budget is by tau
 
   int blocks_per_row;    // that share a row's tokens
   int tokens_per_block;  // 4,096, 8,192 or 16,384

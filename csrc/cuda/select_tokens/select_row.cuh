@@ -247,7 +247,6 @@ __device__ void select_row(Group& group, const Scores& scores, std::int64_t b, c
                               params, mass_histogram, shared);
     }
     target = min(max(max(target, row.kept), params.min_tokens), row.real);
-    target = target > params.dense_above * row.real ? row.real : target;
   }
   ThresholdBucket threshold{0, kNotReal, 0, 0, 0};  // every real token
   if (target < row.real) {
