@@ -7,10 +7,10 @@
 #include "hopper_host.h"
 #include "scored_layer.h"
 
-namespace zipvl::cuda::probe::sm90 {
+namespace zipvl::cuda::probe_scores::sm90 {
 alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared_bytes);
-}  // namespace zipvl::cuda::probe::sm90
+}  // namespace zipvl::cuda::probe_scores::sm90
 
 namespace {
 
@@ -34,7 +34,7 @@ void check(emulated::Report& report, const char* name, bool clusters) {
           params.probe_index = nullptr;
           params.draw = zipvl::draw_probes(c.tokens, c.recent, c.random, c.seed);
         }
-        probe::launch_passes<probe::sm90::Passes<Token, D>>(params, nullptr);
+        probe_scores::launch_passes<probe_scores::sm90::Passes<Token, D>>(params, nullptr);
       },
       clusters);
   report(probes && error < 1e-4,

@@ -14,16 +14,16 @@
 #include "scored_layer.h"
 
 namespace zipvl::cuda {
-namespace select {
+namespace select_tokens {
 namespace {
 alignas(16) thread_local uint4 dynamic_shared[emulated::kSharedBytes / sizeof(uint4)];
 const emulated::DynamicShared registered(reinterpret_cast<unsigned char*>(dynamic_shared));
 }  // namespace
-}  // namespace select
-namespace probe::sm80 {
+}  // namespace select_tokens
+namespace probe_scores::sm80 {
 alignas(1024) thread_local unsigned char shared_bytes[emulated::kSharedBytes];
 const emulated::DynamicShared registered(shared_bytes);
-}  // namespace probe::sm80
+}  // namespace probe_scores::sm80
 }  // namespace zipvl::cuda
 
 namespace {
@@ -205,7 +205,7 @@ struct Sums {
       }
     }
     from.cluster_blocks = uniform(0, 1);
-    probe::launch_finish_scores(from, nullptr);
+    probe_scores::launch_finish_scores(from, nullptr);
     from.probe_index = drawn ? nullptr : positions.data();
     SelectTokensParams params{};
     params.token_mask = from.token_mask;
@@ -255,7 +255,9 @@ int main(int count, char** arguments) {
     const emulated::Case& c = layer.c;
     const bool probes = layer.probe_index();
     const double scores = layer.probe_scores(
-        [](const ProbeScoresParams& params) { probe::launch_passes<probe::sm80::Passes<Token, D>>(params, nullptr); },
+        [](const ProbeScoresParams& params) {
+          probe_scores::launch_passes<probe_scores::sm80::Passes<Token, D>>(params, nullptr);
+        },
         /*clusters=*/false);
     const bool selection = layer.select_tokens(), packed = layer.pack_kv();
     Sums sums;

@@ -9,12 +9,12 @@
 #include "hopper_host.h"
 #include "reference.h"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 namespace {
 alignas(128) thread_local uint4 dynamic_shared[emulated::kSharedBytes / sizeof(uint4)];
 const emulated::DynamicShared registered(reinterpret_cast<unsigned char*>(dynamic_shared));
 }  // namespace
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens
 
 namespace {
 

@@ -14,7 +14,7 @@ bool probe_scores_fits_sm80(const ProbeScoresParams& params) {
 
 cudaError_t launch_probe_scores_sm80(const ProbeScoresParams& params, cudaStream_t stream) {
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
-    return probe::launch_passes<probe::sm80::Passes<ElementType, HeadDim>>(params, stream);
+    return probe_scores::launch_passes<probe_scores::sm80::Passes<ElementType, HeadDim>>(params, stream);
   });
 }
 
@@ -30,7 +30,7 @@ bool probe_scores_fits_sm90(const ProbeScoresParams& params) {
 
 cudaError_t launch_probe_scores_sm90(const ProbeScoresParams& params, cudaStream_t stream) {
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
-    return probe::launch_passes<probe::sm90::Passes<ElementType, HeadDim>>(params, stream);
+    return probe_scores::launch_passes<probe_scores::sm90::Passes<ElementType, HeadDim>>(params, stream);
   });
 }
 #endif

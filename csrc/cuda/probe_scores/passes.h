@@ -8,7 +8,7 @@
 #include "cuda/probe_scores/params.h"
 #include "cuda/probe_scores/plan.h"
 
-namespace zipvl::cuda::probe {
+namespace zipvl::cuda::probe_scores {
 
 // The kernels around the two passes, which both families share (rows.cu).
 cudaError_t launch_gather_rows(const ProbeScoresParams& params, cudaStream_t stream);
@@ -63,4 +63,4 @@ cudaError_t launch_passes(const ProbeScoresParams& params, cudaStream_t stream) 
   return launch_finish_scores(params, stream);
 }
 
-}  // namespace zipvl::cuda::probe
+}  // namespace zipvl::cuda::probe_scores

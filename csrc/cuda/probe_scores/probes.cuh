@@ -10,7 +10,7 @@
 #include "cuda/probe_scores/params.h"
 #include "cuda/probe_scores/plan.h"
 
-namespace zipvl::cuda::probe {
+namespace zipvl::cuda::probe_scores {
 
 constexpr int kPieceElements = 8;                                  // of 16 bytes
 constexpr int kUnitRows = static_cast<int>(plan::kProbeUnitRows);  // rows that share one range of limits
@@ -93,4 +93,4 @@ __device__ __forceinline__ TokenScores scores_of(float sum, int viewers, int que
   return {total, viewers > 0 ? total / static_cast<float>(viewers) : 0.0F};
 }
 
-}  // namespace zipvl::cuda::probe
+}  // namespace zipvl::cuda::probe_scores

@@ -10,7 +10,7 @@
 #include "cuda/probe_scores/statistics.cuh"
 #include "cuda/ptx/sync.cuh"
 
-namespace zipvl::cuda::probe {
+namespace zipvl::cuda::probe_scores {
 namespace {
 
 constexpr int kThreads = 256;
@@ -251,4 +251,4 @@ cudaError_t launch_finish_scores(const ProbeScoresParams& params, cudaStream_t s
                           static_cast<unsigned>(params.batch * blocks_each), kThreads, 0, stream, params, blocks_each);
 }
 
-}  // namespace zipvl::cuda::probe
+}  // namespace zipvl::cuda::probe_scores

@@ -10,7 +10,7 @@
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/exp2.cuh"
 
-namespace zipvl::cuda::probe {
+namespace zipvl::cuda::probe_scores {
 
 // The base of scaled scores; a maximum over nothing counts as 0, so that nothing weighs 0 and not NaN.
 __device__ __forceinline__ float scaled_max(float max, float scale_log2) {
@@ -117,4 +117,4 @@ __device__ __forceinline__ void add_column_sums(float (&sum)[2], const float (&s
   }
 }
 
-}  // namespace zipvl::cuda::probe
+}  // namespace zipvl::cuda::probe_scores

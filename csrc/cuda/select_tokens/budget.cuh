@@ -6,7 +6,7 @@
 
 #include "cuda/select_tokens/radix_select.cuh"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 
 struct Sums {
   double budget, rank;
@@ -123,4 +123,4 @@ __device__ int budget_by_mass(Group& group, const Keys<kItems>& keys, const Thre
   return static_cast<int>(threshold.above + ties);
 }
 
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens

@@ -7,7 +7,7 @@
 #include "cuda/select_tokens/params.h"
 #include "cuda/select_tokens/plan.h"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 
 constexpr int kThreads = plan::kSelectThreads;
 constexpr int kWarps = kThreads / kWarpThreads;
@@ -100,4 +100,4 @@ __device__ ThreadBuckets take_buckets(MassHistogram* mass, Shared& shared) {
   return buckets;
 }
 
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens

@@ -5,7 +5,7 @@
 
 #include "cuda/select_tokens/histogram.cuh"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 
 // Rank keys: the scores in their order, with two values that no score has. A sum that is NaN has positive sign, so that
 // no NaN becomes kNotReal.
@@ -164,4 +164,4 @@ __device__ LaneSummary load(Keys<kItems>& keys, const Scores& scores, const Sele
           static_cast<std::uint32_t>(__popc(all_real))};
 }
 
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens

@@ -7,7 +7,7 @@
 #include "cuda/select_tokens/histogram.cuh"
 #include "cuda/select_tokens/keys.cuh"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 
 // 24 bits; keys of one exponent differ by as much as their masses.
 __device__ inline std::uint32_t mass_of(std::uint32_t key) {
@@ -259,4 +259,4 @@ __device__ ThresholdBucket radix_select(Group& group, const std::uint32_t (&keys
   return threshold;
 }
 
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens

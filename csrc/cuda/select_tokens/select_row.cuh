@@ -10,7 +10,7 @@
 
 #include "cuda/select_tokens/budget.cuh"
 
-namespace zipvl::cuda::select {
+namespace zipvl::cuda::select_tokens {
 
 // The facts about a row, and where a thread's four rank buckets stand in it.
 struct RowSummary {
@@ -258,4 +258,4 @@ __device__ void select_row(Group& group, const Scores& scores, std::int64_t b, c
   write_index(group, b, keys, first, threshold.lo, static_cast<int>(threshold.need), target, params, shared);
 }
 
-}  // namespace zipvl::cuda::select
+}  // namespace zipvl::cuda::select_tokens

@@ -6,7 +6,7 @@
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
-namespace select {
+namespace select_tokens {
 namespace {
 
 // A row's workspace. Zero before the launch: the barrier and the first histogram.
@@ -188,16 +188,16 @@ cudaError_t launch(const SelectTokensParams& params, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace select
+}  // namespace select_tokens
 
 cudaError_t launch_select_tokens(const SelectTokensParams& params, cudaStream_t stream) {
-  switch (params.tokens_per_block / select::kThreads) {
+  switch (params.tokens_per_block / select_tokens::kThreads) {
     case 8:
-      return select::launch<8>(params, stream);
+      return select_tokens::launch<8>(params, stream);
     case 16:
-      return select::launch<16>(params, stream);
+      return select_tokens::launch<16>(params, stream);
     case 32:
-      return select::launch<32>(params, stream);
+      return select_tokens::launch<32>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }

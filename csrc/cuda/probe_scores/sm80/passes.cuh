@@ -10,7 +10,7 @@
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/ptx/sync.cuh"
 
-namespace zipvl::cuda::probe::sm80 {
+namespace zipvl::cuda::probe_scores::sm80 {
 
 // First pass: each probe row's maximum and sum over a chunk of keys. Rows are held, keys stream.
 template <typename Traits>
@@ -181,4 +181,4 @@ cudaError_t Passes<ElementType, HeadDim>::column_sums(const ProbeScoresParams& p
   return launch_pass<Tr>(&probe_columns_sm80<Tr>, blocks, params, stream);
 }
 
-}  // namespace zipvl::cuda::probe::sm80
+}  // namespace zipvl::cuda::probe_scores::sm80

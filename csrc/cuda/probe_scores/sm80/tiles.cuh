@@ -10,7 +10,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
 
-namespace zipvl::cuda::probe::sm80 {
+namespace zipvl::cuda::probe_scores::sm80 {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarpThreads * kWarps;
@@ -112,4 +112,4 @@ __device__ __forceinline__ void stream_tiles(std::uint32_t shared, int first, in
   }
 }
 
-}  // namespace zipvl::cuda::probe::sm80
+}  // namespace zipvl::cuda::probe_scores::sm80

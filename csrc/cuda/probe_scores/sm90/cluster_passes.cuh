@@ -17,7 +17,7 @@
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
 
-namespace zipvl::cuda::probe::sm90 {
+namespace zipvl::cuda::probe_scores::sm90 {
 
 template <typename ElementType, int HeadDim>
 struct ClusterTraits {
@@ -352,4 +352,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace zipvl::cuda::probe::sm90
+}  // namespace zipvl::cuda::probe_scores::sm90

@@ -9,7 +9,7 @@
 #include "cuda/probe_scores/sm90/cluster_passes.cuh"
 #include "cuda/probe_scores/sm90/passes.cuh"
 
-namespace zipvl::cuda::probe::sm90 {
+namespace zipvl::cuda::probe_scores::sm90 {
 
 constexpr int kSharedAlignment = 1024;   // of a kernel's; the launch aligns dynamic shared memory to 16 bytes only
 constexpr int kMaxSharedBytes = 232448;  // of a block: 227 KiB
@@ -93,4 +93,4 @@ cudaError_t Passes<ElementType, HeadDim>::both(const ProbeScoresParams& params, 
   }
 }
 
-}  // namespace zipvl::cuda::probe::sm90
+}  // namespace zipvl::cuda::probe_scores::sm90

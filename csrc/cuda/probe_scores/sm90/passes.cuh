@@ -7,7 +7,7 @@
 #include "cuda/probe_scores/sm90/pipeline.cuh"
 #include "cuda/probe_scores/statistics.cuh"
 
-namespace zipvl::cuda::probe::sm90 {
+namespace zipvl::cuda::probe_scores::sm90 {
 
 // First pass: each probe row's maximum and sum over a chunk of keys. Rows are held, keys stream.
 
@@ -272,4 +272,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace zipvl::cuda::probe::sm90
+}  // namespace zipvl::cuda::probe_scores::sm90

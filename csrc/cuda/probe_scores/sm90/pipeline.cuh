@@ -9,7 +9,7 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
-namespace zipvl::cuda::probe::sm90 {
+namespace zipvl::cuda::probe_scores::sm90 {
 
 // Comes before the first load.
 template <typename Traits>
@@ -115,4 +115,4 @@ struct Consumer {
   }
 };
 
-}  // namespace zipvl::cuda::probe::sm90
+}  // namespace zipvl::cuda::probe_scores::sm90

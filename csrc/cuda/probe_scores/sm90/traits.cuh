@@ -11,7 +11,7 @@
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/ptx/shared_address.cuh"
 
-namespace zipvl::cuda::probe::sm90 {
+namespace zipvl::cuda::probe_scores::sm90 {
 
 constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 static_assert(kUnitRows == 64, "a warpgroup's rows: M of its products");
@@ -85,4 +85,4 @@ class TileScheduler {
   int wave_start_ = 0, place_, items_;
 };
 
-}  // namespace zipvl::cuda::probe::sm90
+}  // namespace zipvl::cuda::probe_scores::sm90

@@ -7,7 +7,7 @@
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
-namespace select {
+namespace select_tokens {
 namespace {
 
 constexpr int kItems = plan::kSelectTokensPerCopy / kThreads;
@@ -28,7 +28,8 @@ struct SummedScores {
     const int lane = threadIdx.x % kWarpThreads;
     for (int begin = 0; begin < from.probes; begin += 32) {
       const int probe = begin + lane;
-      const int limit = probe < from.probes ? probe::limit_of(from, probe::new_probe_position(from, b, probe)) : -1;
+      const int limit =
+          probe < from.probes ? probe_scores::limit_of(from, probe_scores::new_probe_position(from, b, probe)) : -1;
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
         const int n = first_token(quad), first = n - 4 * lane, last = min(first + 128, from.tokens) - 1;  // of the warp
@@ -58,10 +59,10 @@ struct SummedScores {
       const int n = first_token(quad);
       if (n < tokens) {
         const float4 sum = sums_of_quad(sums + n, parts, tokens, min(tokens - n, 4));
-        const probe::TokenScores scores[] = {probe::scores_of(sum.x, viewers[quad][0], from.query_heads),
-                                             probe::scores_of(sum.y, viewers[quad][1], from.query_heads),
-                                             probe::scores_of(sum.z, viewers[quad][2], from.query_heads),
-                                             probe::scores_of(sum.w, viewers[quad][3], from.query_heads)};
+        const probe_scores::TokenScores scores[] = {probe_scores::scores_of(sum.x, viewers[quad][0], from.query_heads),
+                                                    probe_scores::scores_of(sum.y, viewers[quad][1], from.query_heads),
+                                                    probe_scores::scores_of(sum.z, viewers[quad][2], from.query_heads),
+                                                    probe_scores::scores_of(sum.w, viewers[quad][3], from.query_heads)};
         *reinterpret_cast<float4*>(accumulated + n) = {scores[0].accumulated, scores[1].accumulated,
                                                        scores[2].accumulated, scores[3].accumulated};
         *reinterpret_cast<float4*>(normalized + n) = {scores[0].normalized, scores[1].normalized, scores[2].normalized,
@@ -79,7 +80,7 @@ struct SummedScores {
 
   // The first `there` tokens of a quad; 0 for the others.
   static __device__ float4 sums_of_quad(const float* first, int parts, int tokens, int there) {
-    return tokens % 4 == 0 ? probe::sum_of_parts(reinterpret_cast<const float4*>(first), parts, tokens / 4)
+    return tokens % 4 == 0 ? probe_scores::sum_of_parts(reinterpret_cast<const float4*>(first), parts, tokens / 4)
                            : sums_apart(first, parts, tokens, there);
   }
 
@@ -90,7 +91,7 @@ struct SummedScores {
     for (int c = 0; c < 4; ++c) {
 #pragma unroll 1
       for (int part = 0; part < parts && c < there; ++part) {
-        probe::add_part(sum[c], first[static_cast<std::int64_t>(part) * tokens + c]);
+        probe_scores::add_part(sum[c], first[static_cast<std::int64_t>(part) * tokens + c]);
       }
     }
     return {sum[0], sum[1], sum[2], sum[3]};
@@ -110,17 +111,18 @@ __global__ void __launch_bounds__(kThreads, 1) by_block_of_sums(const __grid_con
 }
 
 }  // namespace
-}  // namespace select
+}  // namespace select_tokens
 
 cudaError_t launch_select_sums(const SelectTokensParams& params, const ProbeScoresParams& from, cudaStream_t stream) {
-  constexpr std::size_t kSharedBytes = sizeof(select::Shared) + select::kItems / 8 * sizeof(select::MassHistogram);
+  constexpr std::size_t kSharedBytes =
+      sizeof(select_tokens::Shared) + select_tokens::kItems / 8 * sizeof(select_tokens::MassHistogram);
   const cudaError_t allowed = cudaFuncSetAttribute(
-      select::by_block_of_sums, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+      select_tokens::by_block_of_sums, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
   if (allowed != cudaSuccess) {
     return allowed;
   }
-  return launch_dependent(&select::by_block_of_sums, static_cast<unsigned>(params.batch), select::kThreads,
-                          kSharedBytes, stream, params, from);
+  return launch_dependent(&select_tokens::by_block_of_sums, static_cast<unsigned>(params.batch),
+                          select_tokens::kThreads, kSharedBytes, stream, params, from);
 }
 
 }  // namespace zipvl::cuda

@@ -7,7 +7,7 @@
 #include "cuda/select_tokens/select_row.cuh"
 
 namespace zipvl::cuda {
-namespace select {
+namespace select_tokens {
 namespace {
 
 constexpr int kMaxBlocks = plan::kSelectMaxClusterBlocks;
@@ -240,14 +240,14 @@ cudaError_t launch_cluster(const SelectTokensParams& params, cudaStream_t stream
 }
 
 }  // namespace
-}  // namespace select
+}  // namespace select_tokens
 
 cudaError_t launch_select_tokens_cluster(const SelectTokensParams& params, cudaStream_t stream) {
-  switch (params.tokens_per_block / select::kThreads) {
+  switch (params.tokens_per_block / select_tokens::kThreads) {
     case 8:
-      return select::launch_cluster<8>(params, stream);
+      return select_tokens::launch_cluster<8>(params, stream);
     case 16:
-      return select::launch_cluster<16>(params, stream);
+      return select_tokens::launch_cluster<16>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }
