@@ -1,4 +1,4 @@
-// What probe_scores launches: its parameters, how a plan fills them, and the launch of either family. No Torch.
+// The parameters of probe_scores' kernels, how a plan fills them, and the launch of either family. No Torch.
 //
 // Rows: the probes of the query heads that share a key/value head, row = probe * group + head, `rows` of them, padded
 // to `rows_padded`. Two passes over the scores of rows and keys, neither of which writes a score: the first finds each

@@ -1,4 +1,4 @@
-// What several kernels do alike: find a probe and what it may see, load the pieces of its rows, and make a token's
+// Several kernels share this: they find a probe and what it may see, load the pieces of its rows, and make a token's
 // scores of its column sums. The selection that makes the scores as it reads gives the same bits as the kernel that
 // writes them.
 #pragma once

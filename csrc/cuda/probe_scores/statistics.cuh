@@ -1,6 +1,6 @@
-// What both kernel families make of a tile of scores in registers: row statistics (maximum, sum, log-sum-exp) in the
-// first pass, column sums of weights in the second. A thread's s[4 * j + 2 * i + c] stands at row
-// lane / 4 + 8 * i of its warp's 16 and column 8 * j + 2 * (lane % 4) + c: the accumulators of mma.sync and of wgmma.
+// Both kernel families reduce a tile of scores in registers with this: row statistics (maximum, sum, log-sum-exp) in
+// the first pass, column sums of weights in the second. A thread's s[4 * j + 2 * i + c] stands at row lane / 4 + 8 * i
+// of its warp's 16 and column 8 * j + 2 * (lane % 4) + c: the accumulators of mma.sync and of wgmma.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 
 namespace zipvl::cuda::probe_scores {
 
-// What scaled scores are measured from; a maximum over nothing counts as 0, so that nothing weighs 0 and not NaN.
+// The base of scaled scores; a maximum over nothing counts as 0, so that nothing weighs 0 and not NaN.
 __device__ __forceinline__ float scaled_max(float max, float scale_log2) {
   return max == -INFINITY ? 0.0F : max * scale_log2;
 }

@@ -28,7 +28,7 @@ struct Keys {
   }
 };
 
-// What does not lie side by side, or ends within the quad. Apart, so that its code stays out of the usual way.
+// For quads that do not lie side by side, or end within. Apart, so that its code stays out of the usual way.
 static __device__ __noinline__ std::uint32_t load_masks_apart(const bool* mask, std::int64_t stride, int n,
                                                               int tokens) {
   std::uint32_t bytes = 0;
@@ -89,7 +89,7 @@ struct GivenScores {
   }
 };
 
-// What a lane knows of its tokens.
+// The facts about a lane's tokens.
 struct LaneSummary {
   std::uint32_t flags;  // bit i: bucket kNotFiniteBucket + i counts it
   std::uint32_t real;   // tokens

@@ -27,7 +27,7 @@ constexpr std::int64_t kGridBlocks = 32;
 // Where there are no clusters.
 constexpr std::int64_t kMaxLoneTokens = 16384;
 
-// What each of `blocks` blocks takes; 0 where it is too much.
+// The tokens that each of `blocks` blocks takes; 0 where it is too much.
 std::int64_t share(std::int64_t tokens, std::int64_t blocks) {
   for (const std::int64_t size : kShares) {
     if (size * blocks >= tokens) {

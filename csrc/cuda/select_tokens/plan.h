@@ -6,7 +6,7 @@
 
 namespace zipvl::plan {
 
-// What the kernels and the plan must agree on.
+// The kernels and the plan agree on these.
 constexpr std::int64_t kSelectThreads = 512;   // a block
 constexpr std::int64_t kSelectBuckets = 2048;  // of a histogram
 // A copy of the budget's histogram in shared memory.

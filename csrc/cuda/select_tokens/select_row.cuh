@@ -12,7 +12,7 @@
 
 namespace zipvl::cuda::select_tokens {
 
-// What a row is like, and where a thread's four rank buckets stand in it.
+// The facts about a row, and where a thread's four rank buckets stand in it.
 struct RowSummary {
   int top;  // the highest bucket of the budget that has a token; -1: none
   int real, kept;

@@ -53,7 +53,7 @@ struct ClusterShared {
   std::uint64_t keys_full[Traits::kTiles], parts_full;           // mbarriers
 };
 
-// Which rows and keys a block has. The tiles of keys go round the blocks of the cluster, so that each has early keys,
+// The rows and keys of a block. The tiles of keys go round the blocks of the cluster, so that each has early keys,
 // which more probes see, and late ones; and a cluster has every so many'th unit of rows.
 template <typename Traits>
 struct ClusterItem {

@@ -11,7 +11,7 @@
 
 namespace zipvl::cuda::probe_scores::sm90 {
 
-// What comes before the first load.
+// Comes before the first load.
 template <typename Traits>
 __device__ __forceinline__ void begin(SharedStorage<Traits>& shared, const CUtensorMap* held,
                                       const CUtensorMap* stream) {

@@ -36,7 +36,7 @@ struct Traits {
   static constexpr int kThreads = kConsumers * kWarpgroupThreads + kWarpThreads;  // the last warp loads
   static constexpr int kStreamRows = HeadDim == 256 ? 64 : 128;
   static constexpr int kSlabs = ceil_div(HeadDim, kSlabColumns);
-  // What 227 KiB hold beside the 256 rows: 128 KiB of them at D 256, 64 at D 128 and 96.
+  // As many as 227 KiB hold beside the 256 rows: 128 KiB of them at D 256, 64 at D 128 and 96.
   static constexpr int kStages = HeadDim == 256 ? 3 : HeadDim == 64 ? 8 : 4;
   static constexpr int kHeldElements = kSlabs * kUnitRows * kSlabColumns;  // of one warpgroup
   static constexpr int kStreamElements = kSlabs * kStreamRows * kSlabColumns;
