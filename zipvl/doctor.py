@@ -80,6 +80,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     count = torch.tensor([48], dtype=torch.int32, device=device)
     both = index.expand(2, -1)
     few = {"num_recent": 4, "num_random": 4}
+    projections = {"q_weight": normal(64, 16) / 4, "cos": v[:, 0], "sin": k[:, 0], "o_weight": normal(8, 64) / 8}
     k64, v64 = torch.randn(2, 1, 2, 64, 64, generator=generator).half() / 8
     half = torch.arange(64, dtype=torch.int32)[None], torch.tensor([32], dtype=torch.int32)
     to_quantize = tuple(t.to(device) for t in (k64, v64, *half))
@@ -92,6 +93,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "sparse_attn": ((q, k, v, index, count // 2), {}),
         "zipvl_attn": ((q, k, v), {"tau": 0.8, **few}),
         "zipvl_prefill": ((q, k, v), {"tau": 1.0, **few}),  # every packed row is defined
+        "zipvl_layer": ((None, k, v), {"hidden": normal(1, 48, 16), **projections, "tau": 1.0, "pack": True, **few}),
         "decode_attn": ((q[:, :, :1], k, v, count // 2), {}),
         "quantize_kv": (to_quantize, {}),
         "decode_attn_quantized": ((normal(1, 4, 1, 64).half() / 8, *quantized), {}),

@@ -220,6 +220,86 @@ def zipvl_prefill(
     )
 
 
+def zipvl_layer(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    hidden: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    q_norm_eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    o_weight: Tensor | None = None,
+    budget_score: Tensor | None = None,
+    rank_score: Tensor | None = None,
+    tau: float = 0.975,
+    ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_recent: int = 1,
+    min_tokens: int = 1,
+    all_queries: bool = False,
+    scale: float | None = None,
+    causal: bool = True,
+    keep_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    pack: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The prefill of one layer in one call: :func:`probe_index` to :func:`sparse_attn`, with projections and packing.
+
+    Args:
+        q: ``[B, Hq, N, D]``; None where ``hidden`` is given.
+        k, v: ``[B, Hkv, N, D]``.
+        hidden: ``[B, N, C]``, the attention layer's input, from which the queries that are read are projected: those of
+            the probes and of the selected tokens, with ``all_queries`` all.
+        q_weight, q_bias, q_norm_weight, q_norm_eps, cos, sin: of that projection, as in :func:`project_queries`.
+        o_weight: ``[O, Hq * D]``, of the output projection.
+        budget_score, rank_score: float32 ``[B, N]``, both or neither. Given ones decide, and no probes are drawn: under
+            tensor parallelism the sums of all ranks' scores.
+        keep_recent: the last real tokens that are always selected, beside those of ``keep_mask``.
+        pack: return the packed keys and values too.
+
+    The other arguments are those of the steps.
+
+    Returns:
+        ``out``, ``index``, ``count``, ``k_packed``, ``v_packed``. ``out`` is ``[B, Hq, N, D]`` as :func:`sparse_attn`
+        returns it, or with ``o_weight`` ``[B, N, O]`` as :func:`project_outputs` does. Without ``pack`` the packed
+        tensors are empty, of shape ``[0]``.
+    """
+    return torch.ops.zipvl.zipvl_layer(
+        q,
+        k,
+        v,
+        hidden=hidden,
+        q_weight=q_weight,
+        q_bias=q_bias,
+        q_norm_weight=q_norm_weight,
+        q_norm_eps=q_norm_eps,
+        cos=cos,
+        sin=sin,
+        o_weight=o_weight,
+        budget_score=budget_score,
+        rank_score=rank_score,
+        tau=tau,
+        ratio=ratio,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        keep_recent=keep_recent,
+        min_tokens=min_tokens,
+        all_queries=all_queries,
+        scale=scale,
+        causal=causal,
+        keep_mask=keep_mask,
+        token_mask=token_mask,
+        pack=pack,
+    )
+
+
 def decode_attn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -425,6 +505,30 @@ def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor
     return _attention_output(q), index, count, k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@_fake("zipvl_layer")
+def _(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    o_weight: Tensor | None = None,
+    pack: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, N, D = k.shape[0], k.shape[2], k.shape[3]
+    index, count = k.new_empty((B, N), dtype=torch.int32), k.new_empty((B,), dtype=torch.int32)
+    if o_weight is not None:
+        out = k.new_empty((B, N, o_weight.shape[0]))
+    elif q is not None:
+        out = _attention_output(q)
+    else:
+        assert q_weight is not None
+        out = k.new_empty((B, N, q_weight.shape[0] // D, D)).transpose(1, 2)
+    packed = (k.new_empty(k.shape), v.new_empty(v.shape)) if pack else (k.new_empty((0,)), v.new_empty((0,)))
+    return out, index, count, *packed
+
+
 @_fake("project_queries")
 def _(
     x: Tensor,
@@ -481,6 +585,7 @@ NAMES = (
     "sparse_attn",
     "zipvl_attn",
     "zipvl_prefill",
+    "zipvl_layer",
     "decode_attn",
     "project_queries",
     "project_outputs",

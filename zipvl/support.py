@@ -17,12 +17,20 @@ _PROJECTION_KERNELS = frozenset({"project_queries", "project_outputs"})
 # The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp). The others run over ATen there.
 _CUDA_KERNELS = (
     frozenset({"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
-    | {"decode_attn", "quantize_kv", "decode_attn_quantized"}
+    | {"zipvl_layer", "decode_attn", "quantize_kv", "decode_attn_quantized"}
     | _PROJECTION_KERNELS
 )
 # Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/cuda/*/plan.cpp).
 _TENSOR_CORE_KERNELS = frozenset(
-    {"probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill", "decode_attn", "decode_attn_quantized"}
+    {
+        "probe_scores",
+        "sparse_attn",
+        "zipvl_attn",
+        "zipvl_prefill",
+        "zipvl_layer",
+        "decode_attn",
+        "decode_attn_quantized",
+    }
 )
 _NO_FALLBACK = frozenset({"decode_attn_quantized"})  # on CUDA: an error where there is no kernel
 _KERNEL_DTYPES, _KERNEL_HEAD_DIMS = (torch.float16, torch.bfloat16), (64, 96, 128, 256)

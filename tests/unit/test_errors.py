@@ -47,50 +47,55 @@ def heads(number: int) -> Change:
 # (ops that have the argument, argument, change, what the message must say besides op and argument)
 TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
     (
-        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn",
+        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer decode_attn",
         "q",
         unsqueezed,
         r"4 dimensions.*\[1, 2, 6, \d+, 64\]",
     ),
     (
-        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn",
+        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer decode_attn",
         "q",
         to(torch.float64),
         "float16, bfloat16.*float32.*float64",
     ),
     (
-        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn",
+        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer decode_attn",
         "q",
         to(torch.int32),
         "float16, bfloat16.*float32.*int32",
     ),
     (
-        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn",
+        "probe_index probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer decode_attn",
         "q",
         every_other_column,
         "last stride of 1.*got 2",
     ),
     (
-        "probe_scores pack_kv sparse_attn zipvl_attn zipvl_prefill",
+        "probe_scores pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer",
         "k",
         unsqueezed,
         r"4 dimensions.*\[1, 2, 2, 40, 64\]",
     ),
-    ("probe_scores pack_kv sparse_attn zipvl_attn zipvl_prefill", "k", to(torch.float64), "float64"),
-    ("probe_scores pack_kv sparse_attn zipvl_attn zipvl_prefill", "k", every_other_column, "last stride of 1.*got 2"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "k", to(torch.bfloat16), "float32.*bfloat16"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "k", heads(4), "4 heads.*not divide.*6"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "k", heads(12), "12 heads.*not divide.*6"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "k", narrower(0), "2.*got 1"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "k", narrower(3), "64.*got 63"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "q", narrower(2), "40.*got 39"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", unsqueezed, r"4 dimensions.*\[1, 2, 2, 40, 64\]"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", to(torch.float16), "float32.*float16"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", every_other_column, "last stride of 1.*got 2"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", narrower(0), "2.*got 1"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", narrower(1), "2.*got 1"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", narrower(2), "40.*got 39"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", narrower(3), "64.*got 63"),
+    ("probe_scores pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", to(torch.float64), "float64"),
+    (
+        "probe_scores pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer",
+        "k",
+        every_other_column,
+        "last stride of 1.*got 2",
+    ),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", to(torch.bfloat16), "float32.*bfloat16"),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", heads(4), "4 heads.*not divide.*6"),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", heads(12), "12 heads.*not divide.*6"),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", narrower(0), "2.*got 1"),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", narrower(3), "64.*got 63"),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "q", narrower(2), "40.*got 39"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", unsqueezed, r"4 dimensions.*\[1, 2, 2, 40, 64\]"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", to(torch.float16), "float32.*float16"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", every_other_column, "last stride of 1.*got 2"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", narrower(0), "2.*got 1"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", narrower(1), "2.*got 1"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", narrower(2), "40.*got 39"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", narrower(3), "64.*got 63"),
     ("probe_scores", "probe_index", to(torch.int64), "int32.*int64"),
     ("probe_scores", "probe_index", narrower(0), r"\[2, 8\].*\[1, 8\]"),
     ("probe_scores", "probe_index", unsqueezed, r"2 dimensions.*\[1, 2, 8\]"),
@@ -115,8 +120,8 @@ TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
     ("decode_attn", "v_cache", every_other_column, "last stride of 1.*got 2"),
     ("decode_attn", "lengths", to(torch.int64), "int32.*int64"),
     ("decode_attn", "lengths", narrower(0), r"\[2\].*\[1\]"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill", "k", on_meta, "cpu.*meta"),
-    ("pack_kv sparse_attn zipvl_attn zipvl_prefill", "v", on_meta, "cpu.*meta"),
+    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", on_meta, "cpu.*meta"),
+    ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", on_meta, "cpu.*meta"),
     ("probe_scores", "probe_index", on_meta, "cpu.*meta"),
     ("select_tokens", "rank_score", on_meta, "cpu.*meta"),
     ("pack_kv sparse_attn", "index", on_meta, "cpu.*meta"),
@@ -166,25 +171,34 @@ TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
 # (ops that have the keyword, keyword, value, what the message must say besides op and keyword)
 KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
     *[
-        ("select_tokens zipvl_attn zipvl_prefill", name, value, r"\(0, 1\].*got")
+        ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", name, value, r"\(0, 1\].*got")
         for name in ("tau", "ratio")
         for value in (0.0, -0.5)
     ],
-    *[("select_tokens zipvl_attn zipvl_prefill", name, 1.5, r"\(0, 1\].*got 1\.5") for name in ("tau", "ratio")],
-    *[("select_tokens zipvl_attn zipvl_prefill", name, math.nan, r"\(0, 1\].*got -?nan") for name in ("tau", "ratio")],
-    *[("select_tokens zipvl_attn zipvl_prefill", name, math.inf, r"\(0, 1\].*got inf") for name in ("tau", "ratio")],
-    ("select_tokens zipvl_attn zipvl_prefill", "min_tokens", -1, "at least 0.*got -1"),
     *[
-        ("probe_index zipvl_attn zipvl_prefill", n, -3, "at least 0.*got -3")
+        ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", name, 1.5, r"\(0, 1\].*got 1\.5")
+        for name in ("tau", "ratio")
+    ],
+    *[
+        ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", name, math.nan, r"\(0, 1\].*got -?nan")
+        for name in ("tau", "ratio")
+    ],
+    *[
+        ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", name, math.inf, r"\(0, 1\].*got inf")
+        for name in ("tau", "ratio")
+    ],
+    ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", "min_tokens", -1, "at least 0.*got -1"),
+    *[
+        ("probe_index zipvl_attn zipvl_prefill zipvl_layer", n, -3, "at least 0.*got -3")
         for n in ("num_recent", "num_random", "seed")
     ],
-    ("probe_index zipvl_attn zipvl_prefill", "num_recent", 2**31, r"below 2\*\*31.*got 2147483648"),
+    ("probe_index zipvl_attn zipvl_prefill zipvl_layer", "num_recent", 2**31, r"below 2\*\*31.*got 2147483648"),
     ("project_queries", "norm_weight", torch.ones(63), r"\[64\].*\[63\]"),
     *[("project_queries", "norm_eps", v, "at least 0.*got") for v in (-1.0, math.nan)],
-    ("zipvl_attn zipvl_prefill", "keep_recent", -2, "at least 0.*got -2"),
+    ("zipvl_attn zipvl_prefill zipvl_layer", "keep_recent", -2, "at least 0.*got -2"),
     *[
         (
-            "probe_scores sparse_attn zipvl_attn zipvl_prefill decode_attn decode_attn_quantized",
+            "probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer decode_attn decode_attn_quantized",
             "scale",
             v,
             "finite.*got",
@@ -202,8 +216,8 @@ KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
     *[
         (having, mask, wrong, expected)
         for having, mask in (
-            ("probe_index probe_scores select_tokens zipvl_attn zipvl_prefill quantize_kv", "token_mask"),
-            ("select_tokens zipvl_attn zipvl_prefill", "keep_mask"),
+            ("probe_index probe_scores select_tokens zipvl_attn zipvl_prefill zipvl_layer quantize_kv", "token_mask"),
+            ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", "keep_mask"),
         )
         for wrong, expected in (
             (torch.ones(2, 40, dtype=torch.uint8), "bool.*uint8"),
@@ -254,7 +268,7 @@ def test_keyword_mistakes(op: str, argument: str, value: Any, expected: str) -> 
     assert_error(op, argument, expected, sample_tensors(op), {argument: value})
 
 
-@pytest.mark.parametrize("op", ["probe_index", "zipvl_attn", "zipvl_prefill"])
+@pytest.mark.parametrize("op", ["probe_index", "zipvl_attn", "zipvl_prefill", "zipvl_layer"])
 def test_no_probes_at_all(op: str) -> None:
     keywords = {"num_recent": 0, "num_random": 0}
     assert_error(op, r"num_recent \+ num_random", "at least 1.*got 0", sample_tensors(op), keywords)

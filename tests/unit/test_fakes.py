@@ -21,9 +21,10 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 def keywords_of(op: str, N: int) -> dict[str, Any]:
     masks = {"token_mask": torch.ones(2, N, dtype=torch.bool)}
-    if op in ("select_tokens", "zipvl_attn", "zipvl_prefill"):
+    keeping = ("select_tokens", "zipvl_attn", "zipvl_prefill", "zipvl_layer")
+    if op in keeping:
         masks["keep_mask"] = torch.zeros(2, N, dtype=torch.bool)
-    return masks if op in ("probe_index", "probe_scores", "select_tokens", "zipvl_attn", "zipvl_prefill") else {}
+    return masks if op in ("probe_index", "probe_scores", *keeping) else {}
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -44,7 +44,7 @@ def masks_of(op: str) -> list[dict[str, Any]]:
     mask, keep = make_mask("left", 2, 40), torch.rand(2, 40) < 0.2
     if op in ("probe_index", "probe_scores"):
         return [{}, {"token_mask": mask}]
-    if op in ("select_tokens", "zipvl_attn"):
+    if op in ("select_tokens", "zipvl_attn", "zipvl_layer"):
         return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}]
     if op == "zipvl_prefill":  # packed rows past the count are undefined, so every token is selected
         return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool)}]
