@@ -87,8 +87,8 @@ class Findings:
 
 
 def kernel_name(place: str) -> str:
-    """``sparse_attn_sm90`` of ``void zipvl::cuda::sparse_attn::sm90::sparse_attn_sm90<Traits<64>>(Params)``, and of functions
-    that were cloned for it (``[clone void zipvl::...sparse_attn_sm90<...>(...)] name(...)``)."""
+    """``sparse_attn_sm90`` of ``void zipvl::cuda::sparse_attn::sm90::sparse_attn_sm90<Traits<64>>(Params)``, and of
+    functions that were cloned for it (``[clone void zipvl::...sparse_attn_sm90<...>(...)] name(...)``)."""
     place = place.removeprefix("[clone ").replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
     return re.split(r"[<(]", place)[0].split("::")[-1].strip()
 

@@ -1,4 +1,6 @@
-"""Where each op runs natively, and why not elsewhere; asked silently, or loudly with ``raise_error=True``."""
+"""Where each op runs natively, and why not elsewhere; asked silently, or loudly with ``raise_error=True``.
+
+The op library answers (``torch.ops.zipvl.explain``); nothing here knows what a kernel takes."""
 
 from __future__ import annotations
 
@@ -13,27 +15,6 @@ __all__ = ["DTYPES", "OPS", "Support", "can_run_native", "support", "why_not"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_PROJECTION_KERNELS = frozenset({"project_queries", "project_outputs"})
-# The ops with CUDA kernels (csrc/cuda/ops/register_cuda.cpp). The others run over ATen there.
-_CUDA_KERNELS = (
-    frozenset({"probe_index", "probe_scores", "select_tokens", "pack_kv", "sparse_attn", "zipvl_attn", "zipvl_prefill"})
-    | {"zipvl_layer", "decode_attn", "quantize_kv", "decode_attn_quantized"}
-    | _PROJECTION_KERNELS
-)
-# Of these, the ones that multiply on tensor cores, and what their kernels take (csrc/cuda/*/plan.cpp).
-_TENSOR_CORE_KERNELS = frozenset(
-    {
-        "probe_scores",
-        "sparse_attn",
-        "zipvl_attn",
-        "zipvl_prefill",
-        "zipvl_layer",
-        "decode_attn",
-        "decode_attn_quantized",
-    }
-)
-_NO_FALLBACK = frozenset({"decode_attn_quantized"})  # on CUDA: an error where there is no kernel
-_KERNEL_DTYPES, _KERNEL_HEAD_DIMS = (torch.float16, torch.bfloat16), (64, 96, 128, 256)
 _SCORE_OPS = frozenset({"select_tokens"})  # their inputs are float32 scores, whatever the model's dtype
 
 
@@ -68,18 +49,30 @@ def support(
         raise ValueError(f"support: op must be one of {', '.join(OPS)}, got {op!r}")
     device = torch.device(device)
     problem = _bad_input(op, dtype, head_dim) or _not_registered(op, device)
-    if problem is None and device.type == "cuda" and op in _CUDA_KERNELS:
+    if problem is None and device.type == "cuda":
         problem = _too_old(device)
     if problem is not None:
         return Support("unavailable", problem)
-    if device.type == "cuda" and op not in _CUDA_KERNELS:
-        return Support("fallback", "no CUDA kernel of its own yet: runs over ATen's ops on the GPU")
-    if device.type == "cuda" and op in _PROJECTION_KERNELS and (reason := _not_for_tensor_cores(dtype, None)):
-        return Support("fallback", reason)
-    if device.type == "cuda" and op in _TENSOR_CORE_KERNELS and (reason := _not_for_tensor_cores(dtype, head_dim)):
-        return Support("unavailable", reason.partition(":")[0]) if op in _NO_FALLBACK else Support("fallback", reason)
-    if device.type == "cuda" and op == "decode_attn" and (dtype == torch.float16 or head_dim not in (None, 128)):
-        return Support("fallback", "no GPU run has checked this kernel yet: runs over ATen's ops on the GPU")
+    return _support(explain(op, device, dtype, head_dim))
+
+
+def explain(op: str, device: torch.device, dtype: torch.dtype | None, head_dim: int | None) -> str:
+    """What the op library says of ``op`` on inputs of this kind, bfloat16 with head dim 128 where they say nothing.
+
+    Returns:
+        The implementation (``cpu``, ``sm90``, ``sm80``, ``aten`` or ``unavailable``), and behind ``: `` why it is not a
+        native one.
+    """
+    default = torch.float32 if op in _SCORE_OPS else torch.bfloat16
+    return torch.ops.zipvl.explain(op, torch.empty((1, 1, 1, head_dim or 128), dtype=dtype or default, device=device))
+
+
+def _support(answer: str) -> Support:
+    implementation, _, reason = answer.partition(": ")
+    if implementation == "unavailable":
+        return Support("unavailable", reason)
+    if implementation == "aten":
+        return Support("fallback", f"{reason}: runs over ATen's ops on the GPU")
     return Support("native")
 
 
@@ -116,15 +109,6 @@ def _bad_input(op: str, dtype: torch.dtype | None, head_dim: int | None) -> str 
         return f"dtype must be {names}, got {str(dtype).removeprefix('torch.')}"
     if head_dim is not None and head_dim < 1:
         return f"head_dim must be at least 1, got {head_dim}"
-    return None
-
-
-def _not_for_tensor_cores(dtype: torch.dtype | None, head_dim: int | None) -> str | None:
-    if dtype is not None and dtype not in _KERNEL_DTYPES:
-        return "the CUDA kernels take float16 and bfloat16: runs over ATen's ops on the GPU"
-    if head_dim is not None and head_dim not in _KERNEL_HEAD_DIMS:
-        dims = ", ".join(map(str, _KERNEL_HEAD_DIMS))
-        return f"the CUDA kernels take head_dim {dims}, got {head_dim}: runs over ATen's ops on the GPU"
     return None
 
 

@@ -47,6 +47,16 @@ checks::AttentionSizes check_hidden(const char* op, const LayerArgs& args) {
   checks::same_device(op, hidden, {"k", k});
   checks::same_dtype(op, {"hidden", hidden}, {"k", k});
   checks::shape(op, {"hidden", hidden}, {k.size(0), k.size(2), hidden.size(2)});
+  if (given.q_weight->size(0) % k.size(3) != 0) {
+    checks::fail(op, "q_weight must have a multiple of k's head dim ", k.size(3), " outputs, got ",
+                 given.q_weight->size(0));
+  }
+  for (const checks::Named& table : {checks::Named{"cos", *given.cos}, checks::Named{"sin", *given.sin}}) {
+    checks::rank(op, table, 3, "[B or 1, N, D]");
+    if (table.tensor.size(2) != k.size(3)) {
+      checks::fail(op, table.name, " must have k's head dim ", k.size(3), ", got ", table.tensor.size(2));
+    }
+  }
   checks::query_projection(op, {{"hidden", hidden},
                                 {"q_weight", *given.q_weight},
                                 "q_bias",
@@ -57,9 +67,6 @@ checks::AttentionSizes check_hidden(const char* op, const LayerArgs& args) {
                                 given.q_norm_weight,
                                 "q_norm_eps",
                                 given.q_norm_eps});
-  if (given.cos->size(2) != k.size(3)) {
-    checks::fail(op, "cos must have k's head dim ", k.size(3), ", got ", given.cos->size(2));
-  }
   const std::int64_t query_heads = given.q_weight->size(0) / k.size(3);
   checks::heads_divide(op, "k", k.size(1), query_heads);
   return {k.size(0), query_heads, k.size(1), k.size(2), k.size(2), k.size(3)};
@@ -95,8 +102,8 @@ checks::AttentionSizes check(const char* op, const LayerArgs& args) {
                  args.budget_score ? "budget_score" : "rank_score", " alone");
   }
   if (args.budget_score) {
-    checks::scores(op, *args.budget_score, *args.rank_score);
     checks::shape(op, {"budget_score", *args.budget_score}, {sizes.batch, sizes.tokens});
+    checks::scores(op, *args.budget_score, *args.rank_score);
     checks::same_device(op, args.k, {"budget_score", *args.budget_score});
   }
   checks::budget(op, options.tau, options.ratio, options.min_tokens);

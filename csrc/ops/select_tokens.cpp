@@ -62,9 +62,8 @@ cudaError_t launch_select_tokens(const SelectTokensParams& params, const plan::S
 
 namespace {
 
-ops::Implementation explain(const Tensor& scores) {
-  const std::int64_t tokens = scores.dim() == 0 ? 1 : scores.size(scores.dim() - 1);
-  return implementation_of(scores, select_tokens_plan(1, tokens, scores.get_device_index()).reason);
+ops::Implementation explain(const Tensor& q) {
+  return implementation_of(q, select_tokens_plan(q.size(0), q.size(2), q.get_device_index()).reason);
 }
 
 // Nothing where no kernel takes these inputs.

@@ -13,7 +13,7 @@ import torch
 from typer.testing import Result
 
 from zipvl import _library, doctor, ops
-from zipvl.support import OPS, can_run_native, support, why_not
+from zipvl.support import OPS, Support, can_run_native, explain, support, why_not
 
 Zipvl = Callable[..., Result]
 
@@ -91,17 +91,39 @@ def test_cuda_without_its_library_says_why(op: str, monkeypatch: pytest.MonkeyPa
     assert why_not(op, "cuda") == "the CUDA library is not loaded: it lies elsewhere"
 
 
-def test_cuda_runs_its_kernels_and_falls_back_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answer", "state", "reason"),
+    [
+        ("sm90", "native", None),
+        ("sm80", "native", None),
+        (
+            "aten: the kernels take float16 and bfloat16",
+            "fallback",
+            "the kernels take float16 and bfloat16: runs over ATen's ops on the GPU",
+        ),
+        ("unavailable: the kernels take head_dim 64", "unavailable", "the kernels take head_dim 64"),
+    ],
+)
+def test_what_the_library_answers(answer: str, state: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/kernels/test_ops.py asks a GPU's library; here its answers are given."""
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("zipvl.support.explain", lambda *given: answer)
     for op in OPS:
-        assert support(op, "cuda").state == "native"
-    assert support("decode_attn", "cuda", torch.float32).state == "fallback"
-    assert support("decode_attn_quantized", "cuda", torch.bfloat16, 32).state == "unavailable"
-    assert can_run_native("sparse_attn", "cuda", torch.bfloat16, 96)
-    assert "float16 and bfloat16" in (why_not("sparse_attn", "cuda", torch.float32) or "")
-    assert "head_dim 64, 96, 128, 256, got 80" in (why_not("probe_scores", "cuda", torch.float16, 80) or "")
-    assert can_run_native("pack_kv", "cuda", torch.float32, 80)
+        assert support(op, "cuda") == Support(state, reason)
+        assert can_run_native(op, "cuda") == (state == "native")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_library_explains_every_op(op: str) -> None:
+    assert explain(op, torch.device("cpu"), None, None) == "cpu"
+
+
+def test_explain_checks_its_arguments() -> None:
+    with pytest.raises(RuntimeError, match=r"explain: op must name an op of torch\.ops\.zipvl, got softmax"):
+        torch.ops.zipvl.explain("softmax", torch.zeros(1, 1, 1, 64))
+    with pytest.raises(RuntimeError, match=r"explain: q must have 4 dimensions \[B, H, N, D\], got shape \[64\]"):
+        torch.ops.zipvl.explain("sparse_attn", torch.zeros(64))
 
 
 def recorded(path: Path, monkeypatch: pytest.MonkeyPatch, **info: str) -> None:

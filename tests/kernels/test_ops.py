@@ -30,6 +30,7 @@ from tests.unit.helpers import (
     selected_mask,
 )
 from zipvl import ops, reference
+from zipvl.support import support
 
 
 def cuda(*tensors: Tensor | None) -> list[Any]:
@@ -262,3 +263,29 @@ def test_a_device_that_is_not_the_current_one() -> None:
     actual = ops.zipvl_attn(q, k, v, ratio=0.5)
     assert all(t.device == q.device for t in actual)
     assert torch.equal(actual[2].cpu(), expected[2])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_library_says_what_runs(op: str) -> None:
+    """The answer of ``explain`` is what the ops do: native for what their kernels take, and why not elsewhere."""
+    assert support(op, "cuda").state == "native", support(op, "cuda").reason
+    for head_dim in (64, 96, 128, 256):
+        assert support(op, "cuda", None, head_dim).state == "native"
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "head_dim", "state", "reason"),
+    [
+        ("decode_attn", torch.float32, 128, "fallback", "float16 and bfloat16"),
+        ("decode_attn", torch.float16, 128, "native", ""),
+        ("decode_attn_quantized", torch.bfloat16, 32, "unavailable", "head_dim 64, 96, 128 and 256, got 32"),
+        ("sparse_attn", torch.float32, 64, "fallback", "float16 and bfloat16"),
+        ("probe_scores", torch.float16, 80, "fallback", "head_dim 64, 96, 128 and 256, got 80"),
+        ("zipvl_layer", torch.bfloat16, 80, "fallback", "head_dim 64, 96, 128 and 256, got 80"),
+        ("project_queries", torch.float32, 64, "fallback", "float16 and bfloat16"),
+        ("pack_kv", torch.float32, 80, "native", ""),
+    ],
+)
+def test_the_library_says_why_not(op: str, dtype: torch.dtype, head_dim: int, state: str, reason: str) -> None:
+    found = support(op, "cuda", dtype, head_dim)
+    assert found.state == state and reason in (found.reason or "")

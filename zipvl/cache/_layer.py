@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from zipvl import ops
 from zipvl.cache._quantized import QuantizedKV
 from zipvl.cache._ragged import RaggedKV, is_exact
 from zipvl.cache._trim import Trimmer, can_wait
@@ -98,41 +97,41 @@ class ZipVLCacheLayer(DynamicLayer):
         self._report()
 
     def keep_packed(
-        self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, most: int | None = None
+        self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, max_kept: int | None = None
     ) -> None:
-        """The prefill was sparse and this is what it attended to: ``keys``, ``values [B, Hkv, N, D]``, whose first
-        ``count [B]`` tokens become a ``drop`` cache; the tensors are taken, not copied. ``most``: no count is known to
-        be larger (``policy.max_kept``)."""
+        """The prefill was sparse and this is what it attended to, which becomes a ``drop`` cache.
+
+        Args:
+            keys, values: ``[B, Hkv, N, D]``, of which the first ``count [B]`` tokens are kept; taken, not copied.
+            max_kept: no count is known to be larger (``policy.max_kept``).
+        """
         self._take_prompt()
-        self._drop(keys, values, count, most)
+        self._drop(keys, values, count, max_kept)
 
     def keep_selected(
-        self,
-        index: torch.Tensor,
-        count: torch.Tensor,
-        token_mask: torch.Tensor | None,
-        query_heads: int,
-        most: int | None = None,
+        self, index: torch.Tensor, count: torch.Tensor, token_mask: torch.Tensor | None, query_heads: int
     ) -> None:
-        """The prefill was sparse, with the tokens of ``index [B, N]``, ``count [B]`` selected among the real ones,
-        ``token_mask [B, N]`` or None: all. Keeps what the configuration says; ``query_heads`` is ``Hq``, ``most`` as in
-        ``keep_packed``."""
+        """The prefill was sparse: a ``quantize`` or ``full`` cache keeps what the configuration says.
+
+        Args:
+            index, count: ``[B, N]`` and ``[B]``, the selected tokens.
+            token_mask: ``[B, N]``, the real ones, or None: all.
+            query_heads: ``Hq``.
+        """
         keys, values = self._take_prompt()
-        if self.config.cache == "drop":
-            self._drop(*ops.pack_kv(keys, values, index, count), count, most)
-        elif self.config.cache == "quantize":
+        if self.config.cache == "quantize":
             self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
         else:
             self.packed = RaggedKV.real(keys, values, token_mask)
             self._report()
 
-    def _drop(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, most: int | None) -> None:
-        """Takes the first ``count [B]`` tokens of ``keys``, ``values [B, Hkv, N, D]``, at most ``most`` where that is
-        known and the counts are not."""
-        if most is None or is_exact(count) or count.numel() == 0 or can_wait(count.device):
+    def _drop(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, max_kept: int | None) -> None:
+        """Takes the first ``count [B]`` tokens of ``keys``, ``values [B, Hkv, N, D]``; at most ``max_kept`` where that
+        is known and the counts are not."""
+        if max_kept is None or is_exact(count) or count.numel() == 0 or can_wait(count.device):
             self._keep(RaggedKV.packed(keys, values, count))
         else:
-            self.packed = RaggedKV.cut(keys, values, count, most)
+            self.packed = RaggedKV.cut(keys, values, count, max_kept)
             self._report()
 
     def _keep(self, packed: RaggedKV | QuantizedKV) -> None:

@@ -101,26 +101,58 @@ def _prefill(
     candidates = layer.candidates if layer is not None else 0
     tokens = query.shape[2] - candidates
     token_mask = None if attention_mask is None else attention_mask[:, :tokens]
-    states = [s[:, :, :tokens] for s in (query, key, value)] if candidates else [query, key, value]
-    options = config.attention_kwargs() | {
-        "scale": scaling,
-        "causal": True,
-        "keep_mask": short_rows(token_mask, dense_below),
-        "token_mask": token_mask,
-    }
-    most = policy.max_kept(config, tokens, dense_below, token_mask is not None)
-    if layer is not None and config.cache == "drop":
-        out, chosen, count, keys, values = ops.zipvl_prefill(*states, **options)
-        layer.keep_packed(keys, values, count, most)
-    else:
-        out, chosen, count = ops.zipvl_attn(*states, **options)
-        if layer is not None:
-            layer.keep_selected(chosen, count, token_mask, query.shape[1], most)
-    record(run, layer, layer_index(module), states[0], token_mask, None, chosen, count, dense_below)
+    q, k, v = (s[:, :, :tokens] if candidates else s for s in (query, key, value))
+    out = run_layer(module, layer, run, config, dense_below, q, k, v, token_mask, scaling)
     if layer is not None and candidates:
         guessed, _ = _attend_packed(module, layer, query[:, :, tokens:], attention_mask, scaling)
         out = torch.cat([out, guessed.transpose(1, 2)], dim=2)
         layer.candidates = 0
+    return out
+
+
+def run_layer(
+    module: nn.Module,
+    layer: ZipVLCacheLayer | None,
+    run: _runs.Run | None,
+    config: ZipVLConfig,
+    dense_below: int,
+    query: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    scaling: float | None,
+    **projections: Any,
+) -> torch.Tensor:
+    """``ops.zipvl_layer``, and what becomes of it: the cache layer's content, the statistics.
+
+    Args:
+        query: ``[B, Hq, N, D]``, or None: ``projections`` (keywords of the op) hold hidden states and weights.
+        key, value: ``[B, Hkv, N, D]``.
+        token_mask: ``[B, N]`` or None: all real.
+
+    Returns:
+        The op's ``out``.
+    """
+    packs = layer is not None and config.cache == "drop"
+    out, chosen, count, keys, values = ops.zipvl_layer(
+        query,
+        key,
+        value,
+        **projections,
+        **config.attention_kwargs(),
+        scale=scaling,
+        keep_mask=short_rows(token_mask, dense_below),
+        token_mask=token_mask,
+        pack=packs,
+    )
+    if layer is not None:
+        if packs:
+            max_kept = policy.max_kept(config, key.shape[2], dense_below, token_mask is not None)
+            layer.keep_packed(keys, values, count, max_kept)
+        else:
+            query_heads = out.shape[1] if query is not None else projections["q_weight"].shape[0] // key.shape[3]
+            layer.keep_selected(chosen, count, token_mask, query_heads)
+    record(run, layer, layer_index(module), key, token_mask, None, chosen, count, dense_below)
     return out
 
 

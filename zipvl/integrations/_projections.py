@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from zipvl import ops, policy
+from zipvl import policy
 from zipvl.cache import ZipVLCacheLayer
 from zipvl.config import ZipVLConfig
 from zipvl.integrations import _attention, _cache_names, _handover, _runs
@@ -207,30 +207,26 @@ def _sparse_forward(
     values = module.v_proj(x).view(heads).transpose(1, 2)
     if cache is not None:
         keys, values = cache.update(keys, values, module.layer_idx)
-    layer = _handover.claim(keys)
-
-    def queries(index: Tensor, count: Tensor | None = None) -> Tensor:
-        norm = {"norm_weight": module.q_norm.weight, "norm_eps": module.q_norm.variance_epsilon} if norms else {}
-        return ops.project_queries(x, module.q_proj.weight, module.q_proj.bias, cos, sin, index, count, **norm)
-
-    probes = ops.probe_index(
-        keys, num_recent=config.num_recent, num_random=config.num_random, seed=config.seed, token_mask=token_mask
+    norm = {"q_norm_weight": module.q_norm.weight, "q_norm_eps": module.q_norm.variance_epsilon} if norms else {}
+    return _attention.run_layer(
+        module,
+        _handover.claim(keys),
+        run,
+        config,
+        dense_below,
+        None,
+        keys,
+        values,
+        token_mask,
+        module.scaling,
+        hidden=x,
+        q_weight=module.q_proj.weight,
+        q_bias=module.q_proj.bias,
+        cos=cos,
+        sin=sin,
+        o_weight=module.o_proj.weight,
+        **norm,
     )
-    scores = ops.probe_scores(queries(probes), keys, probes, scale=module.scaling, token_mask=token_mask)
-    index, count = ops.select_tokens(
-        *scores,
-        tau=config.tau,
-        ratio=config.ratio,
-        min_tokens=config.min_tokens,
-        keep_mask=_keep_mask(x, token_mask, config, dense_below),
-        token_mask=token_mask,
-    )
-    out = ops.sparse_attn(queries(index, count), keys, values, index, count, scale=module.scaling)
-    if layer is not None:
-        most = policy.max_kept(config, x.shape[1], dense_below, token_mask is not None)
-        layer.keep_selected(index, count, token_mask, out.shape[1], most)
-    _attention.record(run, layer, layer_index(module), keys, token_mask, None, index, count, dense_below)
-    return ops.project_outputs(out.transpose(1, 2).flatten(2), module.o_proj.weight, index, count)
 
 
 def _in_memory(x: Tensor) -> Tensor:
@@ -245,16 +241,3 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x [B, H, N, D]`` under the rotary embedding ``cos``, ``sin [B or 1, 1, N, D]``."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
-
-
-def _keep_mask(x: Tensor, token_mask: Tensor | None, config: ZipVLConfig, dense_below: int) -> Tensor | None:
-    """``[B, N]``, what ``zipvl_attn`` always keeps: the last real tokens, and rows that are dense for their length."""
-    batch, tokens = x.shape[:2]
-    if token_mask is None:
-        if config.keep_recent == 0:
-            return None
-        return (torch.arange(tokens, device=x.device) >= tokens - config.keep_recent).expand(batch, tokens)
-    behind = token_mask.flip(-1).cumsum(-1).flip(-1)
-    short = _attention.short_rows(token_mask, dense_below)
-    assert short is not None
-    return token_mask & (behind <= config.keep_recent) | short

@@ -119,7 +119,10 @@ def test_what_a_tool_leaves_out_is_there() -> None:
 
 
 def test_names_of_kernels() -> None:
-    assert kernel_name("void zipvl::cuda::sparse_attn::sm90::sparse_attn_sm90<T<(int)64>, (bool)1>(P)") == "sparse_attn_sm90"
+    assert (
+        kernel_name("void zipvl::cuda::sparse_attn::sm90::sparse_attn_sm90<T<(int)64>, (bool)1>(P)")
+        == "sparse_attn_sm90"
+    )
     assert kernel_name("zipvl::cuda::(anonymous namespace)::emit_kernel(zipvl::cuda::P)") == "emit_kernel"
 
 
