@@ -162,6 +162,7 @@ def test_a_build_without_its_record(zipvl: Zipvl, tmp_path: Path, monkeypatch: p
     assert facts["build"]["missing"].startswith(f"{tmp_path / 'build_info.json'} does not exist")
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr("zipvl.support.explain", lambda *given: "sm80")
     assert support("probe_index", "cuda").state == "native"
 
 
