@@ -21,7 +21,7 @@ CPU_TORCH := 2.13.0
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 CPP := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-BUILD_INPUTS := $(CPP) csrc/build_info.json.in CMakeLists.txt setup.py pyproject.toml
+BUILD_INPUTS := $(CPP) CMakeLists.txt setup.py pyproject.toml
 
 $(BIN)/python:
 ifeq ($(HAS_GPU),yes)

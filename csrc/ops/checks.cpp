@@ -6,6 +6,8 @@
 #include <limits>
 #include <string>
 
+#include "common/quantized_block.h"
+
 namespace zipvl::checks {
 namespace {
 
@@ -285,6 +287,27 @@ void scale(const char* op, std::optional<double> value) {
   if (value && !std::isfinite(*value)) {
     fail(op, "scale must be finite, got ", *value);
   }
+}
+
+void bits(const char* op, const char* name, std::int64_t value) {
+  if (value != 2 && value != 4 && value != 8) {
+    fail(op, name, " must be 2, 4 or 8, got ", value);
+  }
+}
+
+void quantized_head_dim(const char* op, Named argument) {
+  const std::int64_t head_dim = argument.tensor.size(3);
+  if (head_dim % quantized::kChannelMultiple != 0) {
+    fail(op, argument.name, " must have a head dim that is a multiple of ", quantized::kChannelMultiple, ", got ",
+         head_dim);
+  }
+}
+
+void value_factor(const char* op, const Tensor& v_factor, const Tensor& like, std::int64_t kv_heads) {
+  const Named argument{"v_factor", v_factor};
+  dtype(op, argument, ScalarType::Float);
+  shape(op, argument, {like.size(0), kv_heads, like.size(3)});
+  same_device(op, like, argument);
 }
 
 }  // namespace zipvl::checks

@@ -96,4 +96,11 @@ struct QueryProjection {
 };
 void query_projection(const char* op, const QueryProjection& given);
 
+// ---- quantised caches
+void bits(const char* op, const char* name, std::int64_t value);  // 2, 4 or 8
+void quantized_head_dim(const char* op, Named argument);
+
+// v_factor [B, Hkv, D] float32, for tensors like `like` [B, H, N, D].
+void value_factor(const char* op, const Tensor& v_factor, const Tensor& like, std::int64_t kv_heads);
+
 }  // namespace zipvl::checks

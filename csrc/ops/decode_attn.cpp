@@ -7,7 +7,6 @@
 #include "ops/args.h"
 #include "ops/aten.h"
 #include "ops/checks.h"
-#include "ops/checks_quantized.h"
 #ifdef ZIPVL_CUDA_OPS
 #include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/plan.h"

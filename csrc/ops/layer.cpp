@@ -9,7 +9,6 @@
 #ifdef ZIPVL_CUDA_OPS
 #include <algorithm>
 
-#include "cuda/layer/zero_padding.h"
 #include "ops/cuda_steps.h"
 #endif
 

@@ -4,7 +4,6 @@
 #include "ops/args.h"
 #include "ops/aten.h"
 #include "ops/checks.h"
-#include "ops/checks_quantized.h"
 #ifdef ZIPVL_CUDA_OPS
 #include "common/math.h"
 #include "cuda/quantize_kv/params.h"

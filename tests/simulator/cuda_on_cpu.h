@@ -58,8 +58,12 @@ void launch_of(void (*kernel)(Params...), const dim3& grid, int threads, std::si
                const Args&... args) {
   emulated::launch(grid, threads, shared_bytes, [&] { kernel(args...); });
 }
-template <typename... Params>
-cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int) {
+// Weak: one of a program's files brings them.
+extern "C" __attribute__((weak)) cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+extern "C" __attribute__((weak)) cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
   return cudaSuccess;
 }
 

@@ -13,10 +13,6 @@ const emulated::DynamicShared registered(shared);
 }  // namespace zipvl::cuda::decode_attn::sm80
 
 // What the launches ask of the device.
-extern "C" cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
 namespace zipvl::cuda {
 bool runs_hopper_code(int /*device*/) { return false; }
 }  // namespace zipvl::cuda

@@ -235,10 +235,6 @@ struct Sums {
 }  // namespace
 
 // What host code asks of the device.
-extern "C" cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
 extern "C" cudaError_t cudaMemset2DAsync(void*, std::size_t, int, std::size_t, std::size_t, cudaStream_t) {
   return cudaErrorNotSupported;
 }

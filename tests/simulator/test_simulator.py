@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PROGRAMS = {
     "attention": [],
-    "attention_sm90": ["cuda/pack_kv/pack_kv.cu", "cuda/sparse_attn/seen_tokens.cu"],
+    "attention_sm90": ["cuda/pack_kv/pack_kv.cu", "cuda/sparse_attn/all_queries.cu"],
     "decode_attn": ["cuda/decode_attn/plan.cpp"],
     "probe_scores_sm90": [
         "cuda/probe_scores/plan.cpp",

@@ -9,7 +9,9 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <mutex>
+#include <utility>
 
 namespace zipvl::cuda {
 
@@ -38,6 +40,31 @@ int device_attribute(int device) {
 // written yet.
 bool runs_hopper_code(int device);
 
+// Allows the kernel so many bytes of dynamic shared memory on the current device. Allowances only grow, so that a
+// launch of one thread of the host never finds another's smaller one, and each is asked of the driver once: that call
+// takes as long as a tenth of a launch. max_carveout: shared memory is preferred over L1 to the full.
+inline cudaError_t allow_shared_bytes(const void* kernel, int device, unsigned bytes, bool max_carveout = false) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, unsigned> allowed;
+  const std::lock_guard lock(mutex);
+  const auto [known, is_new] = allowed.try_emplace({kernel, device}, 0);
+  if (!is_new && bytes <= known->second) {
+    return cudaSuccess;
+  }
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess && max_carveout) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error != cudaSuccess) {
+    allowed.erase(known);
+    return error;
+  }
+  known->second = bytes;
+  return cudaSuccess;
+}
+
 struct LaunchOptions {
   dim3 grid;
   unsigned threads = 0;       // of a block
@@ -47,10 +74,20 @@ struct LaunchOptions {
   bool max_carveout = false;  // shared memory is preferred over L1 to the full; a change between two kernels stalls
 };
 
-// For kernels that were allowed their dynamic shared memory before, or need no more than 48 KB.
 template <typename... Params, typename... Args>
-cudaError_t launch_allowed_kernel(void (*kernel)(Params...), const LaunchOptions& options, cudaStream_t stream,
-                                  const Args&... args) {
+cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchOptions& options, cudaStream_t stream,
+                          const Args&... args) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
+    return error;
+  }
+  if (options.shared_bytes > 0 || options.max_carveout) {
+    if (const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), device,
+                                                     options.shared_bytes, options.max_carveout);
+        error != cudaSuccess) {
+      return error;
+    }
+  }
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = options.grid;
@@ -59,10 +96,6 @@ cudaError_t launch_allowed_kernel(void (*kernel)(Params...), const LaunchOptions
   config.stream = stream;
   config.attrs = attributes;
   if (options.dependent) {
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
-      return error;
-    }
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = runs_hopper_code(device) ? 1 : 0;
@@ -75,35 +108,11 @@ cudaError_t launch_allowed_kernel(void (*kernel)(Params...), const LaunchOptions
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Allows the kernel its dynamic shared memory, then launches it.
-template <typename... Params, typename... Args>
-cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchOptions& options, cudaStream_t stream,
-                          const Args&... args) {
-  // The attributes are the kernel's, and another thread of the host may ask for less between here and the launch.
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  if (options.shared_bytes > 0) {
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(options.shared_bytes));
-        error != cudaSuccess) {
-      return error;
-    }
-  }
-  if (options.max_carveout) {
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                       cudaSharedmemCarveoutMaxShared);
-        error != cudaSuccess) {
-      return error;
-    }
-  }
-  return launch_allowed_kernel(kernel, options, stream, args...);
-}
-
-// Short forms of launch_allowed_kernel for dependent launches. cluster: as in LaunchOptions.
+// Short forms for dependent launches. cluster: as in LaunchOptions.
 template <typename... Params, typename... Args>
 cudaError_t launch_dependent_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, unsigned threads,
                                       unsigned shared_bytes, cudaStream_t stream, const Args&... args) {
-  return launch_allowed_kernel(kernel, {grid, threads, shared_bytes, cluster, /*dependent=*/true}, stream, args...);
+  return launch_kernel(kernel, {grid, threads, shared_bytes, cluster, /*dependent=*/true}, stream, args...);
 }
 
 template <typename... Params, typename... Args>

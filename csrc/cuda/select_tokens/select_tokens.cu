@@ -166,13 +166,16 @@ template <int kItems>
 cudaError_t launch(const SelectTokensParams& params, cudaStream_t stream) {
   const auto kernel = params.blocks_per_row > 1 ? &by_grid<kItems> : &by_block<kItems>;
   constexpr std::size_t kSharedBytes = sizeof(Shared) + kItems / 8 * sizeof(MassHistogram);
-  const cudaError_t allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-  if (allowed != cudaSuccess) {
-    return allowed;
-  }
   if (params.blocks_per_row == 1) {
     return launch_dependent(kernel, static_cast<unsigned>(params.batch), kThreads, kSharedBytes, stream, params);
+  }
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), device, kSharedBytes);
+  }
+  if (error != cudaSuccess) {
+    return error;
   }
   SelectTokensParams copy = params;
   void* arguments[] = {&copy};

@@ -47,6 +47,17 @@ struct SeenTokensParams {
 
 cudaError_t launch_seen_tokens(const SeenTokensParams& params, cudaStream_t stream);
 
+// Zeros in the output rows of tokens that are not real, where attention computes every row.
+struct ZeroPaddingParams {
+  void* out;                    // [batch, tokens, row_bytes], contiguous, aligned to 16 bytes
+  const bool* token_mask;       // [batch, tokens]
+  std::int64_t mask_stride[2];  // in elements
+  std::int64_t batch, tokens;   // batch below 65,536
+  std::int64_t row_bytes;       // of all heads of a token, a multiple of 16
+};
+
+cudaError_t launch_zero_padding(const ZeroPaddingParams& params, cudaStream_t stream);
+
 // The portable kernel (sm_80 and later). A scale not above 0, a head_dim that SparseAttnParams does not name, or a grid
 // that does not fit, is cudaErrorInvalidValue. The packed workspace is not used.
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream);

@@ -159,11 +159,6 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksEach)
 template <typename Traits>
 cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams), int blocks, const ProbeScoresParams& params,
                         cudaStream_t stream) {
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
   return launch_dependent(kernel, static_cast<unsigned>(blocks), kThreads, Traits::kSharedBytes, stream, params);
 }
 

@@ -46,10 +46,6 @@ cudaError_t launch_pass(void (*kernel)(const ProbeScoresParams, const CUtensorMa
   if (const cudaError_t error = make_tensor_map(stream_view, &stream_map); error != cudaSuccess) {
     return error;
   }
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
   return launch_dependent(kernel, static_cast<unsigned>(std::min(items, params.num_sms)), Traits::kThreads,
                           kSharedBytes, stream, params, held_map, stream_map);
 }
@@ -82,11 +78,6 @@ cudaError_t Passes<ElementType, HeadDim>::both(const ProbeScoresParams& params, 
       return error;
     }
     const auto kernel = &probe_cluster_sm90<Tr>;
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-        error != cudaSuccess) {
-      return error;
-    }
     const int blocks = params.batch * params.kv_heads * params.row_splits * params.cluster_blocks;
     return launch_dependent_clusters(kernel, static_cast<unsigned>(params.cluster_blocks),
                                      static_cast<unsigned>(blocks), Tr::kThreads, kSharedBytes, stream, params, keys);

@@ -116,11 +116,6 @@ __global__ void __launch_bounds__(kThreads, 1) by_block_of_sums(const __grid_con
 cudaError_t launch_select_sums(const SelectTokensParams& params, const ProbeScoresParams& from, cudaStream_t stream) {
   constexpr std::size_t kSharedBytes =
       sizeof(select_tokens::Shared) + select_tokens::kItems / 8 * sizeof(select_tokens::MassHistogram);
-  const cudaError_t allowed = cudaFuncSetAttribute(
-      select_tokens::by_block_of_sums, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-  if (allowed != cudaSuccess) {
-    return allowed;
-  }
   return launch_dependent(&select_tokens::by_block_of_sums, static_cast<unsigned>(params.batch),
                           select_tokens::kThreads, kSharedBytes, stream, params, from);
 }

@@ -229,11 +229,6 @@ __global__ void __launch_bounds__(kThreads, 1) by_cluster(const __grid_constant_
 template <int kItems>
 cudaError_t launch_cluster(const SelectTokensParams& params, cudaStream_t stream) {
   constexpr std::size_t kSharedBytes = sizeof(ClusterShared) + kItems / 8 * sizeof(MassHistogram);
-  const cudaError_t error = cudaFuncSetAttribute(by_cluster<kItems>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(kSharedBytes));
-  if (error != cudaSuccess) {
-    return error;
-  }
   return launch_dependent_clusters(&by_cluster<kItems>, static_cast<unsigned>(params.blocks_per_row),
                                    static_cast<unsigned>(params.batch * params.blocks_per_row), kThreads, kSharedBytes,
                                    stream, params);

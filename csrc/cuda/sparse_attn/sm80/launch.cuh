@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "common/math.h"
+#include "cuda/common/launch.h"
 #include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/sm80/kernel.cuh"
 
@@ -14,32 +15,25 @@ template <typename Traits>
 cudaError_t launch(const SparseAttnParams& params, int num_sms, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SharedStorage<Traits>);
   auto* kernel = &sparse_attn_sm80<Traits>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
   // At least one block of zeros for each head and batch row, unless every row is computed.
   const std::int64_t places = ceil_div(params.tokens, std::int64_t{Traits::kBlockM}) + (params.all_queries ? 0 : 1);
   const std::int64_t blocks_at_once = num_sms * Traits::kBlocksPerSm;
   const dim3 grid(static_cast<unsigned>(params.query_heads), static_cast<unsigned>(params.batch),
                   static_cast<unsigned>(places));
-  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(
-      params, static_cast<int>(blocks_at_once / (params.query_heads * params.batch)));
-  return cudaGetLastError();
+  return cuda::launch_kernel(kernel, {grid, Traits::kThreads, kSharedBytes}, stream, params,
+                             static_cast<int>(blocks_at_once / (params.query_heads * params.batch)));
 }
 
 // Two stages where a multiprocessor's shared memory then still holds as many blocks as its registers do. Not at D 128:
 // measured on an H200 that was 5% slower.
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream) {
-  int device = 0, num_sms = 0, shared_bytes = 0;
-  for (const cudaError_t error :
-       {cudaGetDevice(&device), cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-        cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)}) {
-    if (error != cudaSuccess) {
-      return error;
-    }
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
+    return error;
   }
+  const int num_sms = device_attribute<cudaDevAttrMultiProcessorCount>(device);
+  [[maybe_unused]] const int shared_bytes = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(device);
   if constexpr (HeadDim != 128) {
     using Two = Traits<ElementType, HeadDim, 2>;
     constexpr int kReservedBytes = 1024;  // of every block, by the driver

@@ -37,10 +37,6 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
   }
   constexpr int kSharedBytes = sizeof(SharedStorage<Tr>) + 1024;  // dynamic shared memory is aligned to 16 bytes only
   auto* kernel = &sparse_attn_sm90<Tr>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
   const std::int64_t tiles =
       static_cast<std::int64_t>(params.batch) * params.query_heads * ceil_div(params.tokens, Tr::kBlockM);
   return launch_dependent(kernel, static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms)), Tr::kThreads,
