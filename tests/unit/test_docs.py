@@ -30,7 +30,7 @@ def test_examples_run(tmp_path: Path) -> None:
     assert namespace["zipvl"] is zipvl
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "explain"])
 def test_schemas_are_the_registered_ones(op: str) -> None:
     section = re.search(rf"^## {op}\n\n```\n(.*?)```", DOCS.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert section is not None
