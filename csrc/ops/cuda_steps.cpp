@@ -36,8 +36,6 @@ KernelFamily kernel_family(int device) {
   return runs_hopper_code(device) && !is_set("ZIPVL_FORCE_SM80") ? KernelFamily::kSm90 : KernelFamily::kSm80;
 }
 
-const char* family_name(KernelFamily family) { return family == KernelFamily::kSm90 ? "sm90" : "sm80"; }
-
 int num_sms(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 
 int shared_bytes_per_block(int device) { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device); }
@@ -90,9 +88,11 @@ checks::AttentionSizes sizes_like(const Tensor& q) {
   return {q.size(0), q.size(1), q.size(1), q.size(2), q.size(2), q.size(3)};
 }
 
-ops::Implementation implementation_of(const Tensor& q, const std::string& reason) {
-  return reason.empty() ? ops::Implementation{family_name(kernel_family(q.get_device_index())), ""}
-                        : ops::Implementation{"aten", reason};
+ops::Implementation implementation_of(KernelFamily family, const std::string& reason) {
+  if (!reason.empty()) {
+    return {"aten", reason};
+  }
+  return {family == KernelFamily::kSm90 ? "sm90" : "sm80", ""};
 }
 
 }  // namespace zipvl::cuda

@@ -38,7 +38,6 @@ enum class KernelFamily { kSm90, kSm80 };
 
 // The family for this device. ZIPVL_FORCE_SM80=1 in the environment, read on every call, takes sm80 on Hopper too.
 KernelFamily kernel_family(int device);
-const char* family_name(KernelFamily family);
 
 int num_sms(int device);
 int shared_bytes_per_block(int device);  // the most that a block may ask for
@@ -96,8 +95,8 @@ const T* optional_matrix(const std::optional<Tensor>& x, std::int64_t (&strides)
 // The sizes of a call on inputs like q [B, H, N, D], with as many key/value heads.
 checks::AttentionSizes sizes_like(const Tensor& q);
 
-// The device's kernels, or ATen's ops where there is a reason against them.
-ops::Implementation implementation_of(const Tensor& q, const std::string& reason);
+// The kernels of a family, or ATen's ops where there is a reason against them.
+ops::Implementation implementation_of(KernelFamily family, const std::string& reason);
 
 // ---- the steps of the layer
 // Without `out` and `keep_from`.
@@ -109,6 +108,7 @@ struct ProbeScoresStep {
   plan::ProbeScoresCudaPlan plan;
   ProbeScoresParams params;  // without probe_index, workspace and results
   Launch launch;             // null: no kernel takes these inputs, plan.reason says why, and the rest is undefined
+  KernelFamily family;       // of `launch`
 };
 
 ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,

@@ -183,14 +183,15 @@ QuantizedSegment segment_of(const Tensor& packed, const Tensor& blocks, std::int
 }
 
 ops::Implementation explain(const Tensor& q) {
-  return implementation_of(q, plan::plan_decode_attn_cuda(problem_of(sizes_like(q), q, true)).reason);
+  return implementation_of(KernelFamily::kSm80, plan::plan_decode_attn_cuda(problem_of(sizes_like(q), q, true)).reason);
 }
 
 ops::Implementation explain_quantized(const Tensor& q) {
   constexpr int kBlocks = 1, kHighBits = 4, kLowBits = 2;
   const auto plan = plan::plan_decode_attn_quantized_cuda(problem_of(sizes_like(q), q, true),
                                                           {kBlocks, kBlocks, kHighBits, kLowBits});
-  return plan.reason.empty() ? implementation_of(q, "") : ops::Implementation{"unavailable", plan.reason};
+  return plan.reason.empty() ? implementation_of(KernelFamily::kSm80, "")
+                             : ops::Implementation{"unavailable", plan.reason};
 }
 
 // Nothing where no kernel takes these inputs.

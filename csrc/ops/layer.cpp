@@ -433,7 +433,7 @@ ops::Implementation explain(const Tensor& q) {
                                  sparse_attn_step(sizes, q, q, q, 1.0, true, false).plan.reason};
   const std::string* reason =
       std::find_if(std::begin(reasons), std::end(reasons) - 1, [](const std::string& text) { return !text.empty(); });
-  return implementation_of(q, *reason);
+  return implementation_of(kernel_family(q.get_device_index()), *reason);
 }
 
 }  // namespace

@@ -70,13 +70,15 @@ ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Ten
                                   std::int64_t probes, double scale, bool causal,
                                   const ops::OptionalTensor& token_mask) {
   ProbeScoresStep step{};
+  step.family = KernelFamily::kSm80;
   step.params = make_params(sizes, q, k, probes, scale, causal, token_mask);
 #ifdef ZIPVL_HAS_SM90
   if (kernel_family(q.get_device_index()) == KernelFamily::kSm90 && probe_scores_fits_sm90(step.params)) {
     step.launch = &launch_probe_scores_sm90;
+    step.family = KernelFamily::kSm90;
   }
 #endif
-  const bool clusters = step.launch != nullptr;
+  const bool clusters = step.family == KernelFamily::kSm90;
   if (!clusters && probe_scores_fits_sm80(step.params)) {
     step.launch = &launch_probe_scores_sm80;
   }
@@ -95,13 +97,13 @@ namespace {
 
 ops::Implementation explain(const Tensor& q) {
   const auto step = probe_scores_step(sizes_like(q), q, q, /*probes=*/128, 1.0, true, std::nullopt);
-  return implementation_of(q, step.plan.reason);
+  return implementation_of(step.family, step.plan.reason);
 }
 
 // Nothing where no kernel takes these inputs.
 std::optional<ops::TensorPair> run(const ops::ProbeScoresArgs& args, const checks::AttentionSizes& sizes) {
   const DeviceGuard guard(args.q.get_device_index());
-  auto [plan, params, launch] =
+  auto [plan, params, launch, family] =
       probe_scores_step(sizes, args.q, args.k, args.probe_index.size(1),
                         ops::scale_or_default(args.scale, sizes.head_dim), args.causal, args.token_mask);
   if (launch == nullptr) {

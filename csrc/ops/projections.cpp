@@ -222,7 +222,7 @@ Tensor project_chosen_outputs(const char* op, const ChosenRows& chosen, const Te
 namespace {
 
 ops::Implementation explain(const Tensor& x) {
-  return implementation_of(x, is_half(x) ? "" : "the kernels take float16 and bfloat16");
+  return implementation_of(KernelFamily::kSm80, is_half(x) ? "" : "the kernels take float16 and bfloat16");
 }
 
 // Nothing where no kernel takes these inputs.

@@ -63,7 +63,9 @@ cudaError_t launch_select_tokens(const SelectTokensParams& params, const plan::S
 namespace {
 
 ops::Implementation explain(const Tensor& q) {
-  return implementation_of(q, select_tokens_plan(q.size(0), q.size(2), q.get_device_index()).reason);
+  const auto plan = select_tokens_plan(q.size(0), q.size(2), q.get_device_index());
+  return implementation_of(plan.team == plan::SelectTeam::kCluster ? KernelFamily::kSm90 : KernelFamily::kSm80,
+                           plan.reason);
 }
 
 // Nothing where no kernel takes these inputs.

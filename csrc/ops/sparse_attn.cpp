@@ -79,7 +79,9 @@ void launch_sparse_attn(const char* op, const SparseAttnParams& params, const pl
 namespace {
 
 ops::Implementation explain(const Tensor& q) {
-  return implementation_of(q, sparse_attn_step(sizes_like(q), q, q, q, 1.0, true, false).plan.reason);
+  const auto plan = sparse_attn_step(sizes_like(q), q, q, q, 1.0, true, false).plan;
+  return implementation_of(plan.kernel == plan::SparseAttnKernel::kSm90 ? KernelFamily::kSm90 : KernelFamily::kSm80,
+                           plan.reason);
 }
 
 // Nothing where no kernel takes these inputs.
