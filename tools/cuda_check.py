@@ -1,9 +1,9 @@
 """Compiles the CUDA library for every architecture and checks what came out; needs nvcc, no GPU.
 
-Checked: nothing outside ``csrc/cuda/ptx`` names CuTe or CUTLASS or writes assembly; every symbol the library needs is
-in torch (a CPU torch lacks a known few); it holds machine code for every architecture asked for and PTX for later ones;
-no kernel but those of ``SPILLS`` spills registers or has a stack frame beyond the return address of a function that it
-calls.
+Checked: nothing but ``csrc/cuda/ptx`` and the proof of the shared-memory layouts names CuTe or CUTLASS or writes
+assembly; every symbol the library needs is in torch (a CPU torch lacks a known few); it holds machine code for every
+architecture asked for and PTX for later ones; no kernel but those of ``SPILLS`` spills registers or has a stack frame
+beyond the return address of a function that it calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ OF_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
 # for inputs beyond 262,144 tokens or without clusters: the keys of a thread are 64 of its 128 registers.
 SPILLS = {"by_blockILi32E": 64, "by_gridILi32E": 64}
 RETURN_ADDRESS = 8  # bytes
-# What only csrc/cuda/ptx may say.
+# Beside csrc/cuda/ptx: compares the layouts in shared memory with CuTe's.
+LAYOUTS = Path("cuda", "common", "smem_layout.cpp")
+# What only those may say.
 _PTX = re.compile(r"\b(?:cute|cutlass)(?:::|/)|\basm\b")
 _COMMENT = re.compile(r"//.*")
 _KERNEL = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'")
@@ -38,10 +40,10 @@ _USED = re.compile(r"Used (?P<registers>\d+) registers")
 
 
 def outside_ptx(csrc: Path) -> list[str]:
-    """Lines of ``csrc`` beside ``cuda/ptx`` that name CuTe or CUTLASS or write assembly, with their places."""
+    """Lines of ``csrc`` that name CuTe or CUTLASS or write assembly where only ``cuda/ptx`` and ``LAYOUTS`` may."""
     found = []
     for path in sorted(csrc.rglob("*.*")):
-        if path.parent != csrc / "cuda" / "ptx":
+        if path.parent != csrc / "cuda" / "ptx" and path != csrc / LAYOUTS:
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 if _PTX.search(_COMMENT.sub("", line)):
                     found.append(f"{path.relative_to(csrc)}:{number}: {line.strip()}")
@@ -111,7 +113,9 @@ def check_architectures(library: Path) -> None:
 
 def main() -> None:
     if lines := outside_ptx(ROOT / "csrc"):
-        sys.exit("cuda-check: only csrc/cuda/ptx names CuTe and CUTLASS and writes assembly\n" + "\n".join(lines))
+        sys.exit(
+            f"cuda-check: only csrc/cuda/ptx and {LAYOUTS} name CuTe and CUTLASS or write assembly\n" + "\n".join(lines)
+        )
     log = compile_library()
     library = BUILD / "libzipvl_cuda.so"
     check_symbols(library)

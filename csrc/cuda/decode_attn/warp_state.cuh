@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/smem_layout.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/shape.h"
@@ -133,29 +134,29 @@ __device__ __forceinline__ void weights_operand(std::uint32_t (&b)[2], const flo
 // Queries of up to eight heads in a warp's shared memory, a row each.
 template <typename ElementType, int D>
 struct Queries {
-  // 16 bytes more than the channels: the eight rows that ldmatrix reads at once fall on different banks.
-  static constexpr int kRowBytes = query_bytes(D) / kDecodeHeads;
+  using Rows = PaddedRows<D>;
+  static_assert(kDecodeHeads * Rows::kRowBytes == query_bytes(D));
 
   // Starts copying rows q, q + head_stride, ...; those past `heads` become 0 and are not read.
   static __device__ __forceinline__ void fetch(std::uint32_t target, const ElementType* q, std::int64_t head_stride,
                                                int heads, int lane) {
-    constexpr int kChunks = D / 8;  // of 16 bytes in a row
 #pragma unroll
-    for (int at = lane; at < kDecodeHeads * kChunks; at += kWarpThreads) {
-      const int head = at / kChunks, chunk = at % kChunks;
+    for (int at = lane; at < kDecodeHeads * Rows::kPieces; at += kWarpThreads) {
+      const int head = at / Rows::kPieces, piece = at % Rows::kPieces;
       const bool valid = head < heads;
-      ptx::cp_async_16(target + head * kRowBytes + chunk * 16, q + (valid ? head : 0) * head_stride + chunk * 8, valid);
+      ptx::cp_async_16(target + Rows::row(head) + Rows::in_row(piece),
+                       q + (valid ? head : 0) * head_stride + piece * kPieceElements, valid);
     }
   }
 
   // B operands, channels by heads, of channel tiles 2 pair (registers 0 and 1) and 2 pair + 1 (2 and 3).
   static __device__ __forceinline__ void load_tiles(std::uint32_t (&b)[4], std::uint32_t rows, int pair, int lane) {
-    ptx::ldmatrix(b, rows + lane % 8 * kRowBytes + (4 * pair + lane / 8) * 16);
+    ptx::ldmatrix(b, rows + Rows::row(lane % 8) + Rows::in_row(4 * pair + lane / 8));
   }
   // The same by halves of a tile: channels 0 to 7 of both (registers 0 and 1), then 8 to 15 of both.
   static __device__ __forceinline__ void load_halves(std::uint32_t (&b)[4], std::uint32_t rows, int pair, int lane) {
     const int matrix = lane / 8;
-    ptx::ldmatrix(b, rows + lane % 8 * kRowBytes + (4 * pair + matrix % 2 * 2 + matrix / 2) * 16);
+    ptx::ldmatrix(b, rows + Rows::row(lane % 8) + Rows::in_row(4 * pair + matrix % 2 * 2 + matrix / 2));
   }
 };
 

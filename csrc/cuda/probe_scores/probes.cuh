@@ -7,12 +7,12 @@
 
 #include <cstdint>
 
+#include "cuda/common/smem_layout.cuh"
 #include "cuda/probe_scores/params.h"
 #include "cuda/probe_scores/plan.h"
 
 namespace zipvl::cuda::probe_scores {
 
-constexpr int kPieceElements = 8;                                  // of 16 bytes
 constexpr int kUnitRows = static_cast<int>(plan::kProbeUnitRows);  // rows that share one range of limits
 
 __device__ __forceinline__ bool is_token(const ProbeScoresParams& params, int position) {

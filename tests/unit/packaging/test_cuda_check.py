@@ -35,11 +35,9 @@ def test_only_the_facade_names_cute_and_writes_assembly() -> None:
 
 
 def test_lines_outside_the_facade_are_found(tmp_path: Path) -> None:
-    for folder in ("cuda/ptx", "cuda/pack_kv"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "a.cuh").write_text(
-            "#include <cute/arch/mma_sm80.hpp>\nasm(x);\n// asm\nusing cutlass::arch;\n"
-        )
+    for name in ("cuda/ptx/a.cuh", "cuda/common/smem_layout.cpp", "cuda/pack_kv/a.cuh"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("#include <cute/arch/mma_sm80.hpp>\nasm(x);\n// asm\nusing cutlass::arch;\n")
     found = cuda_check.outside_ptx(tmp_path)
     assert [line.split(" ")[0] for line in found] == [f"cuda/pack_kv/a.cuh:{number}:" for number in (1, 2, 4)]
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/smem_layout.cuh"
 #include "cuda/decode_attn/params.h"
 #include "cuda/decode_attn/schedule.cuh"
 #include "cuda/decode_attn/shape.h"
@@ -25,42 +26,35 @@ struct HeadRows {
 // 16 tokens of one head's keys and values in shared memory: fetched by one warp, attended to by it.
 template <typename ElementType, int D>
 struct KvTile {
-  static constexpr int kChunks = D / 8;  // of 16 bytes in a row
-  static constexpr int kRowsBytes = kTileTokens * D * 2;
+  using Rows = SwizzledRows<D>;
+  static constexpr int kRowsBytes = kTileTokens * Rows::kRowBytes;
   static constexpr int kBytes = 2 * kRowsBytes;  // keys, then values
-
-  // Bytes from the start to chunk `chunk` of row `row`. Chunks are permuted so that the eight rows that ldmatrix reads
-  // at once fall on different banks; where a row is not a multiple of 128 bytes (D = 96), rows of either parity do
-  // already.
-  static __device__ __forceinline__ int swizzled(int row, int chunk) {
-    const int swizzle = kChunks % 8 == 0 ? row % 8 : row / 2 % 4;
-    return row * D * 2 + (chunk ^ swizzle) * 16;
-  }
 
   // Starts copying rows [first, first + 16) of keys and values; rows past the length become zeros and are not read.
   static __device__ __forceinline__ void fetch(std::uint32_t target, const HeadRows<ElementType>& rows, int first,
                                                int lane) {
-    if constexpr (kWarpThreads % kChunks == 0) {  // a lane has the same chunk of every row
-      constexpr int kStep = kWarpThreads / kChunks;
-      const int row = lane / kChunks, chunk = lane % kChunks;
-      const ElementType* k = rows.k + (first + row) * rows.k_stride + chunk * 8;
-      const ElementType* v = rows.v + (first + row) * rows.v_stride + chunk * 8;
+    constexpr int kPieces = Rows::kPieces;
+    if constexpr (kWarpThreads % kPieces == 0) {  // a lane has the same piece of every row
+      constexpr int kStep = kWarpThreads / kPieces;
+      const int row = lane / kPieces, piece = lane % kPieces;
+      const ElementType* k = rows.k + (first + row) * rows.k_stride + piece * kPieceElements;
+      const ElementType* v = rows.v + (first + row) * rows.v_stride + piece * kPieceElements;
 #pragma unroll
       for (int step = 0; step < kTileTokens; step += kStep) {
-        fetch_chunk(target + swizzled(row + step, chunk), k + step * rows.k_stride, v + step * rows.v_stride,
+        fetch_piece(target + Rows::offset(row + step, piece), k + step * rows.k_stride, v + step * rows.v_stride,
                     first + row + step < rows.length);
       }
     } else {
 #pragma unroll
-      for (int at = lane; at < kTileTokens * kChunks; at += kWarpThreads) {
-        const int row = at / kChunks, chunk = at % kChunks;
-        fetch_chunk(target + swizzled(row, chunk), rows.k + (first + row) * rows.k_stride + chunk * 8,
-                    rows.v + (first + row) * rows.v_stride + chunk * 8, first + row < rows.length);
+      for (int at = lane; at < kTileTokens * kPieces; at += kWarpThreads) {
+        const int row = at / kPieces, piece = at % kPieces;
+        fetch_piece(target + Rows::offset(row, piece), rows.k + (first + row) * rows.k_stride + piece * kPieceElements,
+                    rows.v + (first + row) * rows.v_stride + piece * kPieceElements, first + row < rows.length);
       }
     }
   }
 
-  static __device__ __forceinline__ void fetch_chunk(std::uint32_t target, const ElementType* k, const ElementType* v,
+  static __device__ __forceinline__ void fetch_piece(std::uint32_t target, const ElementType* k, const ElementType* v,
                                                      bool valid) {
     ptx::cp_async_16(target, k, valid);
     ptx::cp_async_16(target + kRowsBytes, v, valid);
@@ -74,7 +68,7 @@ struct KvTile {
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       std::uint32_t keys[4];
-      ptx::ldmatrix(keys, tile + swizzled(lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
+      ptx::ldmatrix(keys, tile + Rows::offset(lane % 8 + matrix % 2 * 8, 2 * k + matrix / 2));
       ptx::mma_16x8x16<ElementType>(s[0], keys, q[k / 2][k % 2 * 2], q[k / 2][k % 2 * 2 + 1]);
     }
 #pragma unroll
@@ -87,7 +81,7 @@ struct KvTile {
 #pragma unroll
     for (int m = 0; m < D / 16; ++m) {
       std::uint32_t values[4];
-      ptx::ldmatrix_trans(values, tile + kRowsBytes + swizzled(lane % 8 + matrix / 2 * 8, 2 * m + matrix % 2));
+      ptx::ldmatrix_trans(values, tile + kRowsBytes + Rows::offset(lane % 8 + matrix / 2 * 8, 2 * m + matrix % 2));
       ptx::mma_16x8x16<ElementType>(state.out[m], values, weights[0], weights[1]);
     }
   }

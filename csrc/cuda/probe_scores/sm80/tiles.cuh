@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/math.h"
+#include "cuda/common/smem_layout.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -25,10 +26,9 @@ struct Traits {
   using Element = ElementType;
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kPieces = HeadDim / kPieceElements;
-  // Rows in shared memory are a multiple of eight pieces, which the swizzle permutes.
-  static constexpr int kRowPieces = round_up(kPieces, 8);
-  static constexpr int kRowBytes = kRowPieces * 16;
-  static constexpr int kTileBytes = kStreamRows * kRowBytes;
+  // Rows of 96 columns are padded to 128: one swizzle serves every head dimension.
+  using Rows = SwizzledRows<round_up(HeadDim, 64)>;
+  static constexpr int kTileBytes = kStreamRows * Rows::kRowBytes;
   static constexpr int kSharedBytes = 2 * kTileBytes;
   static constexpr int kSteps = HeadDim / 16;
   // At D 256 the held fragments alone take 64 registers.
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_tile(std::uint32_t target, const typename T
   for (int i = threadIdx.x; i < kStreamRows * Traits::kPieces; i += kThreads) {
     const int row = i / Traits::kPieces, piece = i % Traits::kPieces;
     const bool inside = first + row < rows;
-    ptx::cp_async_16(target + row * Traits::kRowBytes + (piece ^ (row % 8)) * 16,
+    ptx::cp_async_16(target + Traits::Rows::row(row) + Traits::Rows::in_row(row, piece),
                      source + (inside ? first + row : 0) * stride + piece * kPieceElements, inside);
   }
 }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void hold(std::uint32_t (&held)[Traits::kSteps][4], s
 #pragma unroll
   for (int k = 0; k < Traits::kSteps; ++k) {
     const int piece = 2 * k + lane / 16;
-    ptx::ldmatrix(held[k], shared + row * Traits::kRowBytes + (piece ^ (row % 8)) * 16);
+    ptx::ldmatrix(held[k], shared + Traits::Rows::row(row) + Traits::Rows::in_row(row, piece));
   }
 }
 
@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply(float (&s)[kScores], const std::uint32_
 #pragma unroll
     for (int n = 0; n < kStreamRows / 16; ++n) {
       std::uint32_t b[4];
-      ptx::ldmatrix(b, tile + (n * 16 + row) * Traits::kRowBytes + (piece ^ (row % 8)) * 16);
+      ptx::ldmatrix(b, tile + Traits::Rows::row(n * 16 + row) + Traits::Rows::in_row(row, piece));
       ptx::mma_16x8x16<typename Traits::Element>(reinterpret_cast<float (&)[4]>(s[8 * n]), held[k], b[0], b[1]);
       ptx::mma_16x8x16<typename Traits::Element>(reinterpret_cast<float (&)[4]>(s[8 * n + 4]), held[k], b[2], b[3]);
     }

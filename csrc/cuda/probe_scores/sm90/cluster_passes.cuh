@@ -30,17 +30,16 @@ struct ClusterTraits {
   static constexpr int kTileKeys = plan::kProbeTileKeys;
   static constexpr int kTiles = plan::probe_cluster_keys(HeadDim) / kTileKeys;
   static constexpr int kMaxBlocks = plan::kProbeClusterBlocks;
-  static constexpr int kSlabs = ceil_div(HeadDim, kSlabColumns);
   static constexpr int kPieces = HeadDim / kPieceElements;
-  static constexpr std::uint32_t kTileBytes = kSlabs * kTileKeys * kSlabColumns * sizeof(Element);
+  using Rows = Sw128Slabs<kRows, HeadDim>;
+  using Keys = Sw128Slabs<kTileKeys, HeadDim>;
 };
 
-// Operands lie in slabs of 64 columns under the 128-byte swizzle, so that 64 rows of either are the first operand of a
-// product and 128 the second.
+// 64 rows of either tile are the first operand of a product, and 128 the second.
 template <typename Traits>
 struct ClusterShared {
-  alignas(1024) typename Traits::Element rows[Traits::kSlabs][Traits::kRows * kSlabColumns];
-  alignas(1024) typename Traits::Element keys[Traits::kTiles][Traits::kSlabs][Traits::kTileKeys * kSlabColumns];
+  alignas(1024) typename Traits::Element rows[Traits::Rows::kSlabs][Traits::Rows::kSlabElements];
+  alignas(1024) typename Traits::Element keys[Traits::kTiles][Traits::Keys::kSlabs][Traits::Keys::kSlabElements];
   float part_lse[Traits::kMaxBlocks][Traits::kRows];  // over each block's keys
   alignas(16) float lse[Traits::kRows];
   alignas(16) std::int32_t limit[Traits::kRows];
@@ -81,10 +80,11 @@ struct ClusterItem {
 template <typename Traits>
 __device__ __forceinline__ void load_keys(ClusterShared<Traits>& shared, const ClusterItem<Traits>& item,
                                           const CUtensorMap* keys) {
+  using Keys = typename Traits::Keys;
   for (int t = 0; t < item.tiles; ++t) {
-    ptx::mbarrier_arrive_expect_tx(&shared.keys_full[t], Traits::kTileBytes);
+    ptx::mbarrier_arrive_expect_tx(&shared.keys_full[t], Keys::kBytes);
 #pragma unroll
-    for (int slab = 0; slab < Traits::kSlabs; ++slab) {
+    for (int slab = 0; slab < Keys::kSlabs; ++slab) {
       ptx::tma_load_4d(shared.keys[t][slab], keys, &shared.keys_full[t], slab * kSlabColumns, item.first_key(t), item.h,
                        item.b);
     }
@@ -137,6 +137,7 @@ __device__ __forceinline__ void place_rows(const ProbeScoresParams& params, Clus
 // rows.
 template <typename Traits>
 __device__ __forceinline__ void gather_rows(const ProbeScoresParams& params, ClusterShared<Traits>& shared, int slot) {
+  using Rows = typename Traits::Rows;
   const auto* q = static_cast<const std::uint16_t*>(params.q);
   const auto for_pieces = [&](const auto& copy) {
 #pragma unroll
@@ -144,7 +145,7 @@ __device__ __forceinline__ void gather_rows(const ProbeScoresParams& params, Clu
       const int of_slot = i * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
       const int row = slot * kUnitRows + of_slot / Traits::kPieces, piece = of_slot % Traits::kPieces;
       const std::int64_t start = shared.source[row];
-      auto* target = &shared.rows[piece / 8][row * kSlabColumns + (piece % 8 ^ row % 8) * kPieceElements];
+      auto* target = &shared.rows[piece / 8][Rows::row_elements(row) + Rows::in_row_elements(row, piece)];
       copy(target, q + (start < 0 ? 0 : start) + piece * kPieceElements, start >= 0);
     }
   };
@@ -179,7 +180,7 @@ __device__ __forceinline__ RowStatistics reduce_rows(const ProbeScoresParams& pa
   const int2 range = slot_range(shared, slot);
   const int limit[2] = {shared.limit[slot * kUnitRows + row_of_thread],
                         shared.limit[slot * kUnitRows + row_of_thread + 8]};
-  const std::uint64_t rows = ptx::wgmma_descriptor(shared.rows[0] + slot * kUnitRows * kSlabColumns);
+  const std::uint64_t rows = ptx::wgmma_descriptor(shared.rows[0] + Traits::Rows::row_elements(slot * kUnitRows));
   RowStatistics stats;
   for (int t = 0; t < item.tiles; ++t) {
     const int first_key = item.first_key(t);
@@ -188,8 +189,7 @@ __device__ __forceinline__ RowStatistics reduce_rows(const ProbeScoresParams& pa
       continue;
     }
     float s[Traits::kTileKeys / 2];
-    multiply<Traits>(s, rows, Traits::kRows * kRowBytes, ptx::wgmma_descriptor(shared.keys[t][0]),
-                     Traits::kTileKeys * kRowBytes);
+    multiply<Traits, typename Traits::Rows, typename Traits::Keys>(s, rows, ptx::wgmma_descriptor(shared.keys[t][0]));
     std::uint32_t words[Traits::kTileKeys / 32];
     bool unmasked = first_key + Traits::kTileKeys - 1 <= range.x;
 #pragma unroll
@@ -258,8 +258,9 @@ __device__ __forceinline__ void add_slots(float (&sum)[2], const ProbeScoresPara
                                           ClusterShared<Traits>& shared, std::uint64_t keys, int slot, int min_limit,
                                           int first_key, int key_of_thread) {
   float s[kValues];
-  multiply<Traits>(s, keys, Traits::kTileKeys * kRowBytes,
-                   ptx::wgmma_descriptor(shared.rows[0] + slot * kUnitRows * kSlabColumns), Traits::kRows * kRowBytes);
+  using Rows = typename Traits::Rows;
+  multiply<Traits, typename Traits::Keys, Rows>(
+      s, keys, ptx::wgmma_descriptor(shared.rows[0] + Rows::row_elements(slot * kUnitRows)));
   const float* lse = shared.lse + slot * kUnitRows;
   const std::int32_t* limit = shared.limit + slot * kUnitRows;
   if (first_key + kUnitRows - 1 <= min_limit) {
@@ -275,7 +276,8 @@ __device__ __forceinline__ void sum_columns(const ProbeScoresParams& params, Clu
                                             const ClusterItem<Traits>& item, int warpgroup, int key_of_thread) {
   for (int half = warpgroup; half < 2 * item.tiles; half += Traits::kWarpgroups) {
     const int first_key = item.first_key(half / 2) + half % 2 * kUnitRows;
-    const std::uint64_t keys = ptx::wgmma_descriptor(shared.keys[half / 2][0] + half % 2 * kUnitRows * kSlabColumns);
+    const std::uint64_t keys =
+        ptx::wgmma_descriptor(shared.keys[half / 2][0] + Traits::Keys::row_elements(half % 2 * kUnitRows));
     float sum[2] = {0.0F, 0.0F};
 #pragma unroll 1
     for (int slot = 0; slot < Traits::kWarpgroups; slot += 2) {

@@ -39,29 +39,25 @@ template <typename Traits>
 __device__ __forceinline__ void load_stream(SharedStorage<Traits>& shared, const PipelineState<Traits::kStages>& place,
                                             const CUtensorMap* map, int first_row, int h, int b,
                                             std::uint32_t more_bytes = 0) {
+  using Stream = typename Traits::Stream;
   ptx::mbarrier_wait(&shared.empty[place.index], place.phase ^ 1);
-  ptx::mbarrier_arrive_expect_tx(&shared.full[place.index], Traits::kStreamBytes + more_bytes);
+  ptx::mbarrier_arrive_expect_tx(&shared.full[place.index], Stream::kBytes + more_bytes);
 #pragma unroll
-  for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-    ptx::tma_load_4d(shared.stream[place.index] + slab * Traits::kStreamRows * kSlabColumns, map,
-                     &shared.full[place.index], slab * kSlabColumns, first_row, h, b);
+  for (int slab = 0; slab < Stream::kSlabs; ++slab) {
+    ptx::tma_load_4d(shared.stream[place.index] + slab * Stream::kSlabElements, map, &shared.full[place.index],
+                     slab * kSlabColumns, first_row, h, b);
   }
 }
 
-constexpr int kRowBytes = kSlabColumns * 2;  // of a slab
-
-// s = 64 rows of a x rows of b^T, done on return.
-template <typename Traits, int kValues>
-__device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, int a_slab_bytes, std::uint64_t b,
-                                         int b_slab_bytes) {
+// s = 64 rows of a x rows of b^T, done on return. A, B: their tiles' layouts.
+template <typename Traits, typename A, typename B, int kValues>
+__device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, std::uint64_t b) {
   using Product = ptx::Wgmma<typename Traits::Element, kValues * 2, false>;
   ptx::warpgroup_fence_operand(s);
   ptx::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-    const int slab = k / 4, in_slab = k % 4 * 32;
-    Product::ss(s, ptx::wgmma_advance(a, slab * a_slab_bytes + in_slab),
-                ptx::wgmma_advance(b, slab * b_slab_bytes + in_slab), k > 0);
+    Product::ss(s, ptx::wgmma_advance(a, A::column_step(k)), ptx::wgmma_advance(b, B::column_step(k)), k > 0);
   }
   ptx::warpgroup_commit_batch();
   ptx::warpgroup_wait<0>();
@@ -71,6 +67,7 @@ __device__ __forceinline__ void multiply(float (&s)[kValues], std::uint64_t a, i
 // A consumer warpgroup: its 64 held rows, and its place in the stream.
 template <typename Traits>
 struct Consumer {
+  using Held = typename Traits::Held;
   static constexpr int kScores = Traits::kStreamRows / 2;  // a thread's of a tile
 
   SharedStorage<Traits>& shared;
@@ -82,10 +79,10 @@ struct Consumer {
   __device__ __forceinline__ void load_held(const CUtensorMap* map, int first_row, int h, int b) {
     ptx::named_barrier_sync(1 + warpgroup, kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) {
-      ptx::mbarrier_arrive_expect_tx(&shared.held_full[warpgroup], Traits::kHeldBytes);
+      ptx::mbarrier_arrive_expect_tx(&shared.held_full[warpgroup], Held::kBytes);
 #pragma unroll
-      for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-        ptx::tma_load_4d(shared.held[warpgroup] + slab * kUnitRows * kSlabColumns, map, &shared.held_full[warpgroup],
+      for (int slab = 0; slab < Held::kSlabs; ++slab) {
+        ptx::tma_load_4d(shared.held[warpgroup] + slab * Held::kSlabElements, map, &shared.held_full[warpgroup],
                          slab * kSlabColumns, first_row, h, b);
       }
     }
@@ -101,8 +98,8 @@ struct Consumer {
 
   // s = held rows x tile rows^T, done on return.
   __device__ __forceinline__ void multiply_tile(float (&s)[kScores]) const {
-    multiply<Traits>(s, ptx::wgmma_descriptor(shared.held[warpgroup]), kUnitRows * kRowBytes,
-                     ptx::wgmma_descriptor(shared.stream[place.index]), Traits::kStreamRows * kRowBytes);
+    multiply<Traits, Held, typename Traits::Stream>(s, ptx::wgmma_descriptor(shared.held[warpgroup]),
+                                                    ptx::wgmma_descriptor(shared.stream[place.index]));
   }
 
   // This warp is done with the tile.

@@ -5,15 +5,14 @@
 
 #include <cstdint>
 
-#include "common/math.h"
 #include "cuda/common/pipeline.cuh"
+#include "cuda/common/smem_layout.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/probe_scores/probes.cuh"
 #include "cuda/ptx/scalar.cuh"
 
 namespace zipvl::cuda::probe_scores::sm90 {
 
-constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 static_assert(kUnitRows == 64, "a warpgroup's rows: M of its products");
 
 // The block's dynamic shared memory from the first multiple of 1,024 bytes on, as the swizzle asks for.
@@ -35,19 +34,16 @@ struct Traits {
   static constexpr int kBlockRows = kUnitRows * kConsumers;
   static constexpr int kThreads = kConsumers * kWarpgroupThreads + kWarpThreads;  // the last warp loads
   static constexpr int kStreamRows = HeadDim == 256 ? 64 : 128;
-  static constexpr int kSlabs = ceil_div(HeadDim, kSlabColumns);
   // As many as 227 KiB hold beside the 256 rows: 128 KiB of them at D 256, 64 at D 128 and 96.
   static constexpr int kStages = HeadDim == 256 ? 3 : HeadDim == 64 ? 8 : 4;
-  static constexpr int kHeldElements = kSlabs * kUnitRows * kSlabColumns;  // of one warpgroup
-  static constexpr int kStreamElements = kSlabs * kStreamRows * kSlabColumns;
-  static constexpr std::uint32_t kHeldBytes = kHeldElements * sizeof(Element);
-  static constexpr std::uint32_t kStreamBytes = kStreamElements * sizeof(Element);
+  using Held = Sw128Slabs<kUnitRows, HeadDim>;  // of one warpgroup
+  using Stream = Sw128Slabs<kStreamRows, HeadDim>;
 };
 
 template <typename Traits>
 struct SharedStorage {
-  alignas(1024) typename Traits::Element held[Traits::kConsumers][Traits::kHeldElements];
-  alignas(1024) typename Traits::Element stream[Traits::kStages][Traits::kStreamElements];
+  alignas(1024) typename Traits::Element held[Traits::kConsumers][Traits::Held::kElements];
+  alignas(1024) typename Traits::Element stream[Traits::kStages][Traits::Stream::kElements];
   alignas(16) float lse[Traits::kStages][Traits::kStreamRows];           // second pass: of the tile's rows
   alignas(16) std::int32_t limit[Traits::kStages][Traits::kStreamRows];  // likewise
   std::uint64_t full[Traits::kStages], empty[Traits::kStages];

@@ -90,9 +90,10 @@ template <typename Traits>
 __device__ __forceinline__ void store_rows(const Output<Traits>& o, const RowState<Traits::kRowTiles>& rows,
                                            SharedStorage<Traits>& shared, typename Traits::Element* out,
                                            std::int64_t row_elements) {
+  using Rows = typename Traits::Rows;
   constexpr int kRows = 16 * Traits::kRowTiles;
   const int lane = threadIdx.x % kWarpThreads, first_row = threadIdx.x / kWarpThreads * kRows;
-  char* tile = reinterpret_cast<char*>(shared.q) + first_row * Traits::kRowBytes;
+  char* tile = reinterpret_cast<char*>(shared.q) + first_row * Rows::kRowBytes;
   __syncwarp();  // every lane has read its last queries
 #pragma unroll
   for (int m = 0; m < Traits::kRowTiles; ++m) {
@@ -103,19 +104,18 @@ __device__ __forceinline__ void store_rows(const Output<Traits>& o, const RowSta
       const int row = m * 16 + i * 8 + lane / 4;
 #pragma unroll
       for (int j = 0; j < Traits::kHeadDim / 8; ++j) {
-        *reinterpret_cast<std::uint32_t*>(tile + Traits::offset(row, j) + lane % 4 * 4) =
+        *reinterpret_cast<std::uint32_t*>(tile + Rows::offset(row, j) + lane % 4 * 4) =
             pack_pair<typename Traits::Element>(o[m][j][2 * i] * inverse, o[m][j][2 * i + 1] * inverse);
       }
     }
   }
   __syncwarp();
-  constexpr int kChunks = Traits::kHeadDim / kChunkElements;
 #pragma unroll 4
-  for (int at = lane; at < kRows * kChunks; at += kWarpThreads) {
-    const int row = at / kChunks, chunk = at % kChunks;
+  for (int at = lane; at < kRows * Rows::kPieces; at += kWarpThreads) {
+    const int row = at / Rows::kPieces, piece = at % Rows::kPieces;
     if (first_row + row < shared.queries) {
-      *reinterpret_cast<uint4*>(out + shared.query_token[first_row + row] * row_elements + chunk * kChunkElements) =
-          *reinterpret_cast<const uint4*>(tile + Traits::offset(row, chunk));
+      *reinterpret_cast<uint4*>(out + shared.query_token[first_row + row] * row_elements + piece * kPieceElements) =
+          *reinterpret_cast<const uint4*>(tile + Rows::offset(row, piece));
     }
   }
 }
@@ -166,7 +166,7 @@ __device__ __forceinline__ void write_zeros(const Selection& selection, const Jo
     for (int t = 0; t < here; ++t) {
       if (selected[t] == 0) {
         char* row = out + (begin + t) * row_bytes;
-        for (std::int64_t byte = thread * kChunkBytes; byte < row_bytes; byte += kTokens * kChunkBytes) {
+        for (std::int64_t byte = thread * kPieceBytes; byte < row_bytes; byte += kTokens * kPieceBytes) {
           *reinterpret_cast<uint4*>(row + byte) = make_uint4(0, 0, 0, 0);
         }
       }
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   if (job.attends) {
     attend_block<Traits>(params, selection, job.number, shared);
   } else {
-    const std::int64_t row_bytes = params.query_heads * Traits::kRowBytes;
+    const std::int64_t row_bytes =
+        params.query_heads * Traits::kHeadDim * static_cast<int>(sizeof(typename Traits::Element));
     write_zeros<Traits>(selection, job, memory, static_cast<char*>(params.out) + batch * params.tokens * row_bytes,
                         row_bytes);
   }

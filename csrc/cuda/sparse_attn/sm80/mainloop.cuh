@@ -14,7 +14,7 @@
 
 namespace zipvl::cuda::sparse_attn::sm80 {
 
-// ---- Loads: tiles of scattered rows into shared memory. kPeriodChunks threads bring a row, each the same chunk of
+// ---- Loads: tiles of scattered rows into shared memory. kPeriodPieces threads bring a row, each the same piece of
 // every period, so that a thread's places differ by constants.
 
 // Row r of the tile [kRows, kHeadDim] at shared address `tile` becomes token(r)'s of the head, and 0 from row `valid`
@@ -22,22 +22,23 @@ namespace zipvl::cuda::sparse_attn::sm80 {
 template <typename Traits, int kRows, bool kPartial, typename Token>
 __device__ __forceinline__ void load_rows(std::uint32_t tile, const typename Traits::Element* head, std::int64_t stride,
                                           int valid, const Token& token) {
-  constexpr int kRowsAtOnce = Traits::kThreads / Traits::kPeriodChunks;
+  using Rows = typename Traits::Rows;
+  constexpr int kRowsAtOnce = Traits::kThreads / Rows::kPeriodPieces;
   static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0, "a thread's rows share their swizzle");
-  const int first = threadIdx.x / Traits::kPeriodChunks, chunk = threadIdx.x % Traits::kPeriodChunks;
-  const std::uint32_t target = tile + Traits::offset(first, chunk);
+  const int first = threadIdx.x / Rows::kPeriodPieces, piece = threadIdx.x % Rows::kPeriodPieces;
+  const std::uint32_t target = tile + Rows::offset(first, piece);
   constexpr int kOwnRows = kRows / kRowsAtOnce;
-  const char* own_chunk = reinterpret_cast<const char*>(head) + chunk * kChunkBytes;
+  const char* own_piece = reinterpret_cast<const char*>(head) + piece * kPieceBytes;
   const char* source[kOwnRows];
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
-    source[i] = own_chunk + 2 * (token(first + i * kRowsAtOnce) * static_cast<std::uint64_t>(stride));
+    source[i] = own_piece + 2 * (token(first + i * kRowsAtOnce) * static_cast<std::uint64_t>(stride));
   }
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
-    for (int byte = 0; byte < Traits::kRowBytes; byte += Traits::kPeriodChunks * kChunkBytes) {
-      const std::uint32_t place = target + i * kRowsAtOnce * Traits::kRowBytes + byte;
+    for (int byte = 0; byte < Rows::kRowBytes; byte += Rows::kPeriodBytes) {
+      const std::uint32_t place = target + i * kRowsAtOnce * Rows::kRowBytes + byte;
       if constexpr (kPartial) {
         ptx::cp_async_16(place, source[i] + byte, i * kRowsAtOnce < valid - first);
       } else {
@@ -244,32 +245,34 @@ struct Operands {
 
   template <typename Traits>
   __device__ __forceinline__ static Operands of(const SharedStorage<Traits>& shared, int tile) {
+    using Rows = typename Traits::Rows;
     const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
     // ldmatrix: lanes 0-7 name the rows of the first matrix, and so on. K's rows are the product's columns, so its four
-    // matrices are (columns 0-7, then 8-15) x (two chunks); Q's and V's go down the rows first.
+    // matrices are (columns 0-7, then 8-15) x (two pieces); Q's and V's go down the rows first.
     return {
-        ptx::shared_address(shared.q) + Traits::offset(warp * 16 * Traits::kRowTiles + lane % 16, lane / 16),
-        ptx::shared_address(shared.k[tile % Traits::kStages]) + Traits::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2),
-        ptx::shared_address(shared.v[tile % Traits::kStages]) + Traits::offset(lane % 16, lane / 16)};
+        ptx::shared_address(shared.q) + Rows::offset(warp * 16 * Traits::kRowTiles + lane % 16, lane / 16),
+        ptx::shared_address(shared.k[tile % Traits::kStages]) + Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2),
+        ptx::shared_address(shared.v[tile % Traits::kStages]) + Rows::offset(lane % 16, lane / 16)};
   }
 };
 
 template <typename Traits>
 __device__ __forceinline__ void mma_qk(Scores<Traits>& s, const Operands& at) {
-  constexpr int kTileBytes = 16 * Traits::kRowBytes, kPeriodBytes = Traits::kPeriodChunks * kChunkBytes;
+  using Rows = typename Traits::Rows;
+  constexpr int kTileBytes = 16 * Rows::kRowBytes;
 #pragma unroll Traits::kPeriodsAtOnce
-  for (int byte = 0; byte < Traits::kRowBytes; byte += kPeriodBytes) {
+  for (int byte = 0; byte < Rows::kRowBytes; byte += Rows::kPeriodBytes) {
 #pragma unroll
-    for (int step = 0; step < Traits::kPeriodChunks / 2; ++step) {
+    for (int step = 0; step < Rows::kPeriodPieces / 2; ++step) {
       std::uint32_t q[Traits::kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < Traits::kRowTiles; ++m) {
-        ptx::ldmatrix(q[m], step_address<Traits>(at.q, step) + byte + m * kTileBytes);
+        ptx::ldmatrix(q[m], Rows::advance(at.q, step) + byte + m * kTileBytes);
       }
 #pragma unroll
       for (int n = 0; n < Traits::kBlockN / 16; ++n) {
         std::uint32_t k[4];
-        ptx::ldmatrix(k, step_address<Traits>(at.k, step) + byte + n * kTileBytes);
+        ptx::ldmatrix(k, Rows::advance(at.k, step) + byte + n * kTileBytes);
 #pragma unroll
         for (int m = 0; m < Traits::kRowTiles; ++m) {
           ptx::mma_16x8x16<typename Traits::Element>(s[m][2 * n], q[m], k[0], k[1]);
@@ -285,7 +288,8 @@ template <typename Traits>
 __device__ __forceinline__ void mma_pv(Output<Traits>& o, const Scores<Traits>& s, RowState<Traits::kRowTiles>& rows,
                                        float scale_log2, const Operands& at) {
   using Element = typename Traits::Element;
-  constexpr int kTileBytes = 16 * Traits::kRowBytes;
+  using Rows = typename Traits::Rows;
+  constexpr int kTileBytes = 16 * Rows::kRowBytes;
 #pragma unroll
   for (int n = 0; n < Traits::kBlockN / 16; ++n) {
     std::uint32_t p[Traits::kRowTiles][4];
@@ -293,7 +297,7 @@ __device__ __forceinline__ void mma_pv(Output<Traits>& o, const Scores<Traits>& 
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
       std::uint32_t v[4];
-      ptx::ldmatrix_trans(v, step_address<Traits>(at.v, step) + n * kTileBytes);
+      ptx::ldmatrix_trans(v, Rows::advance(at.v, step) + n * kTileBytes);
 #pragma unroll
       for (int m = 0; m < Traits::kRowTiles; ++m) {
         ptx::mma_16x8x16<Element>(o[m][2 * step], p[m], v[0], v[1]);

@@ -17,16 +17,17 @@ namespace zipvl::cuda::sparse_attn::sm90 {
 template <typename Traits>
 __device__ __forceinline__ void load_keys_values(const AttnParams& params, const CUtensorMap* k_map,
                                                  const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
+  using Keys = typename Traits::Keys;
   constexpr int kBlockN = Traits::kBlockN;
   StageParity k_parity, v_parity;
   ptx::wait_on_dependent_grids();  // it packs what is loaded here
   const auto load = [&](const CUtensorMap* map, typename Traits::Element* target, std::uint64_t* full,
                         std::uint64_t* empty, StageParity& parity, int stage, const Tile& tile, int block) {
     ptx::mbarrier_wait(&empty[stage], parity.of(stage) ^ 1);
-    ptx::mbarrier_arrive_expect_tx(&full[stage], Traits::kKeyBytes);
+    ptx::mbarrier_arrive_expect_tx(&full[stage], Keys::kBytes);
 #pragma unroll
-    for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-      ptx::tma_load_4d(target + stage * Traits::kKeyElements + slab * kBlockN * kSlabColumns, map, &full[stage],
+    for (int slab = 0; slab < Keys::kSlabs; ++slab) {
+      ptx::tma_load_4d(target + stage * Keys::kElements + slab * Keys::kSlabElements, map, &full[stage],
                        slab * kSlabColumns, block * kBlockN, tile.head / params.group, tile.batch);
     }
     parity.flip(stage);
@@ -51,9 +52,9 @@ template <typename Traits>
 __device__ __forceinline__ void load_queries(const AttnParams& params, SharedStorage<Traits>& shared, int warp,
                                              int lane) {
   constexpr int kRows = Traits::kBlockM / kQueryWarps;  // of this warp
-  constexpr int kPieces = Traits::kSlabs * 8;           // of 16 bytes in a row of the slabs
+  using Queries = typename Traits::Queries;
+  constexpr int kPieces = Queries::kPieces;
   constexpr int kRowsAtOnce = kWarpThreads / (kPieces < 32 ? kPieces : 32);
-  constexpr int kPieceElements = 16 / sizeof(typename Traits::Element);
   constexpr int kRowsAhead = Traits::kProducerRegisters < 40 ? 1 : 4;  // addresses of more would spill
   static_assert(kPieces <= kWarpThreads && kRows % kWarpThreads == 0);
   const int piece = lane % kPieces, row_of_lane = lane / kPieces;
@@ -76,7 +77,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
       }
     }
     ptx::mbarrier_wait(&shared.q_empty[place.index], place.phase ^ 1);
-    const std::uint32_t target = ptx::shared_address(shared.q[place.index]) + (piece / 8) * Traits::kBlockM * 128;
+    const std::uint32_t target = ptx::shared_address(shared.q[place.index]) + Queries::slab_of(piece);
 #pragma unroll
     for (int i = 0; i < kRows / kWarpThreads; ++i) {
 #pragma unroll kRowsAhead
@@ -84,7 +85,7 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
         const int row = warp * kRows + i * kWarpThreads + step + row_of_lane;
         const int from = __shfl_sync(kAllLanes, position[i], step + row_of_lane);
         if (inside) {
-          ptx::cp_async_16(target + row * 128 + ((piece % 8) ^ (row % 8)) * 16, q + from * params.q_stride[2]);
+          ptx::cp_async_16(target + Queries::row(row) + Queries::in_row(row, piece), q + from * params.q_stride[2]);
         }
       }
     }

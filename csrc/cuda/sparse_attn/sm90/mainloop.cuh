@@ -98,10 +98,11 @@ __device__ __forceinline__ void rescale_o(float (&o)[kOutputs], const float (&re
 template <typename Traits>
 class Consumer {
   using Element = typename Traits::Element;
+  using QueryLayout = typename Traits::Queries;
+  using KeyLayout = typename Traits::Keys;  // and values
   static constexpr int kBlockN = Traits::kBlockN;
-  static constexpr int kScores = kBlockN / 2;            // a thread's of a score tile
-  static constexpr int kOutputs = Traits::kHeadDim / 2;  // a thread's of the output tile
-  static constexpr int kStepsPerSlab = kSlabColumns / 16;
+  static constexpr int kScores = kBlockN / 2;               // a thread's of a score tile
+  static constexpr int kOutputs = Traits::kHeadDim / 2;     // a thread's of the output tile
   static constexpr int kFragments = Traits::kHeadDim / 16;  // steps of 16 along the head dimension
 
   struct Queries {
@@ -130,7 +131,7 @@ class Consumer {
       release_queries();
     } else {
       ptx::fence_view_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
-      query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.index] + warpgroup_ * 64 * kSlabColumns);
+      query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.index] + QueryLayout::row_elements(warpgroup_ * 64));
     }
     int block = blocks - 1;
     ptx::mbarrier_wait(&shared_.k_full[0], k_parity_.of(0));
@@ -260,23 +261,23 @@ class Consumer {
     const std::uint64_t key = operand(ptx::wgmma_descriptor(shared_.k[kStage]));
 #pragma unroll
     for (int k = 0; k < kFragments; ++k) {
-      const int slab = k / kStepsPerSlab, in_slab = (k % kStepsPerSlab) * 32;
-      const std::uint64_t key_step = ptx::wgmma_advance(key, slab * kBlockN * 128 + in_slab);
+      const std::uint64_t key_step = ptx::wgmma_advance(key, KeyLayout::column_step(k));
       if constexpr (Traits::kQueriesInRegisters) {
         ptx::Wgmma<Element, kBlockN, false>::rs(s, query.fragment[k], key_step, k > 0);
       } else {
         ptx::Wgmma<Element, kBlockN, false>::ss(
-            s, ptx::wgmma_advance(operand(query.descriptor), slab * Traits::kBlockM * 128 + in_slab), key_step, k > 0);
+            s, ptx::wgmma_advance(operand(query.descriptor), QueryLayout::column_step(k)), key_step, k > 0);
       }
     }
   }
 
   template <int kStage>
   __device__ __forceinline__ void issue_pv(float (&o)[kOutputs], const std::uint32_t (&p)[kScores / 8][4]) const {
-    const std::uint64_t value = operand(ptx::wgmma_descriptor(shared_.v[kStage], 1024, kBlockN * 128));
+    const std::uint64_t value =
+        operand(ptx::wgmma_descriptor(shared_.v[kStage], KeyLayout::kGroupBytes, KeyLayout::kSlabBytes));
 #pragma unroll
     for (int k = 0; k < kBlockN / 16; ++k) {
-      ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[k], ptx::wgmma_advance(value, k * 16 * 128), 1);
+      ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[k], ptx::wgmma_advance(value, KeyLayout::row_step(k)), 1);
     }
   }
 
@@ -290,11 +291,11 @@ class Consumer {
   __device__ __forceinline__ void load_fragments(std::uint32_t (&fragment)[kFragments][4]) const {
     const int lane = threadIdx.x % kWarpThreads;
     const int row = warpgroup_ * 64 + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
-    const std::uint32_t begin = ptx::shared_address(shared_.q[q_.index]) + row * 128;
+    const std::uint32_t begin = ptx::shared_address(shared_.q[q_.index]) + QueryLayout::row(row);
 #pragma unroll
     for (int k = 0; k < kFragments; ++k) {
-      const int piece = (k % kStepsPerSlab) * 2 + lane / 16;
-      ptx::ldmatrix(fragment[k], begin + k / kStepsPerSlab * Traits::kBlockM * 128 + (piece ^ row % 8) * 16);
+      const int piece = 2 * k + lane / 16;
+      ptx::ldmatrix(fragment[k], begin + QueryLayout::slab_of(2 * k) + QueryLayout::in_row(row, piece));
     }
   }
 

@@ -3,14 +3,13 @@
 
 #include <cstdint>
 
-#include "common/math.h"
 #include "cuda/common/pipeline.cuh"
+#include "cuda/common/smem_layout.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/sparse_attn/plan.h"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
 
-constexpr int kSlabColumns = 64;  // of 16-bit elements: one row of the 128-byte swizzle
 constexpr int kZeroBytes = 4096;  // of shared zeros that the copy engine writes to rows outside the selection
 constexpr int kMaxBatches = plan::kSparseAttnMaxBatches;  // batch rows in the scheduler's table
 // Packed K and V that the tiles running side by side may read: most of the H100's 50 MB of L2, less what queries and
@@ -28,7 +27,6 @@ struct Traits {
   static constexpr int kBlockM = 64 * kConsumers;
   // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
   static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
-  static constexpr int kSlabs = ceil_div(HeadDim, kSlabColumns);
   // Of K and of V. The first key block of a tile stands in stage 0, the next in stage 1 and so on: then the consumers'
   // loop, unrolled twice, knows its operands' addresses when it is compiled.
   static constexpr int kStages = 2;
@@ -42,9 +40,8 @@ struct Traits {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
-  static constexpr int kQueryElements = kSlabs * kBlockM * kSlabColumns;
-  static constexpr int kKeyElements = kSlabs * kBlockN * kSlabColumns;
-  static constexpr std::uint32_t kKeyBytes = kKeyElements * sizeof(Element);
+  using Queries = Sw128Slabs<kBlockM, HeadDim>;
+  using Keys = Sw128Slabs<kBlockN, HeadDim>;  // and values
 };
 
 // Warps of the producer warpgroup.
@@ -71,9 +68,9 @@ struct RowPlaces {
 
 template <typename Traits>
 struct SharedStorage {
-  alignas(1024) typename Traits::Element q[Traits::kQueryStages][Traits::kQueryElements];
-  alignas(1024) typename Traits::Element k[Traits::kStages][Traits::kKeyElements];
-  alignas(1024) typename Traits::Element v[Traits::kStages][Traits::kKeyElements];
+  alignas(1024) typename Traits::Element q[Traits::kQueryStages][Traits::Queries::kElements];
+  alignas(1024) typename Traits::Element k[Traits::kStages][Traits::Keys::kElements];
+  alignas(1024) typename Traits::Element v[Traits::kStages][Traits::Keys::kElements];
   alignas(128) unsigned char zeros[kZeroBytes];
   std::uint64_t q_full[Traits::kQueryStages], q_empty[Traits::kQueryStages];
   std::uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
