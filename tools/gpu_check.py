@@ -28,7 +28,7 @@ LOGS = ROOT / "build" / "sanitizer"
 PYTEST = [sys.executable, "-m", "pytest", "tests/kernels", "--continue-on-collection-errors"]
 # Of each GPU: the tests wait for float64 references more than for their kernels, and workers take turns to begin with
 # another GPU (tests/kernels/conftest.py). A tool has its GPU to itself: shared, it takes many times as long.
-MOST_WORKERS = 6
+MAX_WORKERS = 6
 
 # A real error has a report for every thread; the kernels are read from the reports, so that no few may hide the others.
 MOST_REPORTS = 10_000
@@ -137,7 +137,7 @@ def find_sanitizer() -> Path | None:
 
 def run_tests() -> bool:
     """All of tests/kernels, in a few processes; tests/kernels/conftest.py records the outcome. Whether all passed."""
-    workers = max(1, min(MOST_WORKERS * torch.cuda.device_count(), (os.cpu_count() or 1) // 2))
+    workers = max(1, min(MAX_WORKERS * torch.cuda.device_count(), (os.cpu_count() or 1) // 2))
     return subprocess.run([*PYTEST, "-n", str(workers)], cwd=ROOT, check=False).returncode == 0
 
 
