@@ -31,9 +31,9 @@ PYTEST = [sys.executable, "-m", "pytest", "tests/kernels", "--continue-on-collec
 MAX_WORKERS = 6
 
 # A real error has a report for every thread; the kernels are read from the reports, so that no few may hide the others.
-MOST_REPORTS = 10_000
+MAX_REPORTS = 10_000
 COMMON = ["--target-processes", "application-only", "--check-exit-code", "no", "--show-backtrace", "device",
-          "--print-limit", str(MOST_REPORTS)]  # fmt: skip
+          "--print-limit", str(MAX_REPORTS)]  # fmt: skip
 WATCHED = ["--kernel-name", "kns=zipvl"]  # a part of the mangled name
 # Without a check of the device's heap, modules are loaded when they are first used, and not all of torch's at once.
 NO_HEAP = ["--check-device-heap", "no"]

@@ -18,7 +18,7 @@ from benchmarks.rivals import AIM, FastV, PyramidDrop, Rival, TowerAttention, Vi
 __all__ = ["NOT_AT_HAND", "Row", "Runner", "Setting", "dense", "match_ratio", "ours", "ratio_of", "rival", "selecting"]
 
 NOT_AT_HAND = "not at hand"
-TOLERANCE, MOST_STEPS = 0.004, 9
+TOLERANCE, MAX_STEPS = 0.004, 9
 """A matched ratio is this close on the calibration pages, or what so many evaluations find."""
 LOG_RANGE = (-5.0, math.log10(0.7))
 """Where log10(1 - tau) is looked for: tau from 0.3 to 0.99999."""
@@ -122,7 +122,7 @@ def match_ratio(measure: Callable[[float], float], target: float) -> tuple[float
         return ratios[x]
 
     x, line = -1.6, True  # tau 0.975
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         if abs(at(x) - target) <= TOLERANCE:
             break
         low, high = (x, high) if ratios[x] > target else (low, x)
