@@ -1,8 +1,8 @@
 // The layouts of tiles in shared memory: rows of 16-bit elements, moved in pieces of 16 bytes. smem_layout.cpp proves
 // each to be the CuTe layout that its comment names, or to have its property where CuTe has no name for it.
 //
-// They are arithmetic, so that kernels need no headers but these and keep the registers they have: CuTe's swizzle works
-// on the offset as a whole, where this arithmetic leaves what is known at compile time apart.
+// They are arithmetic: CuTe's layouts called in a kernel give it other registers, and tests/simulator has no CuTe. Rows
+// and pieces have functions of their own, because the order in which a kernel adds them up is part of its machine code.
 #pragma once
 
 #include <cstdint>
