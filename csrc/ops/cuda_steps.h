@@ -159,8 +159,10 @@ void project_all_queries(const char* op, const Tensor& x, const Tensor& weight, 
                          const Tensor& cos, const Tensor& sin, const ops::OptionalTensor& norm_weight, double norm_eps,
                          const Tensor& q);
 
-// Why the kernels around an output projection do not take these inputs; empty where they do.
-std::string why_not_output_projection(const Tensor& x, const Tensor& weight);
+// Why the kernels around an output projection by `weight` [O, C] do not take it; empty where they do. The rows that
+// they move are taken if why_not_rows says nothing.
+std::string why_not_output_projection(const Tensor& weight);
+std::string why_not_rows(const Tensor& x);
 
 // [B, N, O]: the chosen rows of x [B, N, C] times weight [O, C]; other rows are 0.
 Tensor project_chosen_outputs(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight);

@@ -247,9 +247,8 @@ class Layer {
     const bool queries =
         !projects() ||
         why_not_query_projection(*given.hidden, *given.cos, *given.sin, given.q_bias, given.q_norm_weight).empty();
-    // Attention outputs are contiguous rows of whole heads; their kernel takes 16-bit dtypes of any head dim it has.
-    const bool outputs =
-        !given.o_weight || options_.all_queries || why_not_output_projection(args_.k, *given.o_weight).empty();
+    // Attention outputs are contiguous rows of whole heads, of a head dim that their kernel takes: they can be moved.
+    const bool outputs = !given.o_weight || options_.all_queries || why_not_output_projection(*given.o_weight).empty();
     return queries && outputs;
   }
 

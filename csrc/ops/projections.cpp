@@ -42,18 +42,6 @@ bool is_aligned(const Tensor& x, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
-// Whether every row of x [B, N, C] can be moved by vectors.
-std::string why_not_rows(const Tensor& x) {
-  if (!is_half(x)) {
-    return "the kernels take float16 and bfloat16";
-  }
-  if (!rows_are_aligned(x) || x.size(2) * static_cast<std::int64_t>(x.element_size()) % kVectorBytes != 0 ||
-      (x.size(2) > 1 && x.stride(2) != 1)) {
-    return "the kernels take rows of x that begin at multiples of 16 bytes and have as many";
-  }
-  return "";
-}
-
 // Rows are numbered with 32 bits.
 std::string why_not_places(const Tensor& index) {
   const std::int64_t places = index.size(0) * index.size(1);
@@ -163,6 +151,17 @@ ChosenRows chosen_rows(const Tensor& index, const ops::OptionalTensor& count, st
   return chosen;
 }
 
+std::string why_not_rows(const Tensor& x) {
+  if (!is_half(x)) {
+    return "the kernels take float16 and bfloat16";
+  }
+  if (!rows_are_aligned(x) || x.size(2) * static_cast<std::int64_t>(x.element_size()) % kVectorBytes != 0 ||
+      (x.size(2) > 1 && x.stride(2) != 1)) {
+    return "the kernels take rows of x that begin at multiples of 16 bytes and have as many";
+  }
+  return "";
+}
+
 std::string why_not_query_projection(const Tensor& x, const Tensor& cos, const Tensor& sin,
                                      const ops::OptionalTensor& bias, const ops::OptionalTensor& norm_weight) {
   const std::int64_t head_dim = cos.size(2);
@@ -204,11 +203,14 @@ void project_all_queries(const char* op, const Tensor& x, const Tensor& weight, 
   check_launch(op, launch_place_queries(params, stream_of(x)));
 }
 
-std::string why_not_output_projection(const Tensor& x, const Tensor& weight) {
+std::string why_not_output_projection(const Tensor& weight) {
+  if (!is_half(weight)) {
+    return "the kernels take float16 and bfloat16";
+  }
   if (weight.size(0) * static_cast<std::int64_t>(weight.element_size()) % kVectorBytes != 0) {
     return join("the kernels take rows of outputs of a multiple of 16 bytes, got ", weight.size(0), " outputs");
   }
-  return why_not_rows(x);
+  return "";
 }
 
 Tensor project_chosen_outputs(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight) {
@@ -242,7 +244,7 @@ std::optional<Tensor> run(const ops::ProjectQueriesArgs& args) {
 std::optional<Tensor> run(const ops::ProjectOutputsArgs& args) {
   const auto& [x, weight, index, count] = args;
   if (index.size(1) == 0 || x.size(2) == 0 || !why_not_places(index).empty() ||
-      !why_not_output_projection(x, weight).empty()) {
+      !why_not_output_projection(weight).empty() || !why_not_rows(x).empty()) {
     return std::nullopt;
   }
   const DeviceGuard guard(x.get_device_index());

@@ -120,10 +120,9 @@ def test_all_queries(mask: str) -> None:
     exact = reference.zipvl_layer(None, *double(k.cpu(), v.cpu()), **wide, **keywords, token_mask=token_mask)[0]
     host = {name: tensor.cpu() for name, tensor in given.items()}
     baseline = reference.zipvl_layer(None, k.cpu(), v.cpu(), **host, **keywords, token_mask=token_mask)[0]
+    on_gpu = None if token_mask is None else token_mask.cuda()
     with no_host_sync():
-        out = ops.zipvl_layer(
-            None, k, v, **given, **keywords, token_mask=None if token_mask is None else token_mask.cuda()
-        )[0]
+        out = ops.zipvl_layer(None, k, v, **given, **keywords, token_mask=on_gpu)[0]
     assert_accurate(out.cpu(), exact, baseline, floor=0.0)
 
 
