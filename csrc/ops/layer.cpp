@@ -231,11 +231,12 @@ class Layer {
       k_packed_ = empty({B, Hkv, N, D}, args_.k.scalar_type(), args_.k);
       v_packed_ = empty({B, Hkv, N, D}, args_.k.scalar_type(), args_.k);
     }
-    const Tensor workspace = empty({steps_.plan.workspace.bytes}, ScalarType::Byte, args_.k);
-    space_ = workspace.mutable_data_ptr<std::uint8_t>();
+    std::optional<Tensor> workspace = empty({steps_.plan.workspace.bytes}, ScalarType::Byte, args_.k);
+    space_ = workspace->mutable_data_ptr<std::uint8_t>();
     select();
     const Tensor heads = attend();
-    queries_.reset();  // its memory serves the output projection
+    queries_.reset();  // the memory of both serves the output projection, which comes later in the stream
+    workspace.reset();
     return ops::LayerResult{project(heads), *index_, *count_, k_packed_, v_packed_};
   }
 

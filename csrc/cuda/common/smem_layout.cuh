@@ -65,9 +65,13 @@ struct SwizzledRows {
   ZIPVL_HOST_DEVICE static constexpr int row(int row) { return row * kRowBytes; }
   ZIPVL_HOST_DEVICE static constexpr int in_row(int row, int piece) { return (piece ^ swizzle(row)) * kPieceBytes; }
   ZIPVL_HOST_DEVICE static constexpr int offset(int row, int piece) {
-    // Not by swizzle(), through which decode_attn_quantized_kernel gets other machine code for compute capability 8.0.
-    const int permuted = piece ^ (kPeriodPieces == 8 ? row % 8 : row / 2 % 4);
-    return row * kRowBytes + permuted * kPieceBytes;
+    // One sum in two forms: each leaves the kernels of its head dims their machine code.
+    if constexpr (kPeriodPieces == 8) {
+      return row * kRowBytes + (piece ^ swizzle(row)) * kPieceBytes;
+    } else {
+      const int permuted = piece ^ row / 2 % 4;
+      return row * kRowBytes + permuted * kPieceBytes;
+    }
   }
 
   // Where piece 2 * step + c of a row is, given where its piece c is (0 or 1); tiles begin at multiples of
