@@ -260,7 +260,11 @@ def _ttft_table(runs: dict[int, Result], how: str) -> list[str]:
         return f"{1e3 * row['seconds']:,.0f} ({speedup:.2f}x; {row['peak_bytes'] / 2**30:.1f})"
 
     once = " and ".join(f"{tokens:,}" for tokens, run in runs.items() if not repeated(run))
-    title = f"{how}{f' ({once} tokens timed once)' if once else ''}, {source(list(runs.values())[-1])}"
+    dates = sorted({run["date"][:10] for run in runs.values()})
+    first = f"{dates[0]} to " if len(dates) > 1 else ""
+    newest = max(runs.values(), key=lambda run: run["date"])
+    where, _, date = source(newest).rpartition(", ")
+    title = f"{how}{f' ({once} tokens timed once)' if once else ''}, {where}, {first}{date}"
     head = [
         f"| {title} | ratio | " + " | ".join(f"{n:,}" for n in runs) + " |",
         "| --- | ---: |" + " ---: |" * len(runs),
