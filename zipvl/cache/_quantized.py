@@ -262,7 +262,7 @@ class QuantizedKV:
         outputs = []
         for start in range(0, new, _QUERIES_AT_ONCE):
             part = query[:, :, start : start + _QUERIES_AT_ONCE]
-            past, past_lse = self._past(part, k.shape[1], scale)
+            past, past_lse = self._past(part, scale)
             rows = torch.arange(start, start + part.shape[2], device=k.device)
             may = there[:, None, None, :] & (position <= rows[:, None])
             grouped = part.float().unflatten(1, (k.shape[1], groups)).flatten(2, 3)
@@ -275,7 +275,7 @@ class QuantizedKV:
             outputs.append(own + (past_lse[..., None] - lse).exp() * past)
         return torch.cat(outputs, dim=2).to(query.dtype)
 
-    def _past(self, query: torch.Tensor, kv_heads: int, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _past(self, query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``query [B, Hq, n, D]`` against the quantised tokens; ``out`` float32 of that shape and ``lse [B, Hq, n]``.
 
         Every one of the new tokens may attend to every one of these, so they can stand beside each other as heads.

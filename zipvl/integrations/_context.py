@@ -83,7 +83,7 @@ def _give_generate_a_cache(generator: Any, target: _targets.Target, run: _runs.R
             return ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted:
-            _check_assisted(generator, generation_config, run.config)
+            _check_assisted(generator, generation_config)
         given = _cache_names.given(model_kwargs) is not None
         result = ordinary(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = _cache_names.given(model_kwargs)
@@ -116,7 +116,7 @@ class _CandidateNote:
             expect_candidates(cache, int(kwargs["logits_to_keep"]) - 1)
 
 
-def _check_assisted(generator: Any, generation_config: Any, config: ZipVLConfig) -> None:
+def _check_assisted(generator: Any, generation_config: Any) -> None:
     """Raises for assisted generation that could not give the tokens that plain generation gives.
 
     Raises:
