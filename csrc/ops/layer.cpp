@@ -145,11 +145,10 @@ OptionalTensor tokens_to_keep(const LayerArgs& args, const checks::AttentionSize
 }
 
 // The queries of the tokens that `index` names, in their places.
-Tensor queries_of(const LayerArgs& args, const Tensor& index, const OptionalTensor& count) {
+Tensor project(const LayerArgs& args, const Tensor& index, const OptionalTensor& count) {
   const LayerProjections& given = args.projections;
-  return args.q ? *args.q
-                : project_queries({*given.hidden, *given.q_weight, given.q_bias, *given.cos, *given.sin, index, count,
-                                   given.q_norm_weight, given.q_norm_eps});
+  return project_queries({*given.hidden, *given.q_weight, given.q_bias, *given.cos, *given.sin, index, count,
+                          given.q_norm_weight, given.q_norm_eps});
 }
 
 Tensor every_token(const LayerArgs& args) {
@@ -159,21 +158,21 @@ Tensor every_token(const LayerArgs& args) {
 
 LayerResult step_by_step(const LayerArgs& args, const checks::AttentionSizes& sizes) {
   const LayerOptions& options = args.options;
-  OptionalTensor all;  // queries, where every row has one
-  if (args.q || options.all_queries) {
-    all = queries_of(args, every_token(args), std::nullopt);
+  OptionalTensor all = args.q;  // queries, where every row has one
+  if (!all && options.all_queries) {
+    all = project(args, every_token(args), std::nullopt);
   }
   OptionalTensor budget_score = args.budget_score, rank_score = args.rank_score;
   if (!budget_score) {
     // Only the shape and device of a tensor [B, H, N, D] matter here.
     const Tensor probes =
         probe_index({args.k, options.num_recent, options.num_random, options.seed, options.token_mask});
-    std::tie(budget_score, rank_score) = probe_scores({all ? *all : queries_of(args, probes, std::nullopt), args.k,
-                                                       probes, options.scale, options.causal, options.token_mask});
+    std::tie(budget_score, rank_score) = probe_scores({all ? *all : project(args, probes, std::nullopt), args.k, probes,
+                                                       options.scale, options.causal, options.token_mask});
   }
   const auto [index, count] = select_tokens({*budget_score, *rank_score, options.tau, options.ratio, options.min_tokens,
                                              tokens_to_keep(args, sizes), options.token_mask});
-  const Tensor q = all ? *all : queries_of(args, index, count);
+  const Tensor q = all ? *all : project(args, index, count);
   Tensor out = sparse_attn({q, args.k, args.v, index, count, options.scale, options.causal, options.all_queries});
   if (options.all_queries && options.token_mask) {
     aten::masked_fill_(out, aten::unsqueeze(aten::unsqueeze(aten::logical_not(*options.token_mask), 1), 3), 0.0);
@@ -379,7 +378,8 @@ class Layer {
     params.index = matrix<std::int32_t>(*index_, params.index_stride);
     params.count = count_->const_data_ptr<std::int32_t>();
     params.count_stride = 1;
-    params.capacity = sizes_.tokens;  // the copy engine reads rows past it as 0
+    params.capacity = sizes_.tokens;                    // the copy engine reads rows past it as 0
+    params.writes_zeros = !args_.projections.o_weight;  // the output projection reads selected rows alone
     params.k_packed = args_.pack ? k_packed_->mutable_data_ptr() : space_ + space.k_packed;
     params.v_packed = args_.pack ? v_packed_->mutable_data_ptr() : space_ + space.v_packed;
     if (args_.pack && steps_.attention.plan.kernel == plan::SparseAttnKernel::kSm80) {  // does not pack by itself

@@ -49,6 +49,7 @@ SparseAttnStep sparse_attn_step(const checks::AttentionSizes& sizes, const Tenso
   params.scale = static_cast<float>(scale);
   params.causal = causal;
   params.all_queries = all_queries;
+  params.writes_zeros = true;
   return step;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -163,6 +164,46 @@ def test_captured() -> None:
             tensor.normal_()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results[:3], run()[:3], strict=True))
+
+
+def launched(run: Callable[[], object]) -> list[str]:
+    """The kernels and copies that a call launches, by name, in order."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]
+
+
+@pytest.mark.usefixtures("family")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("from_hidden", [False, True])
+def test_every_launch_is_a_kernel_of_ours(from_hidden: bool, masked: bool) -> None:
+    """Nothing runs over ATen between the kernels: a layer that fell back to the ops one by one gives the same bits."""
+    k, v, given = case(2, 8, 2, 1000, 64)
+    q, *_ = inputs(2, 8, 2, 1000, 64)
+    mask = torch.rand(2, 1000, device="cuda") < 0.9 if masked else None
+    tensors = given if from_hidden else {}
+    run = lambda: ops.zipvl_layer(None if from_hidden else q, k, v, **tensors, token_mask=mask, pack=True)  # noqa: E731
+    names = launched(run)
+    assert sum("sparse_attn_sm" in name for name in names) == 1, names
+    assert not [name for name in names if "at::native" in name], names
+    assert len(names) <= (40 if from_hidden else 8), names
+
+
+@pytest.mark.usefixtures("family")
+def test_output_rows_that_nobody_reads_are_not_written() -> None:
+    """With an output projection attention writes the selected rows alone; without one, zeros in the others."""
+    k, v, given = case(1, 8, 2, 4096, 128)
+    q, *_ = inputs(1, 8, 2, 4096, 128)
+    weight = given["o_weight"]
+    out, index, count, *_ = ops.zipvl_layer(q, k, v, ratio=0.25, o_weight=weight)
+    heads, *_ = ops.zipvl_layer(q, k, v, ratio=0.25)
+    rows = selected_mask(index.cpu(), count.cpu()).cuda()[:, None, :, None]
+    assert torch.equal(torch.where(rows, heads, 0), heads)
+    assert torch.equal(out, ops.project_outputs(heads.transpose(1, 2).flatten(2), weight, index, count))
 
 
 def test_memory_is_one_workspace() -> None:

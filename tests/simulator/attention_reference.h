@@ -91,6 +91,7 @@ double error_of(const Case& c, const Launch& launch) {
   params.scale = 1.0F / std::sqrt(static_cast<float>(D));
   params.causal = c.causal;
   params.all_queries = c.all_queries;
+  params.writes_zeros = true;
   params.element = std::is_same_v<Element, __half> ? zipvl::cuda::Element::kFloat16 : zipvl::cuda::Element::kBFloat16;
   launch(params);
 

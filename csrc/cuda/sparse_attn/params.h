@@ -17,7 +17,7 @@ struct SparseAttnParams {
   const void* k;  // [batch, kv_heads, tokens, head_dim]
   const void* v;  // [batch, kv_heads, tokens, head_dim]
   std::int64_t q_stride[3], k_stride[3], v_stride[3];
-  void* out;  // [batch, tokens, query_heads, head_dim], contiguous, aligned to 16 bytes; every element is written
+  void* out;  // [batch, tokens, query_heads, head_dim], contiguous, aligned to 16 bytes
 
   const std::int32_t* index;  // [batch, tokens], strides index_stride in elements; the first count of a row ascend
   std::int64_t index_stride[2];
@@ -33,6 +33,7 @@ struct SparseAttnParams {
   Element element;
   float scale;  // above 0
   bool causal, all_queries;
+  bool writes_zeros;  // in the output rows of tokens outside the selection, which else are not written
 };
 
 // How many selected tokens stand at or before each token: what a query of all_queries sees under causal attention.

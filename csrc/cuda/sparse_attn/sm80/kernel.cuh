@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const Job job = job_of<Traits>(params, selection, first_wave);
   if (job.attends) {
     attend_block<Traits>(params, selection, job.number, shared);
-  } else {
+  } else if (params.writes_zeros) {
     const std::int64_t row_bytes =
         params.query_heads * Traits::kHeadDim * static_cast<int>(sizeof(typename Traits::Element));
     write_zeros<Traits>(selection, job, memory, static_cast<char*>(params.out) + batch * params.tokens * row_bytes,

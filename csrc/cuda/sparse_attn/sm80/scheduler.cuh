@@ -1,5 +1,5 @@
 // Which block does what. The grid is sized for every token selected; `count`, read on the device, says how many blocks
-// have queries, longest first, and the others write the zeros of tokens outside the selection.
+// have queries, longest first, and the others write the zeros of tokens outside the selection, where they are wanted.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,7 @@ struct AttnParams {
   int tokens;
   int kv_heads;
   float scale_log2;  // scale * log2(e), above 0
-  bool causal, all_queries;
+  bool causal, all_queries, writes_zeros;
 };
 
 inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* seen) {
@@ -46,6 +46,7 @@ inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* 
   params.scale_log2 = from.scale * std::numbers::log2e_v<float>;
   params.causal = from.causal;
   params.all_queries = from.all_queries;
+  params.writes_zeros = from.writes_zeros && !from.all_queries;
   return params;
 }
 
