@@ -130,7 +130,7 @@ PackKvParams pack_kv_params(const Tensor& k, const Tensor& v, void* k_packed, vo
 
 struct SparseAttnStep {
   plan::SparseAttnCudaPlan plan;  // kAten: no kernel takes these inputs, and the rest is undefined
-  SparseAttnParams params;        // without index, count, out and the packed workspace
+  SparseAttnParams params;        // without index, count, out, zeros (rows as out's) and the packed workspace
 };
 
 SparseAttnStep sparse_attn_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -164,7 +164,8 @@ void project_all_queries(const char* op, const Tensor& x, const Tensor& weight, 
 std::string why_not_output_projection(const Tensor& weight);
 std::string why_not_rows(const Tensor& x);
 
-// [B, N, O]: the chosen rows of x [B, N, C] times weight [O, C]; other rows are 0.
-Tensor project_chosen_outputs(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight);
+// Writes the chosen rows of x [B, N, C] times weight [O, C] into out, a contiguous [B, N, O]; other rows stay.
+void project_chosen_outputs(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight,
+                            const Tensor& out);
 
 }  // namespace zipvl::cuda

@@ -234,13 +234,13 @@ class Layer {
     space_ = workspace->mutable_data_ptr<std::uint8_t>();
     select();
     const Tensor heads = attend();
-    queries_.reset();  // the memory of both serves the output projection, which comes later in the stream
-    workspace.reset();
+    workspace.reset();  // its memory serves the output projection, which comes later in the stream
     return ops::LayerResult{project(heads), *index_, *count_, k_packed_, v_packed_};
   }
 
  private:
   bool projects() const { return args_.projections.hidden.has_value(); }
+  bool projects_chosen_outputs() const { return args_.projections.o_weight && !options_.all_queries; }
 
   bool projections_have_kernels() const {
     const ops::LayerProjections& given = args_.projections;
@@ -248,7 +248,7 @@ class Layer {
         !projects() ||
         why_not_query_projection(*given.hidden, *given.cos, *given.sin, given.q_bias, given.q_norm_weight).empty();
     // Attention outputs are contiguous rows of whole heads, of a head dim that their kernel takes: they can be moved.
-    const bool outputs = !given.o_weight || options_.all_queries || why_not_output_projection(*given.o_weight).empty();
+    const bool outputs = !projects_chosen_outputs() || why_not_output_projection(*given.o_weight).empty();
     return queries && outputs;
   }
 
@@ -371,15 +371,24 @@ class Layer {
     if (projects() && !options_.all_queries) {
       project_queries(chosen_rows(*index_, *count_, sizes_.tokens));
     }
+    // Queries that are the layer's own are read once, and outputs take their places.
     const Tensor out =
-        empty_attention_output(sizes_.batch, sizes_.query_heads, sizes_.queries, sizes_.head_dim, args_.k);
+        projects() ? *queries_
+                   : empty_attention_output(sizes_.batch, sizes_.query_heads, sizes_.queries, sizes_.head_dim, args_.k);
     SparseAttnParams& params = steps_.attention.params;
     params.out = out.mutable_data_ptr();
+    if (projects_chosen_outputs()) {  // it reads and writes selected rows alone
+      projected_ =
+          empty({sizes_.batch, sizes_.queries, args_.projections.o_weight->size(0)}, args_.k.scalar_type(), args_.k);
+      params.zeros = projected_->mutable_data_ptr();
+      params.zero_row_bytes = projected_->size(2) * static_cast<std::int64_t>(args_.k.element_size());
+    } else if (!options_.all_queries) {
+      params.zeros = params.out;
+    }
     params.index = matrix<std::int32_t>(*index_, params.index_stride);
     params.count = count_->const_data_ptr<std::int32_t>();
     params.count_stride = 1;
-    params.capacity = sizes_.tokens;                    // the copy engine reads rows past it as 0
-    params.writes_zeros = !args_.projections.o_weight;  // the output projection reads selected rows alone
+    params.capacity = sizes_.tokens;  // the copy engine reads rows past it as 0
     params.k_packed = args_.pack ? k_packed_->mutable_data_ptr() : space_ + space.k_packed;
     params.v_packed = args_.pack ? v_packed_->mutable_data_ptr() : space_ + space.v_packed;
     if (args_.pack && steps_.attention.plan.kernel == plan::SparseAttnKernel::kSm80) {  // does not pack by itself
@@ -411,9 +420,11 @@ class Layer {
     }
     const Tensor rows = aten::reshape(aten::transpose(heads, 1, 2),
                                       {sizes_.batch, sizes_.queries, sizes_.query_heads * sizes_.head_dim});
-    return options_.all_queries
-               ? aten::call("aten::linear", "", rows, *weight, ops::OptionalTensor())
-               : project_chosen_outputs(op_, chosen_rows(*index_, *count_, sizes_.queries), rows, *weight);
+    if (!projected_) {
+      return aten::call("aten::linear", "", rows, *weight, ops::OptionalTensor());
+    }
+    project_chosen_outputs(op_, chosen_rows(*index_, *count_, sizes_.queries), rows, *weight, *projected_);
+    return *projected_;
   }
 
   const char* op_;
@@ -423,7 +434,7 @@ class Layer {
   const cudaStream_t stream_;
   Steps steps_{};
   unsigned char* space_ = nullptr;
-  std::optional<Tensor> queries_, index_, count_, k_packed_, v_packed_;
+  std::optional<Tensor> queries_, index_, count_, k_packed_, v_packed_, projected_;
 };
 
 ops::Implementation explain(const Tensor& q) {

@@ -213,12 +213,11 @@ std::string why_not_output_projection(const Tensor& weight) {
   return "";
 }
 
-Tensor project_chosen_outputs(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight) {
-  const Tensor out = aten::zeros({x.size(0), x.size(1), weight.size(0)}, x.scalar_type(), x.device());
+void project_chosen_outputs(const char* op, const ChosenRows& chosen, const Tensor& x, const Tensor& weight,
+                            const Tensor& out) {
   products(op, chosen, x, weight, std::nullopt, [&](const Product& product) {
     check_launch(op, launch_scatter_rows(copy_params(product.chosen, out, product.packed), stream_of(x)));
   });
-  return out;
 }
 
 namespace {
@@ -248,7 +247,9 @@ std::optional<Tensor> run(const ops::ProjectOutputsArgs& args) {
     return std::nullopt;
   }
   const DeviceGuard guard(x.get_device_index());
-  return project_chosen_outputs("project_outputs", chosen_rows(index, count, x.size(1)), x, weight);
+  const Tensor out = aten::zeros({x.size(0), x.size(1), weight.size(0)}, x.scalar_type(), x.device());
+  project_chosen_outputs("project_outputs", chosen_rows(index, count, x.size(1)), x, weight, out);
+  return out;
 }
 
 }  // namespace

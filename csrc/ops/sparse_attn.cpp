@@ -49,7 +49,7 @@ SparseAttnStep sparse_attn_step(const checks::AttentionSizes& sizes, const Tenso
   params.scale = static_cast<float>(scale);
   params.causal = causal;
   params.all_queries = all_queries;
-  params.writes_zeros = true;
+  params.zero_row_bytes = sizes.query_heads * sizes.head_dim * static_cast<std::int64_t>(q.element_size());
   return step;
 }
 
@@ -110,6 +110,7 @@ std::optional<Tensor> run(const ops::SparseAttnArgs& args, const checks::Attenti
   }
   const Tensor out = empty_attention_output(q);
   params.out = out.mutable_data_ptr();
+  params.zeros = args.all_queries ? nullptr : params.out;
   launch_sparse_attn(kOp, params, plan, seen ? seen->mutable_data_ptr<std::int32_t>() : nullptr, q.get_device_index(),
                      stream_of(q));
   return out;

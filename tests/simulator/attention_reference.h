@@ -91,7 +91,8 @@ double error_of(const Case& c, const Launch& launch) {
   params.scale = 1.0F / std::sqrt(static_cast<float>(D));
   params.causal = c.causal;
   params.all_queries = c.all_queries;
-  params.writes_zeros = true;
+  params.zeros = c.all_queries ? nullptr : params.out;
+  params.zero_row_bytes = static_cast<std::int64_t>(c.query_heads) * D * static_cast<std::int64_t>(sizeof(Element));
   params.element = std::is_same_v<Element, __half> ? zipvl::cuda::Element::kFloat16 : zipvl::cuda::Element::kBFloat16;
   launch(params);
 

@@ -17,7 +17,11 @@ struct SparseAttnParams {
   const void* k;  // [batch, kv_heads, tokens, head_dim]
   const void* v;  // [batch, kv_heads, tokens, head_dim]
   std::int64_t q_stride[3], k_stride[3], v_stride[3];
-  void* out;  // [batch, tokens, query_heads, head_dim], contiguous, aligned to 16 bytes
+  void* out;  // [batch, tokens, query_heads, head_dim], contiguous, aligned to 16 bytes; may be q, in the same layout
+  // Where the rows of tokens outside the selection get zeros: [batch, tokens, zero_row_bytes], contiguous,
+  // zero_row_bytes and alignment multiples of 16 bytes. `out`, or what a later kernel computes from it; null: nowhere.
+  void* zeros;
+  std::int64_t zero_row_bytes;
 
   const std::int32_t* index;  // [batch, tokens], strides index_stride in elements; the first count of a row ascend
   std::int64_t index_stride[2];
@@ -33,7 +37,6 @@ struct SparseAttnParams {
   Element element;
   float scale;  // above 0
   bool causal, all_queries;
-  bool writes_zeros;  // in the output rows of tokens outside the selection, which else are not written
 };
 
 // How many selected tokens stand at or before each token: what a query of all_queries sees under causal attention.

@@ -136,11 +136,11 @@ __device__ __forceinline__ void attend_block(const SparseAttnParams& params, con
                      params.query_heads * Traits::kHeadDim);
 }
 
-// Zeros of tokens outside the selection: whole rows of all heads. selected: kThreads bytes of shared memory. out: the
-// batch row's, row_bytes a token.
+// Zeros in the rows of tokens outside the selection. selected: kThreads bytes of shared memory. rows: the batch row's,
+// row_bytes a token.
 template <typename Traits>
 __device__ __forceinline__ void write_zeros(const Selection& selection, const Job& job, unsigned char* selected,
-                                            char* out, std::int64_t row_bytes) {
+                                            char* rows, std::int64_t row_bytes) {
   constexpr int kTokens = Traits::kThreads;  // whose membership is settled at once
   const int tokens = static_cast<int>(selection.tokens), thread = static_cast<int>(threadIdx.x);
   const int share = (tokens + job.of - 1) / job.of;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void write_zeros(const Selection& selection, const Jo
     place += __syncthreads_count(inside);
     for (int t = 0; t < here; ++t) {
       if (selected[t] == 0) {
-        char* row = out + (begin + t) * row_bytes;
+        char* row = rows + (begin + t) * row_bytes;
         for (std::int64_t byte = thread * kPieceBytes; byte < row_bytes; byte += kTokens * kPieceBytes) {
           *reinterpret_cast<uint4*>(row + byte) = make_uint4(0, 0, 0, 0);
         }
@@ -186,11 +186,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const Job job = job_of<Traits>(params, selection, first_wave);
   if (job.attends) {
     attend_block<Traits>(params, selection, job.number, shared);
-  } else if (params.writes_zeros) {
-    const std::int64_t row_bytes =
-        params.query_heads * Traits::kHeadDim * static_cast<int>(sizeof(typename Traits::Element));
-    write_zeros<Traits>(selection, job, memory, static_cast<char*>(params.out) + batch * params.tokens * row_bytes,
-                        row_bytes);
+  } else if (params.zeros != nullptr) {
+    write_zeros<Traits>(selection, job, memory,
+                        static_cast<char*>(params.zeros) + batch * params.tokens * params.zero_row_bytes,
+                        params.zero_row_bytes);
   }
 }
 

@@ -43,7 +43,7 @@ __device__ __forceinline__ void produce(const AttnParams& params, const CUtensor
       load_queries(params, shared, threadIdx.x / kWarpThreads - static_cast<int>(ProducerWarp::kQueries0), lane);
       break;
     case ProducerWarp::kZeros:
-      if (params.writes_zeros) {
+      if (params.zeros != nullptr) {
         write_zeros(params, shared, lane);
       }
       break;

@@ -1,5 +1,5 @@
-// The producer warpgroup: K and V tiles by the copy engine, query rows gathered with cp.async, and zeros written to the
-// rows of the output that nobody selected.
+// The producer warpgroup: K and V tiles by the copy engine, query rows gathered with cp.async, and zeros written to
+// rows that nobody selected.
 #pragma once
 
 #include <cuda.h>
@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_keys_values(const AttnParams& params, const
 }
 
 // `warp` of kQueryWarps warps: its share of each tile's query rows, into the swizzled layout of the copy engine. Rows
-// past the end repeat row 0 and are never stored.
+// past the end repeat row 0, which another block may be writing where `out` is q, and are never stored.
 template <typename Traits>
 __device__ __forceinline__ void load_queries(const AttnParams& params, SharedStorage<Traits>& shared, int warp,
                                              int lane) {
@@ -117,8 +117,6 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   }
   ptx::fence_view_async_shared();
   __syncwarp();
-  const std::int64_t token_bytes =
-      static_cast<std::int64_t>(params.query_heads) * Traits::kHeadDim * sizeof(typename Traits::Element);
   const auto share_begin = [&](unsigned block) {
     return static_cast<int>(static_cast<std::int64_t>(params.tokens) * block / gridDim.x);
   };
@@ -126,7 +124,7 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
   for (int b = 0; b < params.batch; ++b) {
     const int count = selected(params, b);
     const std::int32_t* index = params.index + b * params.index_stride[0];
-    auto* out = static_cast<unsigned char*>(params.out) + b * params.tokens * token_bytes;
+    unsigned char* rows = params.zeros + b * params.tokens * params.zero_row_bytes;
     int place = places_before(index, params.index_stride[1], count, begin, lane);
     for (int first = begin; first < end; first += kWarpThreads) {
       // At most 32 places name one of these tokens, and they follow each other.
@@ -137,8 +135,8 @@ __device__ __forceinline__ void write_zeros(const AttnParams& params, SharedStor
       const unsigned selected_here = __reduce_or_sync(kAllLanes, named);
       place += __popc(__ballot_sync(kAllLanes, passed));
       if (first + lane < end && (selected_here >> lane & 1) == 0) {
-        unsigned char* at = out + (first + lane) * token_bytes;
-        for (std::int64_t left = token_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
+        unsigned char* at = rows + (first + lane) * params.zero_row_bytes;
+        for (std::int64_t left = params.zero_row_bytes; left > 0; at += kZeroBytes, left -= kZeroBytes) {
           ptx::bulk_store(at, shared.zeros, left < kZeroBytes ? static_cast<std::uint32_t>(left) : kZeroBytes);
         }
         ptx::tma_store_arrive();

@@ -13,9 +13,11 @@
 namespace zipvl::cuda::sparse_attn::sm90 {
 
 struct AttnParams {
-  const void* q;                 // [batch, query_heads, tokens, head_dim]
-  std::int64_t q_stride[3];      // batch, head, token, in elements; multiples of 8
-  void* out;                     // [batch, tokens, query_heads, head_dim], contiguous
+  const void* q;             // [batch, query_heads, tokens, head_dim]
+  std::int64_t q_stride[3];  // batch, head, token, in elements; multiples of 8
+  void* out;                 // [batch, tokens, query_heads, head_dim], contiguous
+  unsigned char* zeros;      // [batch, tokens, zero_row_bytes], or null
+  std::int64_t zero_row_bytes;
   const std::int32_t* index;     // [batch, tokens]
   std::int64_t index_stride[2];  // in elements
   const std::int32_t* count;     // [batch]
@@ -25,13 +27,15 @@ struct AttnParams {
   int tokens;
   int kv_heads;
   float scale_log2;  // scale * log2(e), above 0
-  bool causal, all_queries, writes_zeros;
+  bool causal, all_queries;
 };
 
 inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* seen) {
   AttnParams params{};
   params.q = from.q;
   params.out = from.out;
+  params.zeros = static_cast<unsigned char*>(from.zeros);
+  params.zero_row_bytes = from.zero_row_bytes;
   params.index = from.index;
   params.count = from.count;
   params.count_stride = from.count_stride;
@@ -46,7 +50,6 @@ inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* 
   params.scale_log2 = from.scale * std::numbers::log2e_v<float>;
   params.causal = from.causal;
   params.all_queries = from.all_queries;
-  params.writes_zeros = from.writes_zeros && !from.all_queries;
   return params;
 }
 
