@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import zipvl
 from benchmarks import _record
 from benchmarks._models import QWEN2_7B, SMOKE, build
-from zipvl.integrations.transformers import DecodeGraph
+from zipvl.transformers import DecodeGraph
 
 METHODS = ("dense", "full", "drop", "quantize")
 WARM_STEPS = 2

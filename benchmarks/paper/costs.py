@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import zipvl
 from benchmarks.paper.settings import Row, Runner
-from benchmarks.rivals._common import attention_replaced
 from zipvl import ops
-from zipvl.integrations import _targets
+from zipvl.baselines.common import attention_replaced
+from zipvl.transformers import targets
 
 __all__ = ["attention_flops", "costs", "peak_bytes"]
 
@@ -86,7 +86,7 @@ def costs(run: Runner) -> list[Row]:
         caught.append((q, k, v))
         return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)
 
-    target = _targets.find(model)
+    target = targets.find(model)
     with attention_replaced(target.attention, target.configs, catch), FlopCounterMode(display=False) as counter:
         decoder(inputs_embeds=embeddings, use_cache=False)
     products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))

@@ -36,7 +36,7 @@ METHOD = (
     "model was trained on single pages and answers with digits alone, so it cannot be asked *which* frame holds "
     "an entry; finding the right frame is what reading the digits takes. Two whole pages in one prompt, twice as "
     "long as anything it was trained on, are measured as a check.",
-    "The rivals are in `benchmarks/rivals`, each with its schedule stated. A dropped token's later layers lack "
+    "The rivals are in `zipvl/baselines`, each with its schedule stated. A dropped token's later layers lack "
     "it, and later tokens keep their positions. A budget that a schedule cannot reach is named, not approximated: "
     "the layers that see everything are 2 of 6 here and 2 of 28 to 32 in the paper's models.",
     "The model is small and trained for this repository ([its card](../../models/tiny-llava-next/README.md)), and "

@@ -13,7 +13,7 @@ import zipvl
 from benchmarks.paper.statistics import bootstrap
 from benchmarks.paper.subject import CALIBRATION, Subject
 from benchmarks.paper.variant import Variant, variant
-from benchmarks.rivals import AIM, FastV, PyramidDrop, Rival, TowerAttention, VisionZip, applied, image_budget
+from zipvl.baselines import AIM, FastV, PyramidDrop, Rival, TowerAttention, VisionZip, applied, image_budget
 
 __all__ = ["NOT_AT_HAND", "Row", "Runner", "Setting", "dense", "match_ratio", "ours", "ratio_of", "rival", "selecting"]
 

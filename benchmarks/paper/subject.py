@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from benchmarks.rivals import TowerAttention, observed_tower
-from benchmarks.rivals._common import instance_attribute
+from zipvl.baselines import TowerAttention, observed_tower
+from zipvl.baselines.common import instance_attribute
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
 sys.path.insert(0, str(FOLDER))

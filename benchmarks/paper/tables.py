@@ -152,7 +152,7 @@ def _maker(
 
 
 def _fastv() -> Any:
-    from benchmarks.rivals import FastV
+    from zipvl.baselines import FastV
 
     return FastV()
 

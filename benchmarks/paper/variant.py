@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.rivals._common import attention_replaced
 from zipvl import ops
-from zipvl.integrations import _targets
+from zipvl.baselines.common import attention_replaced
+from zipvl.transformers import targets
 
 __all__ = ["Variant", "VariantRecord", "uniform_probes", "variant"]
 
@@ -75,7 +75,7 @@ def variant(model: nn.Module, choice: Variant) -> Iterator[VariantRecord]:
     Yields:
         what was selected.
     """
-    target, record = _targets.find(model), VariantRecord()
+    target, record = targets.find(model), VariantRecord()
     image_token: Any = model.config.image_token_id
     text_mask: list[Tensor | None] = [None]
 

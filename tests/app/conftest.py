@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("transformers")
 
-from zipvl.cli import app
+from zipvl.app.cli import app
 
 from . import tiny
 

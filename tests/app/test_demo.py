@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from zipvl.cli import app
+from zipvl.app.cli import app
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from typer.testing import Result
 
-from zipvl import _library, doctor, ops
+from zipvl import _library, ops
+from zipvl.app import doctor
 from zipvl.support import OPS, Support, can_run_native, explain, support, why_not
 
 Zipvl = Callable[..., Result]

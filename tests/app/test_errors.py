@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from zipvl.loading import resolve_device
+from zipvl.app.loading import resolve_device
 
 from . import tiny
 
@@ -139,7 +139,7 @@ def test_models_that_do_not_fit(zipvl: Zipvl, page: Path, llava_next: Path, tmp_
 
 def test_no_default_model(zipvl: Zipvl, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZIPVL_MODEL", raising=False)
-    monkeypatch.setattr("zipvl.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
+    monkeypatch.setattr("zipvl.app.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
     refused(zipvl("run", "--image", page, "--question", "KQ"), "--model: there is no default model", "ZIPVL_MODEL")
 
 
@@ -162,7 +162,7 @@ def test_a_missing_package_is_a_line(
     zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "zipvl.report_png", raising=False)
+    monkeypatch.delitem(sys.modules, "zipvl.app.png", raising=False)
     output = tmp_path / "out.png"
     result = zipvl("inspect", "--image", page, "--question", "KQ", "--model", llava_next, "--output", output)
     assert result.exit_code == 1 and result.stdout == "" and list(tmp_path.iterdir()) == []

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from typer.testing import Result
 
-from zipvl import ZipVLConfig, report
-from zipvl.errors import InputError
-from zipvl.loading import load
-from zipvl.runner import load_image
+from zipvl import ZipVLConfig
+from zipvl.app import inspect as report
+from zipvl.app.errors import InputError
+from zipvl.app.loading import load
+from zipvl.app.run import load_image
 
 Zipvl = Callable[..., Result]
 
@@ -77,7 +78,7 @@ def test_html(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> Non
 
 
 def test_html_holds_the_kept_tokens_and_the_patches_places(inspection: report.Inspection) -> None:
-    from zipvl.report_html import render_html
+    from zipvl.app.page import render_html
 
     data = data_of(render_html(inspection))
     for step, view in enumerate(inspection.layers):
@@ -92,7 +93,7 @@ def test_html_holds_the_kept_tokens_and_the_patches_places(inspection: report.In
 
 def test_a_large_page_makes_no_large_file(inspection: report.Inspection) -> None:
     """The worst there is for any encoder: noise, as large as a scan."""
-    from zipvl.report_html import render_html
+    from zipvl.app.page import render_html
 
     noise = Image.effect_noise((2400, 3000), 90).convert("RGB")
     html = render_html(report.Inspection(**{**vars(inspection), "page": noise}))
@@ -110,7 +111,7 @@ def test_png(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None
 
 
 def test_png_darkens_dropped_patches(inspection: report.Inspection) -> None:
-    from zipvl.report_png import render_png
+    from zipvl.app.png import render_png
 
     def darkness(ratio: float) -> float:
         views = [
@@ -127,7 +128,7 @@ def test_png_darkens_dropped_patches(inspection: report.Inspection) -> None:
 def test_unknown_layout_gets_a_strip(
     zipvl: Zipvl, page: Path, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr("zipvl.patches._square", lambda *args: None)
+    monkeypatch.setattr("zipvl.app.patches._square", lambda *args: None)
     result = inspect(zipvl, page, llava, tmp_path / f"strip{suffix}", "--dense-below", "16", "--ratio", "0.5")
     assert "how llava lays out 64 image tokens on a page is not known here" in result.stdout.replace("\n", " ")
     if suffix == ".html":

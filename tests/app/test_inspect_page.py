@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipvl import ZipVLConfig, report
-from zipvl.loading import load
-from zipvl.report_html import render_html
-from zipvl.runner import load_image
+from zipvl import ZipVLConfig
+from zipvl.app import inspect as report
+from zipvl.app.loading import load
+from zipvl.app.page import render_html
+from zipvl.app.run import load_image
 
 from . import browser
 from .browser import Browser
@@ -180,7 +181,7 @@ def test_a_layer_can_be_linked_to(chromium: Browser, html: Path, inspection: rep
 
 
 def test_no_layout_no_map(chromium: Browser, inspection: report.Inspection, tmp_path: Path) -> None:
-    from zipvl.patches import PatchMap
+    from zipvl.app.patches import PatchMap
 
     unknown = PatchMap(inspection.patches.image, note="how foo lays out its tokens is not known here")
     path = tmp_path / "strip.html"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zipvl.loading import Loaded, load
-from zipvl.patches import patch_map
-from zipvl.runner import prepare
+from zipvl.app.loading import Loaded, load
+from zipvl.app.patches import patch_map
+from zipvl.app.run import prepare
 
 from . import tiny
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import Result
 
-import zipvl.cli as zipvl_cli
+import zipvl.app.cli as zipvl_cli
 from zipvl import reference_cache
 
 from . import tiny
@@ -158,10 +158,10 @@ def test_default_model_in_a_process_of_its_own(page: Path, llava_next: Path) -> 
 
 
 def test_the_default_model_is_the_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zipvl.loading import default_model
+    from zipvl.app.loading import default_model
 
     monkeypatch.delenv("ZIPVL_MODEL", raising=False)
-    monkeypatch.setattr("zipvl.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
+    monkeypatch.setattr("zipvl.app.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
     folder = tmp_path / "models" / "tiny-llava-next"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -179,7 +179,7 @@ import sys, types
 package = types.ModuleType("zipvl")
 package.__path__ = [{str(Path(zipvl_cli.__file__).parent)!r}]
 sys.modules["zipvl"] = package
-import zipvl.cli
+import zipvl.app.cli
 print(sorted({{"torch", "transformers", "matplotlib", "PIL"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

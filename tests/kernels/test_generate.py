@@ -15,7 +15,7 @@ tf = pytest.importorskip("transformers")
 import zipvl  # noqa: E402
 from tests.models.oracle import oracle  # noqa: E402
 from tests.models.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
-from zipvl.integrations.transformers import DecodeGraph  # noqa: E402
+from zipvl.transformers import DecodeGraph  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128
 QUANTIZES = torch._C._dispatch_has_kernel_for_dispatch_key("zipvl::quantize_kv", "CUDA")
@@ -141,7 +141,7 @@ def test_memory_after_and_during_a_prefill(ratio: float) -> None:
 
 
 def test_many_layers_are_never_untrimmed_at_once() -> None:
-    from zipvl.cache._trim import LAYERS_BEHIND, Trimmer
+    from zipvl.transformers.trim import LAYERS_BEHIND, Trimmer
 
     most = 0
     add = Trimmer.add

@@ -14,7 +14,7 @@ tf = pytest.importorskip("transformers")
 import zipvl  # noqa: E402
 from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread  # noqa: E402
 from tests.models.tiny_models import TEXT, ids  # noqa: E402
-from zipvl.integrations.transformers import DecodeGraph  # noqa: E402
+from zipvl.transformers import DecodeGraph  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 LAYERS, TOKENS = 4, 1500

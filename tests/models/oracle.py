@@ -14,8 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zipvl
 from zipvl import reference, reference_cache
-from zipvl.cache import QuantizedKV
-from zipvl.cache._quantized import PROBES, WINDOW
+from zipvl.transformers.quantized import PROBES, WINDOW, QuantizedKV
 
 NAME = "zipvl_test_oracle"
 

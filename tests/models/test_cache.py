@@ -11,9 +11,9 @@ from transformers import DynamicCache
 import zipvl
 from tests.models.oracle import oracle
 from tests.models.tiny_models import SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
-from zipvl.cache import ZipVLCacheLayer
-from zipvl.cache._ragged import RaggedKV
-from zipvl.integrations import _handover
+from zipvl.transformers import handover
+from zipvl.transformers.cache_layer import ZipVLCacheLayer
+from zipvl.transformers.storage import RaggedKV
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
@@ -141,7 +141,7 @@ def packed_layer(cache: str = "drop") -> tuple[ZipVLCacheLayer, torch.Tensor, to
     layer = ZipVLCacheLayer(zipvl.ZipVLConfig(cache=cache))  # type: ignore[arg-type]
     returned = layer.update(k, v)
     assert returned[0] is k and returned[1] is v
-    claimed = _handover.claim(k)
+    claimed = handover.claim(k)
     assert claimed is layer
     index, count = selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10)
     claimed.keep_packed(*zipvl.ops.pack_kv(k, v, index, count), count)
@@ -163,10 +163,10 @@ def test_the_signature_is_read_once_and_only_from_the_same_tensor() -> None:
     layer = ZipVLCacheLayer(zipvl.ZipVLConfig())
     k, v = states(1, 300)
     layer.update(k, v)
-    assert _handover.claim(k.clone()) is None
-    assert _handover.claim(v) is None
-    assert _handover.claim(k) is layer
-    assert _handover.claim(k) is None
+    assert handover.claim(k.clone()) is None
+    assert handover.claim(v) is None
+    assert handover.claim(k) is layer
+    assert handover.claim(k) is None
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -210,7 +210,7 @@ def test_seen_is_not_kept() -> None:
     assert layer.get_mask_sizes(3) == (13, 0)
     returned, _ = layer.update(*states(2, 1))
     assert returned.is_meta
-    claimed = _handover.claim(returned)
+    claimed = handover.claim(returned)
     assert claimed is layer
     layer.append(None, states(2, 1)[0], None)
     assert layer.get_seq_length() == 11
@@ -416,7 +416,7 @@ def test_chunked_prefill_is_sparse_in_its_first_chunk() -> None:
 def test_a_dynamic_cache_stays_full_while_the_prefill_is_sparse() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
     model.set_attn_implementation("zipvl")
-    from zipvl.integrations.transformers import configure
+    from zipvl.transformers import configure
 
     stats = configure(model, zipvl.ZipVLConfig(tau=0.7), record_index=True)
     output = model.generate(**inputs, max_new_tokens=6, **GENERATE)
@@ -432,7 +432,7 @@ def test_a_dynamic_cache_stays_full_while_the_prefill_is_sparse() -> None:
 def test_a_padded_batch_with_a_dynamic_cache_is_single() -> None:
     model, rows = make_llama(), [text_inputs(330, 1), text_inputs(280, 2)]
     model.set_attn_implementation("zipvl")
-    from zipvl.integrations.transformers import configure
+    from zipvl.transformers import configure
 
     configure(model, zipvl.ZipVLConfig(tau=0.7))
     together = model.generate(**pad_left(rows), max_new_tokens=4, **GENERATE)

@@ -10,7 +10,7 @@ import pytest
 
 import zipvl
 from tests.models.tiny_models import make_llama, text_inputs
-from zipvl.integrations import _cache_names
+from zipvl.transformers import cache_names
 
 
 def old(hidden: Any, past_key_values: Any = None) -> None: ...
@@ -26,23 +26,23 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def own_name(model: Any) -> str:
     """What this transformers calls the cache."""
-    return _cache_names.name_for(type(model).forward)
+    return cache_names.name_for(type(model).forward)
 
 
 def test_the_name_is_the_forwards_own(model: Any, own_name: str) -> None:
-    assert _cache_names.name_for(old) == "past_key_values"
-    assert _cache_names.name_for(new) == "cache"
-    assert _cache_names.name_for(neither) == own_name == _cache_names.name_for(type(model.model).forward)
+    assert cache_names.name_for(old) == "past_key_values"
+    assert cache_names.name_for(new) == "cache"
+    assert cache_names.name_for(neither) == own_name == cache_names.name_for(type(model.model).forward)
 
 
 def test_a_cache_is_found_under_either_name() -> None:
-    assert _cache_names.given({"cache": 1, "past_key_values": None}) == 1
-    assert _cache_names.given({"cache": None, "past_key_values": 2}) == 2
-    assert _cache_names.given({"mask": 3}) is None
-    assert _cache_names.without({"cache": 1, "past_key_values": 2, "mask": 3}) == {"mask": 3}
-    assert _cache_names.of_output(SimpleNamespace(cache=1)) == 1
-    assert _cache_names.of_output(SimpleNamespace(past_key_values=2)) == 2
-    assert _cache_names.of_output(SimpleNamespace(logits=3)) is None
+    assert cache_names.given({"cache": 1, "past_key_values": None}) == 1
+    assert cache_names.given({"cache": None, "past_key_values": 2}) == 2
+    assert cache_names.given({"mask": 3}) is None
+    assert cache_names.without({"cache": 1, "past_key_values": 2, "mask": 3}) == {"mask": 3}
+    assert cache_names.of_output(SimpleNamespace(cache=1)) == 1
+    assert cache_names.of_output(SimpleNamespace(past_key_values=2)) == 2
+    assert cache_names.of_output(SimpleNamespace(logits=3)) is None
 
 
 def test_a_cache_given_under_either_name_is_filled(model: Any, own_name: str) -> None:
@@ -68,9 +68,9 @@ def test_a_decoder_that_calls_it_otherwise_gets_its_cache(own_name: str) -> None
 
     class Elsewhere(ordinary):  # type: ignore[misc,valid-type]
         def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-            return super().forward(*args, **_cache_names.without(kwargs) | {own_name: past_key_values})
+            return super().forward(*args, **cache_names.without(kwargs) | {own_name: past_key_values})
 
     model.model.__class__ = Elsewhere
     with zipvl.sparse(model, ratio=0.5) as stats:
         output = model(**text_inputs(300), logits_to_keep=1)
-        assert stats.active and isinstance(_cache_names.of_output(output), zipvl.ZipVLCache)
+        assert stats.active and isinstance(cache_names.of_output(output), zipvl.ZipVLCache)

@@ -26,16 +26,15 @@ from tests.models.tiny_models import (
     qwen_inputs,
     text_inputs,
 )
-from zipvl.integrations import _runs
-from zipvl.integrations.transformers import configure
+from zipvl.transformers import configure, runs
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
     """Everything the context could leave behind."""
     found: dict[str, Any] = {
         "functions": sorted(ALL_ATTENTION_FUNCTIONS),
-        "runs": len(_runs._runs),
-        "borrowed": dict(_runs._borrowed),
+        "runs": len(runs._runs),
+        "borrowed": dict(runs._borrowed),
     }
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -198,7 +197,7 @@ def test_nothing_keeps_a_model_or_a_cache_alive() -> None:
     del model, cache
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
-    assert len(_runs._runs) == 0
+    assert len(runs._runs) == 0
 
 
 # Caches that the caller brings

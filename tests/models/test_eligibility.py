@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from zipvl.integrations._eligibility import kind_reason
+from zipvl.transformers.eligibility import kind_reason
 
 
 def reason(values: int = 16, passed: dict[str, Any] | None = None, **attributes: Any) -> str | None:

@@ -90,7 +90,7 @@ def test_further_arguments(name: str) -> None:
     model = make_llama()
     module = model.model.layers[1].self_attn
     q, kv = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
-    from zipvl.integrations._attention import attention_forward
+    from zipvl.transformers.attention import attention_forward
 
     given: Any = {name: torch.zeros(1)}
     with pytest.raises(ValueError, match=r"LlamaAttention, layer 1\).*is not supported\. Use attn_implementation="):
@@ -109,8 +109,8 @@ def test_a_sliding_layer_that_was_forced() -> None:
         pass
     model.set_attn_implementation("zipvl")
     cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(layers=(0,)))
-    from zipvl.integrations._runs import Run, install, restore
-    from zipvl.integrations._targets import find
+    from zipvl.transformers.runs import Run, install, restore
+    from zipvl.transformers.targets import find
 
     before = install(find(model).attention, Run(cache.config, zipvl.Stats()))
     with pytest.raises(ValueError, match=r"layer 0\): ZipVLConfig.layers names this layer.*sliding-window"):
@@ -173,7 +173,7 @@ def test_offloading() -> None:
 
 def test_a_mask_of_the_wrong_length() -> None:
     model = make_llama()
-    from zipvl.integrations._attention import attention_forward
+    from zipvl.transformers.attention import attention_forward
 
     q, kv = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 20, 16)
     with pytest.raises(ValueError, match="the mask covers 19 tokens, the keys are 20"):

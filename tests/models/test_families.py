@@ -125,7 +125,7 @@ def test_plain_implementation_for_the_whole_model(name: str) -> None:
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     model.set_attn_implementation("zipvl")
     assert model.config.vision_config._attn_implementation == "zipvl"
-    from zipvl.integrations.transformers import configure
+    from zipvl.transformers import configure
 
     stats = configure(model, zipvl.ZipVLConfig(tau=1.0))
     cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(tau=1.0))

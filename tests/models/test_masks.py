@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 )
 
 from tests.models.tiny_models import make_gemma3_text, make_llama
-from zipvl.integrations._masks import expand, mask_function
+from zipvl.transformers.masks import expand, mask_function
 
 PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
 

@@ -14,8 +14,7 @@ from torch import nn
 import zipvl
 from tests.models.tiny_models import SPARSE, TEXT, build, make_gemma3, make_llama, text_inputs
 from zipvl import ops
-from zipvl.integrations import _projections
-from zipvl.integrations.transformers import configure
+from zipvl.transformers import configure, projections
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # float32 through three layers of large weights
 
@@ -179,9 +178,9 @@ def test_a_caches_own_configuration_counts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unknown_modules_are_left_alone() -> None:
-    assert _projections.static_reason(nn.Linear(2, 2)) == "Linear is not among the tested attention modules"
+    assert projections.static_reason(nn.Linear(2, 2)) == "Linear is not among the tested attention modules"
     model = make_llama()
-    undo = _projections.install([model.model.layers[0].self_attn, nn.Linear(2, 2)])
+    undo = projections.install([model.model.layers[0].self_attn, nn.Linear(2, 2)])
     assert "forward" in vars(model.model.layers[0].self_attn)
     undo()
     assert "forward" not in vars(model.model.layers[0].self_attn)

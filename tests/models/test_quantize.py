@@ -12,8 +12,7 @@ import zipvl
 from tests.models.oracle import Compressed, oracle
 from tests.models.tiny_models import TEXT, build, ids, make_llama, pad_left, text_inputs
 from zipvl import reference, reference_cache
-from zipvl.cache import QuantizedKV
-from zipvl.cache._quantized import PROBES, WINDOW, Segment
+from zipvl.transformers.quantized import PROBES, WINDOW, QuantizedKV, Segment
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}

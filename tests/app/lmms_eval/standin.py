@@ -1,4 +1,4 @@
-"""The parts of lmms-eval 0.7 that ``zipvl.integrations.lmms_eval`` builds on, for machines without it.
+"""The parts of lmms-eval 0.7 that ``zipvl.lmms_eval.plugin`` builds on, for machines without it.
 
 What each does is what lmms-eval documents of it. Where lmms-eval is installed, the tests run against it instead.
 """

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from zipvl import ZipVLConfig
-from zipvl.integrations import _eval_decoding
-from zipvl.integrations._eval_args import parse
-from zipvl.integrations._eval_decoding import Until, cut, decoding
+from zipvl.lmms_eval import decoding as eval_decoding
+from zipvl.lmms_eval.arguments import parse
+from zipvl.lmms_eval.decoding import Until, cut, decoding
 
 
 def test_defaults() -> None:
@@ -90,12 +90,12 @@ def test_generation_arguments(options: Any, expected: dict[str, Any], stops: tup
 
 
 def test_an_unknown_generation_argument_is_left_out_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_eval_decoding, "_told", set())
+    monkeypatch.setattr(eval_decoding, "_told", set())
     with pytest.warns(UserWarning, match="generation argument 'visual_cot' is not known and left out"):
         arguments, _ = decoding({"visual_cot": True})
     assert "visual_cot" not in arguments
     decoding({"visual_cot": True})  # warnings are errors in none of the tests, but this one is not repeated
-    assert _eval_decoding._told == {"visual_cot"}
+    assert eval_decoding._told == {"visual_cot"}
 
 
 @pytest.mark.parametrize(("name", "value"), [("max_new_tokens", -1), ("temperature", -0.5)])

@@ -16,8 +16,8 @@ from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history
 from PIL import Image
 
 import zipvl
-from zipvl.integrations import lmms_eval as plugin
-from zipvl.runner import cache_bytes
+from zipvl.app.run import cache_bytes
+from zipvl.lmms_eval import plugin
 
 from .conftest import HAS_LMMS_EVAL
 
@@ -74,8 +74,8 @@ def plain(model: Any, doc: dict[str, Any], method: Any = None, **options: Any) -
 def test_manifest_names_classes_of_the_right_kind() -> None:
     manifest = plugin.manifest()
     assert manifest.model_id == "zipvl"
-    assert manifest.chat_class_path == "zipvl.integrations.lmms_eval.ZipVL" and not plugin.ZipVL.is_simple
-    assert manifest.simple_class_path == "zipvl.integrations.lmms_eval.ZipVLSimple" and plugin.ZipVLSimple.is_simple
+    assert manifest.chat_class_path == "zipvl.lmms_eval.plugin.ZipVL" and not plugin.ZipVL.is_simple
+    assert manifest.simple_class_path == "zipvl.lmms_eval.plugin.ZipVLSimple" and plugin.ZipVLSimple.is_simple
 
 
 @pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed: its registry cannot be asked")
@@ -263,7 +263,7 @@ def test_frames_become_images_where_the_processor_has_no_videos(llava_next: Path
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "visionzip", "aim"])
 def test_rivals_run_by_name(llava_next: Path, docs: Docs, name: str) -> None:
-    rivals = pytest.importorskip("benchmarks.rivals", reason="this checkout has no benchmarks/rivals")
+    rivals = pytest.importorskip("zipvl.baselines", reason="this checkout has no zipvl/baselines")
     model = make(llava_next, docs, f"method={name}," + ("retain=0.5" if name == "aim" else "keep=0.25"))
     answers = model.generate_until([ask(number) for number in range(2)])
     budgets = []
@@ -280,7 +280,7 @@ def test_rivals_run_by_name(llava_next: Path, docs: Docs, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "visionzip", "aim"])
 def test_a_rival_gets_its_budget_on_every_prompt(llava_next: Path, docs: Docs, name: str) -> None:
-    pytest.importorskip("benchmarks.rivals", reason="this checkout has no benchmarks/rivals")
+    pytest.importorskip("zipvl.baselines", reason="this checkout has no zipvl/baselines")
     budget = {"fastv": 0.8, "pyramiddrop": 0.6, "visionzip": 0.4, "aim": 0.3}[name]
     model = make(llava_next, docs, f"method={name},budget={budget}")
     for number in range(3):
@@ -300,7 +300,7 @@ def test_a_rival_gets_its_budget_on_every_prompt(llava_next: Path, docs: Docs, n
     ],
 )
 def test_a_rivals_arguments_are_checked_first(llava_next: Path, docs: Docs, arguments: str, message: str) -> None:
-    pytest.importorskip("benchmarks.rivals", reason="this checkout has no benchmarks/rivals")
+    pytest.importorskip("zipvl.baselines", reason="this checkout has no zipvl/baselines")
     with pytest.raises(ValueError, match=message):
         make(llava_next, docs, arguments)
     with pytest.raises(ValueError, match="batch_size must be 1 with method=fastv, which does not take padded batches"):
@@ -324,8 +324,8 @@ def test_variants_of_zipvl_run(llava_next: Path, docs: Docs) -> None:
 
 
 def test_a_method_that_is_not_there(llava_next: Path, docs: Docs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "benchmarks.rivals", None)
-    with pytest.raises(ValueError, match=r"method=fastv needs benchmarks.rivals of a zipvl checkout"):
+    monkeypatch.setitem(sys.modules, "zipvl.baselines", None)
+    with pytest.raises(ValueError, match=r"method=fastv needs zipvl.baselines of a zipvl checkout"):
         make(llava_next, docs, "method=fastv")
 
 

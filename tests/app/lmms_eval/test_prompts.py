@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipvl.integrations._eval_prompts import Prompt, collate, from_context, from_messages
+from zipvl.lmms_eval.prompts import Prompt, collate, from_context, from_messages
 
 
 def grey(level: int) -> Image.Image:

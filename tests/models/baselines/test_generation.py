@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.rivals import AIM, FastV, PyramidDrop, Rival, TowerAttention, VisionZip, applied, observed_tower
-from benchmarks.rivals._common import _functions, attention_replaced
+from zipvl.baselines import AIM, FastV, PyramidDrop, Rival, TowerAttention, VisionZip, applied, observed_tower
+from zipvl.baselines.common import _functions, attention_replaced
 
 from .conftest import IMAGE_TOKENS, ROW_ENDS
 

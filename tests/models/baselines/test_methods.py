@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from benchmarks.rivals import AIM, FastV, PyramidDrop, VisionZip, image_budget
-from benchmarks.rivals._common import keep_best, last_query_importance
-from benchmarks.rivals.aim import TEMPERATURE, merge_most_similar, pagerank
-from benchmarks.rivals.visionzip import compress
+from zipvl.baselines import AIM, FastV, PyramidDrop, VisionZip, image_budget
+from zipvl.baselines.aim import TEMPERATURE, merge_most_similar, pagerank
+from zipvl.baselines.common import keep_best, last_query_importance
+from zipvl.baselines.visionzip import compress
 
 
 def test_last_query_importance() -> None:

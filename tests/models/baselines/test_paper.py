@@ -25,7 +25,7 @@ from benchmarks.paper.statistics import bootstrap, bootstrap_difference, verdict
 from benchmarks.paper.subject import FOLDER, FRAMES, Subject, framed_item, pages
 from benchmarks.paper.tables import TABLES
 from benchmarks.paper.variant import Variant, uniform_probes, variant
-from benchmarks.rivals import AIM, FastV, VisionZip, applied
+from zipvl.baselines import AIM, FastV, VisionZip, applied
 
 
 @pytest.fixture(scope="module")

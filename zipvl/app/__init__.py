@@ -1,0 +1,1 @@
+"""The command line: ``zipvl run``, ``zipvl inspect`` and ``zipvl doctor``."""

@@ -1,0 +1,239 @@
+"""``zipvl``: ask a model about a page with ZipVL, look at what it kept, see what is installed.
+
+torch and transformers are imported inside the commands, so that help and usage errors come at once. Every mistake of
+the caller is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from zipvl.app.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from zipvl.app.loading import Loaded
+    from zipvl.config import ZipVLConfig
+
+__all__ = ["app"]
+
+
+class _OneLineErrors(TyperGroup):
+    """A command group whose errors are one line on stderr."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; usage errors and ``InputError`` end in a line and exit code 2, a missing import in a line and 1."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except InputError as error:
+            _fail(str(error), error.exit_code)
+        except typer.TyperException as error:
+            _fail(error.format_message(), error.exit_code)
+        except ImportError as error:
+            hint = " (pip install 'zipvl[cli]')" if isinstance(error, ModuleNotFoundError) else ""
+            _fail(f"{str(error).removeprefix('zipvl: ')}{hint}", 1)
+        except typer.Abort:
+            _fail("aborted", 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo("zipvl: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+app = typer.Typer(
+    name="zipvl",
+    cls=_OneLineErrors,
+    help="ZipVL: sparse attention for vision-language models.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from zipvl import __version__
+
+        typer.echo(f"zipvl {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+ImageOption = Annotated[Path, typer.Option("--image", "-i", help="The page: any picture file that Pillow reads.")]
+QuestionOption = Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or hub id of an image-text-to-text model. Default: the tiny model."),
+]
+TauOption = Annotated[float, typer.Option(help="Share of the attention mass that kept tokens must hold, in (0, 1].")]
+RatioOption = Annotated[
+    float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
+]
+CacheOption = Annotated[
+    str, typer.Option(help="drop: store the kept tokens alone; quantize: those at 4 bits, the rest at 2; full: all.")
+]
+DenseBelowOption = Annotated[
+    str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the random probe tokens.")]
+NewTokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+
+
+@app.command()
+def run(
+    image: ImageOption,
+    question: QuestionOption,
+    model: ModelOption = None,
+    tau: TauOption = 0.975,
+    ratio: RatioOption = None,
+    cache: CacheOption = "drop",
+    dense_below: DenseBelowOption = "auto",
+    seed: SeedOption = 0,
+    max_new_tokens: NewTokensOption = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a question about a page, densely and with ZipVL, and compare."""
+    config = _config(tau=tau, ratio=ratio, cache=cache, dense_below=dense_below, seed=seed)
+    page, loaded = _page_and_model(image, question, model, max_new_tokens, device, dtype)
+
+    from zipvl.app.run import ask
+
+    _say("asking, ZipVL")
+    sparse = ask(loaded.model, loaded.processor, page, question, config, max_new_tokens=max_new_tokens)
+    _say("asking, dense")
+    dense = ask(loaded.model, loaded.processor, page, question, max_new_tokens=max_new_tokens)
+
+    from zipvl.app.show_run import print_run, run_facts
+
+    facts = run_facts(loaded, model is None, image, page.size, question, config, dense, sparse)
+    _print_json(facts) if as_json else print_run(facts)
+
+
+@app.command()
+def inspect(
+    image: ImageOption,
+    question: QuestionOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Report to write: .html or .png. Default: IMAGE-zipvl.html.")
+    ] = None,
+    model: ModelOption = None,
+    tau: TauOption = 0.975,
+    ratio: RatioOption = None,
+    cache: CacheOption = "drop",
+    dense_below: DenseBelowOption = "auto",
+    seed: SeedOption = 0,
+    max_new_tokens: NewTokensOption = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Write a picture or web page of the patches that each layer kept."""
+    config = _config(tau=tau, ratio=ratio, cache=cache, dense_below=dense_below, seed=seed)
+    output = output or Path(f"{image.stem}-zipvl.html")
+
+    from zipvl.app import inspect as report
+
+    report.check_output(output)
+    page, loaded = _page_and_model(image, question, model, max_new_tokens, device, dtype)
+    _say("asking, ZipVL")
+    inspection = report.inspect(loaded, page, question, config, max_new_tokens=max_new_tokens)
+    report.write(inspection, output)
+
+    from zipvl.app.show_run import print_inspect
+
+    print_inspect(loaded, model is None, inspection, output)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Say what is installed, which ops run natively, and why not otherwise; exit code 1 if an op is broken."""
+    from zipvl.app.doctor import examine
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+    else:
+        from zipvl.app.show_doctor import print_doctor
+
+        print_doctor(facts)
+    raise typer.Exit(0 if facts["healthy"] else 1)
+
+
+def _config(**values: Any) -> ZipVLConfig:
+    from zipvl.config import ZipVLConfig
+
+    below = values["dense_below"]
+    values["dense_below"] = int(below) if below.lstrip("-").isdecimal() else below
+    try:
+        return ZipVLConfig(**values)
+    except ValueError as error:
+        name, _, rest = str(error).removeprefix("ZipVLConfig: ").partition(" ")
+        raise InputError(name, rest) from error
+
+
+def _page_and_model(
+    image: Path, question: str, model: str | None, max_new_tokens: int, device: str, dtype: str
+) -> tuple[Image.Image, Loaded]:
+    """The picture and the model, the quick checks first."""
+    if not question.strip():
+        raise InputError("question", "expected a question, got an empty text")
+    if max_new_tokens < 1:
+        raise InputError("max_new_tokens", f"must be at least 1, got {max_new_tokens}")
+
+    from zipvl.app.loading import default_model, load
+    from zipvl.app.run import load_image
+
+    page = load_image(image)
+    _hush()
+    name = default_model() if model is None else model
+    _say(f"loading {name}")
+    loaded = load(name, device=device, dtype=dtype)
+    for note in loaded.notes:
+        typer.echo(f"zipvl: note: {note}", err=True)
+    return page, loaded
+
+
+def _hush() -> None:
+    """Keep transformers' and the hub's own progress bars and advice off the terminal."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def _say(what: str) -> None:
+    """Progress, where someone watches."""
+    if sys.stderr.isatty():
+        typer.echo(f"{what} ...", err=True)
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    typer.echo(json.dumps(facts, indent=2))

@@ -1,0 +1,268 @@
+"""Ask one image-text-to-text model of transformers a question about a page, densely or with ZipVL, and time it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers.generation.streamers import BaseStreamer
+
+from zipvl.app.errors import InputError, first_line
+from zipvl.stats import LayerStats
+from zipvl.transformers import cache_names
+
+if TYPE_CHECKING:
+    from zipvl.config import ZipVLConfig
+
+__all__ = ["Answer", "ask", "cache_bytes", "load_image", "prepare", "reasons_for_dense"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, how long it took and what it held in memory.
+
+    Attributes:
+        text: the answer, special tokens removed.
+        prompt_tokens: tokens of the prompt, image tokens included.
+        new_tokens: tokens generated.
+        first_token_s: seconds from the call of ``generate`` to the first token on the host, vision tower included.
+        total_s: seconds to the last token.
+        cache_bytes: memory of the key/value cache after the prompt, before any answer token; ``None`` where the model
+            hands no cache out.
+        final_cache_bytes: the same after the answer, room set aside for further tokens included.
+        layer_cache_bytes: ``cache_bytes`` layer by layer.
+        stats: ``zipvl.Stats`` of this run; ``None`` for the dense run.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    total_s: float
+    cache_bytes: int | None
+    final_cache_bytes: int | None
+    layer_cache_bytes: list[int] | None
+    stats: Any = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; ``None`` where there are none."""
+        seconds = self.total_s - self.first_token_s
+        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else None
+
+
+def load_image(path: Path) -> Image.Image:
+    """The picture at ``path`` as upright RGB. Raises ``InputError`` where there is none."""
+    if not path.exists():
+        raise InputError("image", f"expected a picture file, but {path} does not exist")
+    if path.is_dir():
+        raise InputError("image", f"expected a picture file, but {path} is a directory")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError("image", f"expected a readable picture, but {path} is not one: {first_line(error)}") from error
+
+
+def prepare(processor: Any, image: Image.Image, question: str, model: Any) -> Any:
+    """The model's inputs for one user turn of ``image`` and ``question``, on the model's device and in its dtype."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        raise InputError("image", f"the model's processor rejects this page: {first_line(error)}") from error
+    return inputs.to(model.device, dtype=model.dtype)
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    config: ZipVLConfig | None = None,
+    *,
+    max_new_tokens: int = 32,
+    warm_up: bool = True,
+    record_index: bool = False,
+) -> Answer:
+    """Answer ``question`` about ``image`` by greedy decoding.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        processor: its processor, with a chat template.
+        image: the page.
+        question: the text after the page.
+        config: how to be sparse; ``None``: the model's ordinary attention and full cache.
+        max_new_tokens: longest answer.
+        warm_up: run the prompt once before the measured run, so that first-call costs are charged to neither side.
+        record_index: have ``stats`` keep the positions of the kept tokens.
+    """
+    inputs = prepare(processor, image, question, model)
+    if warm_up:
+        with _attention(model, config, record_index=False):
+            _generate(model, inputs, max_new_tokens=1)
+    with _attention(model, config, record_index=record_index) as stats, _FirstToken.of(model) as first:
+        _synchronize(model.device)
+        start = time.perf_counter()
+        output = _generate(model, inputs, max_new_tokens=max_new_tokens, streamer=first)
+        _synchronize(model.device)
+        end = time.perf_counter()
+    new = output.sequences[0]
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if not model.config.is_encoder_decoder:
+        new = new[prompt_tokens:]
+    return Answer(
+        text=processor.decode(new, skip_special_tokens=True).strip(),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(new),
+        first_token_s=first.time - start,
+        total_s=end - start,
+        cache_bytes=first.cache_bytes,
+        final_cache_bytes=cache_bytes(cache_names.of_output(output)),
+        layer_cache_bytes=first.layer_cache_bytes,
+        stats=stats,
+    )
+
+
+def reasons_for_dense(stats: Any) -> list[str]:
+    """Why layers of a ZipVL run were dense, each reason once, with the layers it concerns."""
+    layers: dict[str, list[int]] = {}
+    for index, layer in stats.layers.items():
+        if layer.mode != "sparse":
+            layers.setdefault(layer.reason or "no reason given", []).append(index)
+    if not stats.layers:
+        return ["no attention layer of this model runs through ZipVL"]
+    return [f"{_layer_range(where)}: {reason}" for reason, where in layers.items()]
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of the tensor storage that ``cache`` holds, each storage once; ``None`` for no cache."""
+    if cache is None:
+        return None
+    storages: dict[tuple[str, int], int] = {}
+    for tensor in _tensors(cache, set()):
+        storage = tensor.untyped_storage()
+        storages[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor reachable from ``value`` through lists, tuples, dicts and the attributes of cache objects, but not
+    those of statistics."""
+    if id(value) in seen or isinstance(value, LayerStats):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif type(value).__module__.split(".")[0] in ("transformers", "zipvl") and hasattr(value, "__dict__"):
+        yield from _tensors(vars(value), seen)
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when the first token reached the host, and how large the cache was then.
+
+    ``generate`` puts the prompt first and each token after it, as CPU tensors, so a put means that the device is done.
+    The cache is seen by a forward hook, and measured after the clock was read.
+    """
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.cache_bytes: int | None = None
+        self.layer_cache_bytes: list[int] | None = None
+        self._cache: Any = None
+        self._puts = 0
+
+    @classmethod
+    @contextmanager
+    def of(cls, model: Any) -> Iterator[_FirstToken]:
+        """A streamer for one ``generate`` of ``model``."""
+        streamer = cls()
+        hook = model.register_forward_hook(streamer._see)
+        try:
+            yield streamer
+        finally:
+            hook.remove()
+
+    def _see(self, _module: Any, _args: Any, output: Any) -> None:
+        self._cache = cache_names.of_output(output)
+
+    def put(self, value: torch.Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2:
+            self.time = time.perf_counter()
+            self.cache_bytes = cache_bytes(self._cache)
+            layers = getattr(self._cache, "layers", None)
+            self.layer_cache_bytes = None if layers is None else [cache_bytes(layer) or 0 for layer in layers]
+
+    def end(self) -> None:
+        self._cache = None
+
+
+@contextmanager
+def _attention(model: Any, config: ZipVLConfig | None, *, record_index: bool) -> Iterator[Any]:
+    """The model's ordinary attention (yields ``None``), or ZipVL's (yields its ``Stats``).
+
+    ZipVL's warnings are silenced, because the statistics hold the same reasons; its refusals become ``InputError``.
+    """
+    if config is None:
+        yield None
+        return
+    import zipvl
+
+    try:
+        with warnings.catch_warnings(), zipvl.sparse(model, config, record_index=record_index) as stats:
+            warnings.filterwarnings("ignore", message="zipvl", category=UserWarning)
+            yield stats
+    except ValueError as error:
+        if not str(error).lower().startswith("zipvl"):
+            raise
+        raise InputError("model", f"ZipVL cannot run this model: {first_line(error)}") from error
+
+
+def _generate(model: Any, inputs: Any, *, max_new_tokens: int, streamer: BaseStreamer | None = None) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        return_dict_in_generate=True,
+        streamer=streamer,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _layer_range(layers: list[int]) -> str:
+    """``layer 3``, ``layers 0-5`` or ``layers 0, 2, 4``."""
+    layers = sorted(layers)
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}-{layers[-1]}"
+    return "layers " + ", ".join(map(str, layers))

@@ -1,1 +1,0 @@
-"""Where zipvl plugs into other libraries; one file a library."""

@@ -1,0 +1,318 @@
+"""One layer of a ``ZipVLCache``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from zipvl.config import ZipVLConfig
+from zipvl.stats import LayerStats
+from zipvl.transformers import handover
+from zipvl.transformers.quantized import QuantizedKV
+from zipvl.transformers.storage import RaggedKV, is_exact
+from zipvl.transformers.trim import Trimmer, can_wait
+
+
+class ZipVLCacheLayer(DynamicLayer):
+    """One full-attention layer of a ``ZipVLCache``.
+
+    After a sparse prefill it is *packed*: ``packed`` holds the kept tokens (``drop``), all real ones at few bits
+    (``quantize``) or as they are (``full``), each row at its own length; ``keys`` and ``values`` are None, and only
+    zipvl's attention function can read it.
+    After a dense prefill it is an ordinary ``DynamicLayer`` in every respect.
+
+    Args:
+        config: what a prefill through this layer keeps.
+        trimmer: shared by the layers of a cache; trims their storage where counts are on a GPU.
+    """
+
+    def __init__(self, config: ZipVLConfig, trimmer: Trimmer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.trimmer = trimmer or Trimmer()
+        self.packed: RaggedKV | QuantizedKV | None = None
+        self.record: LayerStats | None = None
+        self.candidates = 0
+        """How many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt."""
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._untrimmed = False
+        """A compiled prefill left buffers of the prompt's length."""
+        self._seen = 0
+
+    # What the model calls
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes new ``key_states``, ``value_states [B, Hkv, n, D]`` and returns what the attention function is given.
+
+        In the prefill those are the states themselves, and what is kept is decided by the attention function. Once
+        packed it is a placeholder of the cached length, and the attention function reads the packed states.
+
+        Raises:
+            RuntimeError: the attention function never answered for the previous update.
+        """
+        if self._pending is not None:
+            raise RuntimeError(
+                "ZipVLCache: the tokens of the previous forward were never selected, because the keys that the cache "
+                "returned did not reach zipvl's attention function. Either another attention implementation ran "
+                '(use attn_implementation="zipvl" or zipvl.sparse(model)), the forward failed half-way (use a new '
+                "cache or reset() this one), or the model's attention alters its keys after the cache update (not "
+                "supported with this cache)."
+            )
+        new = key_states.shape[-2]
+        if self.packed is not None:
+            self.settle()
+        else:
+            self.trimmer.advance()
+        if self.packed is None and self._seen > 0:
+            self._seen += new
+            states = super().update(key_states, value_states)
+            self._report()
+            return states
+        self._pending = (key_states, value_states)
+        self._seen += new
+        if self.packed is None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+            return handover.sign(key_states, self), value_states
+        cached = handover.sign(handover.placeholder(key_states, self._seen), self)
+        same = value_states.shape == key_states.shape
+        return cached, cached if same else handover.placeholder(value_states, self._seen)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding positions included, whatever was kept."""
+        return self._seen
+
+    # What the attention function calls
+
+    def keep_all(self) -> None:
+        """The prefill was dense: this is an ordinary layer from here on."""
+        key_states, value_states = self._take()
+        self.candidates = 0
+        self.lazy_initialization(key_states, value_states)
+        super().update(key_states, value_states)
+        self._report()
+
+    def keep_packed(
+        self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, max_kept: int | None = None
+    ) -> None:
+        """The prefill was sparse and this is what it attended to, which becomes a ``drop`` cache.
+
+        Args:
+            keys, values: ``[B, Hkv, N, D]``, of which the first ``count [B]`` tokens are kept; taken, not copied.
+            max_kept: no count is known to be larger (``policy.max_kept``).
+        """
+        self._take_prompt()
+        self._drop(keys, values, count, max_kept)
+
+    def keep_selected(
+        self, index: torch.Tensor, count: torch.Tensor, token_mask: torch.Tensor | None, query_heads: int
+    ) -> None:
+        """The prefill was sparse: a ``quantize`` or ``full`` cache keeps what the configuration says.
+
+        Args:
+            index, count: ``[B, N]`` and ``[B]``, the selected tokens.
+            token_mask: ``[B, N]``, the real ones, or None: all.
+            query_heads: ``Hq``.
+        """
+        keys, values = self._take_prompt()
+        if self.config.cache == "quantize":
+            self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
+        else:
+            self.packed = RaggedKV.real(keys, values, token_mask)
+            self._report()
+
+    def _drop(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, max_kept: int | None) -> None:
+        """Takes the first ``count [B]`` tokens of ``keys``, ``values [B, Hkv, N, D]``; at most ``max_kept`` where that
+        is known and the counts are not."""
+        if max_kept is None or is_exact(count) or count.numel() == 0 or can_wait(count.device):
+            self._keep(RaggedKV.packed(keys, values, count))
+        else:
+            self.packed = RaggedKV.cut(keys, values, count, max_kept)
+            self._report()
+
+    def _keep(self, packed: RaggedKV | QuantizedKV) -> None:
+        """Takes ``packed`` and sees to it that it is trimmed."""
+        self.packed = packed
+        counts = packed.counts()
+        if not is_exact(counts[0]) and counts[0].numel():
+            if can_wait(counts[0].device):
+                self.trimmer.add(counts, self._trim)
+            else:
+                packed.clear()
+                self._untrimmed = torch.compiler.is_compiling()
+        self._report()
+
+    def settle(self) -> None:
+        """Trims all that is not yet, waiting for it; the counts of a compiled prefill are read here, outside it."""
+        self.trimmer.finish()
+        if self._untrimmed and self.packed is not None and can_wait(self.packed.counts()[0].device):
+            self._untrimmed = False
+            self._trim(*(int(count.max()) for count in self.packed.counts()))
+
+    def _take_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of the prompt; those of candidates behind it stay pending."""
+        keys, values = self._take()
+        if self.candidates:
+            self._pending = (keys[:, :, -self.candidates :], values[:, :, -self.candidates :])
+            keys, values = keys[:, :, : -self.candidates], values[:, :, : -self.candidates]
+        return keys, values
+
+    def _trim(self, *longest: int) -> None:
+        assert self.packed is not None
+        self.packed.trim(*longest)
+        self._report()
+
+    def append(
+        self, token_mask: torch.Tensor | None, query: torch.Tensor, scale: float | None
+    ) -> RaggedKV | QuantizedKV:
+        """Stores the tokens of the last update, ``token_mask [B, n]`` or None: all real; returns what is stored.
+
+        ``query [B, Hq, n, D]`` are theirs, and ``scale`` the factor of their scores: what a quantised cache needs to
+        tell later which of them matter."""
+        assert self.packed is not None
+        keys, values = self._take()
+        if isinstance(self.packed, QuantizedKV):
+            self.packed.append(keys, values, token_mask, query, scale)
+        else:
+            self.packed.append(keys, values, token_mask)
+        self._report()
+        return self.packed
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more, so that steps may be captured in a CUDA graph.
+
+        Raises:
+            ValueError: the prefill was dense, and the storage grows by concatenation.
+        """
+        self.settle()
+        if self.packed is None:
+            raise ValueError("ZipVLCache: room can be reserved behind a sparse prefill alone; this layer's was dense")
+        self.packed.reserve(tokens)
+        self._report()
+
+    def make_room(self, tokens: int) -> None:
+        """What a captured step cannot do: compresses the new tokens of a quantised layer if ``tokens`` more do not fit
+        among those at full precision."""
+        if isinstance(self.packed, QuantizedKV):
+            self.packed.make_room(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Notes ``tokens`` that a replayed CUDA graph appended."""
+        assert self.packed is not None
+        self.packed.advance(tokens)
+        self._seen += tokens
+        self._report()
+
+    def attach(self, record: LayerStats) -> None:
+        """Keeps the byte counts of ``record`` up to date from now on."""
+        self.record = record
+        self._report()
+
+    def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of the last update, ``[B, Hkv, n, D]`` each, not yet stored."""
+        assert self._pending is not None
+        return self._pending
+
+    def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.pending()
+        self._pending = None
+        return states
+
+    # Rows and lengths
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            ValueError: packed, and some of them belong to the prompt or to a chunk with padding: what was dropped
+                cannot be brought back.
+        """
+        if self._seen == 0:
+            return
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 says it by a tensor
+        self.settle()
+        if self.packed is None:
+            super().crop(tokens_to_remove)
+            self._seen = 0 if self.keys is None else self.keys.shape[-2]
+            self._report()
+            return
+        tokens = max(self._seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+        if tokens > self.packed.tail:
+            raise ValueError(
+                f"ZipVLCache: cannot crop {tokens} tokens: only the last {self.packed.tail} were added after the "
+                "prompt, and the prompt's tokens were packed or dropped"
+            )
+        self.packed.crop(tokens)
+        self._seen -= tokens
+        self._report()
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        self.trimmer.forget()
+        self.is_initialized = False  # the base class would zero its storage, which may be none
+        super().reset()
+        self.keys = self.values = None
+        self.packed = self._pending = self.record = None
+        self._untrimmed = False
+        self._seen = self.candidates = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row ``repeats`` times in place."""
+        if self._seen > 0:
+            self._take_rows(torch.arange(self.rows, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows ``indices``."""
+        self._take_rows(indices)
+
+    def _take_rows(self, rows: torch.Tensor) -> None:
+        if self._seen == 0:
+            return
+        self.settle()
+        if self.packed is not None:
+            self.packed.take_rows(rows)
+        else:
+            self.keys, self.values = (states[rows.to(states.device)] for states in self._stored())
+        self._report()
+
+    def offload(self) -> None:
+        raise NotImplementedError("ZipVLCache: offloading is not supported")
+
+    # Sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that everything stored takes, unused slots included."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._stored())
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that a cache of every token seen would take."""
+        if self.packed is not None:
+            states: tuple[torch.Tensor, ...] = self.packed.token_states()
+        else:
+            states = self._stored()
+        return sum(s.shape[0] * s.shape[1] * self._seen * s.shape[3] * s.element_size() for s in states)
+
+    @property
+    def rows(self) -> int:
+        """Batch rows stored."""
+        return self._stored()[0].shape[0] if self._stored() else 0
+
+    def _stored(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor in memory."""
+        if self.packed is not None:
+            return self.packed.tensors()
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
+
+    def _report(self) -> None:
+        if self.record is not None and not torch.compiler.is_compiling():
+            self.record.cache_bytes, self.record.full_cache_bytes = self.nbytes, self.full_nbytes

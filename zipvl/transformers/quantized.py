@@ -1,0 +1,326 @@
+"""Keys and values of one layer at few bits, and the newest at full precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zipvl import ops
+from zipvl.config import ZipVLConfig
+from zipvl.transformers.storage import RaggedKV, grown, is_exact
+
+WINDOW = 100  # new tokens at full precision; when they are so many they are compressed (ZipCache's interval)
+BLOCK_TOKENS = 64  # of ``csrc/common/quantized_block.h``
+PROBES = 16  # latest of them whose queries are kept, to score them all when they are compressed
+_QUERIES_AT_ONCE = 16  # of several new tokens, against the quantised cache: they stand in a query's heads
+
+
+class Segment:
+    """Blocks of up to 64 tokens at one number of bits, ``packed [B, Hkv, M, bytes]`` uint8 as ``quantize_kv`` makes
+    them; row ``b`` has blocks in ``[0, blocks[b])``.
+
+    Args:
+        packed: the storage; not shared with anything else.
+        blocks: ``[B]`` int32, changed in place, so that a CUDA graph sees it.
+    """
+
+    def __init__(self, packed: torch.Tensor, blocks: torch.Tensor) -> None:
+        self.packed, self.blocks = packed, blocks
+        self.longest = packed.shape[2]
+        """A host number that no row's blocks exceed."""
+        if is_exact(packed):
+            self.trim(_most(blocks), room=0)
+
+    def trim(self, longest: int, room: int | None = None) -> None:
+        """Moves the blocks, ``longest`` in the longest row, to storage of that many places and ``room`` for more."""
+        places = self.packed.shape[2]
+        room = places // 64 if room is None else room
+        self.longest = longest
+        if longest + room < places:
+            self.packed = self.packed[:, :, : longest + room].clone(memory_format=torch.contiguous_format)
+
+    def reserve(self, blocks: int) -> None:
+        """Makes room for ``blocks`` more."""
+        if self.longest + blocks > self.packed.shape[2]:
+            self.packed = grown(self.packed, self.longest + blocks)
+
+    def append(self, packed: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Adds the first ``blocks [B]`` of ``packed [B, Hkv, m, bytes]`` behind each row."""
+        more = packed.shape[2]
+        if self.longest + more > self.packed.shape[2]:
+            self.reserve(more + self.longest // 16)
+        place = self.blocks[:, None].to(torch.int64) + torch.arange(more, device=packed.device)
+        self.packed.scatter_(2, place[:, None, :, None].expand(packed.shape), packed)
+        self.blocks.add_(blocks)
+        self.longest = _most(self.blocks) if is_exact(packed) else self.longest + more
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Makes row ``i`` what row ``rows[i]`` was."""
+        self.packed, self.blocks = self.packed.index_select(0, rows), self.blocks.index_select(0, rows)
+
+
+def blocks_of(tokens: int) -> int:
+    """How many blocks ``tokens`` tokens take at most."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def _most(blocks: torch.Tensor) -> int:
+    return int(blocks.max()) if blocks.numel() else 0
+
+
+class RecentQueries:
+    """The queries of each row's latest ``PROBES`` tokens in the window.
+
+    ``queries [B, Hq, PROBES, D]``, and ``positions [B, PROBES]`` int32: the slot of the window that the token has. The
+    token of slot ``s`` stands in place ``s % PROBES``, so a step needs nothing from the host.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        batch, heads, _, dim = like.shape
+        self.queries = like.new_zeros(batch, heads, PROBES, dim)
+        self.positions = torch.full((batch, PROBES), -1, dtype=torch.int32, device=like.device)
+
+    def put(self, queries: torch.Tensor, slots: torch.Tensor, added: torch.Tensor | int) -> None:
+        """Takes the latest of ``queries [B, Hq, n, D]``, which go to ``slots [B, n]``; the first ``added`` are real."""
+        count = min(PROBES, queries.shape[2])
+        if queries.shape[2] > 1:
+            column = torch.arange(count, device=queries.device).expand(queries.shape[0], -1)
+            if isinstance(added, int):
+                column = column + max(added - count, 0)
+            else:
+                column = column + (added - count).clamp(min=0)[:, None]
+            slots = slots.gather(1, column)
+            queries = queries.gather(2, column[:, None, :, None].expand(*queries.shape[:2], count, queries.shape[3]))
+        place = slots % PROBES
+        self.queries.scatter_(2, place[:, None, :, None].expand(queries.shape), queries)
+        self.positions.scatter_(1, place, slots.to(torch.int32))
+
+    def probes(self, lengths: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``probe_scores`` takes them, for a window of ``slots`` slots of which ``lengths [B]`` are in use.
+
+        Returns:
+            ``q [B, Hq, slots, D]``, 0 where no query is known; ``probe_index [B, PROBES]``, ascending, ``slots`` (out
+            of range: skipped) where there is none.
+        """
+        batch, heads, _, dim = self.queries.shape
+        known = (self.positions >= 0) & (self.positions < lengths[:, None])
+        place = self.positions.masked_fill(~known, slots).to(torch.int64)
+        spread = self.queries.new_zeros(batch, heads, slots + 1, dim)
+        spread.scatter_(2, place[:, None, :, None].expand(self.queries.shape), self.queries)
+        return spread[:, :, :slots], place.sort(-1).values.to(torch.int32)
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Makes row ``i`` what row ``rows[i]`` was."""
+        self.queries, self.positions = self.queries.index_select(0, rows), self.positions.index_select(0, rows)
+
+
+class QuantizedKV:
+    """The prompt's selected tokens at ``high_bits`` and its other ones at ``low_bits``, new tokens at full precision.
+
+    When ``WINDOW`` new tokens are there they are compressed in the same way, by a selection of their own: the latest
+    ``PROBES`` of them are the probes, ``tau`` or ``ratio`` is the prompt's, and attention mass is counted among them
+    alone. Values keep the channel factors of the prompt.
+
+    Args:
+        k, v: ``[B, Hkv, N, D]``, the prompt.
+        index, count: ``[B, N]`` and ``[B]``, its selected tokens.
+        token_mask: ``[B, N]`` or None: all are real.
+        query_heads: ``Hq``.
+        config: bits, and the selection of new tokens.
+    """
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        index: torch.Tensor,
+        count: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        query_heads: int,
+        config: ZipVLConfig,
+    ) -> None:
+        self.config = config
+        self._bits: dict[str, Any] = {"high_bits": config.high_bits, "low_bits": config.low_bits}
+        high, high_blocks, low, low_blocks, self.v_factor = ops.quantize_kv(
+            k, v, index, count, **self._bits, token_mask=token_mask
+        )
+        self.high, self.low = Segment(high, high_blocks), Segment(low, low_blocks)
+        self.scale: float | None = None
+        self.window = self._empty_window(k, v)
+        self.recent = RecentQueries(k.new_empty(k.shape[0], query_heads, 0, k.shape[3]))
+
+    def _empty_window(self, k: torch.Tensor, v: torch.Tensor) -> RaggedKV:
+        batch, heads, _, dim = k.shape
+        lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
+        return RaggedKV(k.new_zeros(batch, heads, WINDOW, dim), v.new_zeros(batch, heads, WINDOW, dim), lengths, 0)
+
+    @property
+    def tail(self) -> int:
+        """How many last tokens ``crop`` may remove: those added since the last compression."""
+        return self.window.tail
+
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        """What has to reach the host before ``trim``."""
+        return self.high.blocks, self.low.blocks
+
+    def trim(self, high: int, low: int) -> None:
+        """Moves the prompt's blocks to storage of their true size."""
+        self.high.trim(high)
+        self.low.trim(low)
+
+    def clear(self) -> None:
+        """Nothing: unused blocks are not read."""
+
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        queries: torch.Tensor,
+        scale: float | None,
+    ) -> None:
+        """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]``, ``queries [B, Hq, n, D]``; ``token_mask [B, n]`` or
+        None: all. ``scale`` is the factor of their scores."""
+        self.scale = scale
+        self.make_room(k.shape[2])
+        if token_mask is not None:
+            queries = RaggedKV.real_first(queries, token_mask)
+        slots = self.window.lengths[:, None].to(torch.int64) + torch.arange(k.shape[2], device=k.device)
+        self.recent.put(queries, slots, k.shape[2] if token_mask is None else token_mask.sum(-1))
+        self.window.append(k, v, token_mask)
+
+    def make_room(self, tokens: int) -> None:
+        """Compresses the window if ``tokens`` more do not fit into it."""
+        if self.window.longest > 0 and self.window.longest + tokens > WINDOW:
+            self._compress()
+
+    def _compress(self) -> None:
+        (k, v), valid = self.window.visible(), self.window.valid()
+        q, probes = self.recent.probes(self.window.lengths, k.shape[2])
+        accumulated, normalized = ops.probe_scores(q, k, probes, scale=self.scale, token_mask=valid)
+        index, count = ops.select_tokens(
+            accumulated,
+            normalized,
+            tau=self.config.tau,
+            ratio=self.config.ratio,
+            min_tokens=self.config.min_tokens,
+            token_mask=valid,
+        )
+        high, high_blocks, low, low_blocks, _ = ops.quantize_kv(
+            k, v, index, count, **self._bits, v_factor=self.v_factor, token_mask=valid
+        )
+        most = blocks_of(k.shape[2])
+        self.high.append(high[:, :, :most], high_blocks)
+        self.low.append(low[:, :, :most], low_blocks)
+        if self.window.keys.shape[2] > WINDOW:
+            self.window = self._empty_window(k, v)
+        else:
+            self.window.empty()
+        self.recent.positions.fill_(-1)
+
+    def attend(self, query: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """One new token, already appended, against everything: ``query [B, Hq, 1, D]``; returns the same shape."""
+        window = self.window
+        out, _ = ops.decode_attn_quantized(
+            query,
+            self.high.packed,
+            self.high.blocks,
+            self.low.packed,
+            self.low.blocks,
+            self.v_factor,
+            **self._bits,
+            k_recent=window.keys,
+            v_recent=window.values,
+            recent_lengths=window.lengths,
+            scale=scale,
+        )
+        return out
+
+    def attend_several(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """New tokens, not yet appended, against everything kept and causally themselves.
+
+        Args:
+            query: ``[B, Hq, n, D]``; ``k``, ``v``: ``[B, Hkv, n, D]``; ``token_mask``: ``[B, n]`` or None: all real.
+
+        Returns:
+            ``[B, Hq, n, D]``.
+        """
+        factor = query.shape[3] ** -0.5 if scale is None else scale
+        new, groups = query.shape[2], query.shape[1] // k.shape[1]
+        keys, values = (torch.cat(pair, 2).float() for pair in zip(self.window.visible(), (k, v), strict=True))
+        real = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if token_mask is None else token_mask
+        there = torch.cat([self.window.valid(), real], dim=1)
+        position = torch.arange(keys.shape[2], device=k.device) - self.window.longest
+        outputs = []
+        for start in range(0, new, _QUERIES_AT_ONCE):
+            part = query[:, :, start : start + _QUERIES_AT_ONCE]
+            past, past_lse = self._past(part, scale)
+            rows = torch.arange(start, start + part.shape[2], device=k.device)
+            may = there[:, None, None, :] & (position <= rows[:, None])
+            grouped = part.float().unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+            scores = (grouped @ keys.mT * factor).unflatten(2, (groups, -1)).flatten(1, 2)
+            scores = scores.masked_fill(~may, -torch.inf)
+            lse = torch.logaddexp(past_lse, scores.logsumexp(-1))
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # a padding token behind nothing: all weights 0
+            weights = (scores - lse).exp().unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+            own = (weights @ values).unflatten(2, (groups, -1)).flatten(1, 2)
+            outputs.append(own + (past_lse[..., None] - lse).exp() * past)
+        return torch.cat(outputs, dim=2).to(query.dtype)
+
+    def _past(self, query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``query [B, Hq, n, D]`` against the quantised tokens; ``out`` float32 of that shape and ``lse [B, Hq, n]``.
+
+        Every one of the new tokens may attend to every one of these, so they can stand beside each other as heads.
+        """
+        batch, heads, new, dim = query.shape
+        out, lse = ops.decode_attn_quantized(
+            query.reshape(batch, heads * new, 1, dim),
+            self.high.packed,
+            self.high.blocks,
+            self.low.packed,
+            self.low.blocks,
+            self.v_factor,
+            **self._bits,
+            scale=scale,
+        )
+        return out.reshape(batch, heads, new, dim).float(), lse.reshape(batch, heads, new)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more, compressed ones included, so that steps can be captured in a CUDA graph."""
+        compressions = tokens // WINDOW + 1
+        for segment in (self.high, self.low):
+            segment.reserve(compressions * blocks_of(WINDOW))
+
+    def advance(self, tokens: int) -> None:
+        """Notes ``tokens`` that a replayed CUDA graph appended to every row; fewer than none: takes them back."""
+        self.window.advance(tokens)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last ``tokens`` tokens of every row; at most ``tail``."""
+        self.window.crop(tokens)
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Makes row ``i`` what row ``rows[i]`` was; ``rows`` may repeat, reorder or leave out."""
+        rows = rows.to(self.v_factor.device)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(-1)
+        self.v_factor = self.v_factor.index_select(0, rows)
+        for part in (self.high, self.low, self.window, self.recent):
+            part.take_rows(rows)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything held."""
+        segments = (self.high.packed, self.high.blocks, self.low.packed, self.low.blocks, self.v_factor)
+        return (*segments, *self.window.tensors(), self.recent.queries, self.recent.positions)
+
+    def token_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at full precision, whatever their number: what a token would take."""
+        return self.window.token_states()
