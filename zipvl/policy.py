@@ -28,7 +28,11 @@ _PARTS = 2**16  # a ratio is rounded up to as many parts, so that its share of a
 SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the default configuration
 
 
-def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: torch.Tensor) -> int:
+def cost_key(config):
+    return config.cost_key
+
+
+def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: torch.Tensor, cost_key=None) -> int:
     """The fewest tokens from which on a layer's prefill is sparse: ``config.dense_below``, or what "auto" means here.
 
     Args:
@@ -41,7 +45,7 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
         return config.dense_below
     if states.device.type != "cuda" or states.dtype == torch.float32:
         return SHORTEST
-    return _by_cost(query_heads, head_dim, config.cost_key)
+    return _by_cost(query_heads, head_dim, config.cost_key if cost_key is None else cost_key)
 
 
 def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -> int | None:

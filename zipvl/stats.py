@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch._subclasses import FakeTensor
@@ -12,9 +13,20 @@ from torch._subclasses import FakeTensor
 Mode = Literal["sparse", "dense"]
 
 
+class Holder(Protocol):
+    """What holds a layer's cache."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def full_nbytes(self) -> int: ...
+
+
 @dataclass
 class LayerStats:
-    """The last prefill of one attention layer. Counts stay on their device until they are asked for.
+    """The last prefill of one attention layer. Counts stay on their device, and bytes in the cache, until they are asked
+    for.
 
     Args:
         layer: the layer's index in the model.
@@ -24,8 +36,6 @@ class LayerStats:
         real: ``[B]`` real tokens of each row.
         counts: ``[B]`` kept tokens of each row.
         positions: ``[B, N]``, the kept tokens of row ``b`` in ``[b, :counts[b]]``; None if not recorded or dense.
-        cache_bytes: bytes that the layer's ``ZipVLCache`` storage took when last changed; None without such a cache.
-        full_cache_bytes: what a cache of every token seen would have taken by then.
     """
 
     layer: int
@@ -35,8 +45,35 @@ class LayerStats:
     real: torch.Tensor = field(repr=False)
     counts: torch.Tensor = field(repr=False)
     positions: torch.Tensor | None = field(default=None, repr=False)
-    cache_bytes: int | None = None
-    full_cache_bytes: int | None = None
+    _holder: weakref.ref[Holder] | None = field(default=None, repr=False)
+    _last_bytes: tuple[int, int] | None = field(default=None, repr=False)
+
+    def measures(self, holder: Holder) -> None:
+        """Asks ``holder``, which is not kept alive, for its bytes from now on."""
+        self._holder = weakref.ref(holder)
+
+    def cache_gone(self, holder: Holder) -> None:
+        """Takes the last bytes of ``holder``."""
+        self._last_bytes, self._holder = (holder.nbytes, holder.full_nbytes), None
+
+    def _bytes(self) -> tuple[int, int] | None:
+        holder = None if self._holder is None else self._holder()
+        return self._last_bytes if holder is None else (holder.nbytes, holder.full_nbytes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_holder": None, "_last_bytes": self._bytes()}
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that the layer's ``ZipVLCache`` storage takes, or took in the end; None without such a cache."""
+        found = self._bytes()
+        return None if found is None else found[0]
+
+    @property
+    def full_cache_bytes(self) -> int | None:
+        """What a cache of every token seen takes, or would have taken in the end; None without a ``ZipVLCache``."""
+        found = self._bytes()
+        return None if found is None else found[1]
 
     @property
     def tokens(self) -> list[int]:
@@ -110,6 +147,14 @@ class Stats:
         self.traced = _Traced()
         self._lock = threading.Lock()
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._count_traced()
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def reset(self) -> None:
         """Forgets everything recorded."""
@@ -202,12 +247,12 @@ class Stats:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the last prefill's ``ZipVLCache`` layers, as they were last changed."""
+        """Bytes of the last prefill's ``ZipVLCache`` layers, now or in the end."""
         return sum(entry.cache_bytes or 0 for entry in self.layers.values())
 
     @property
     def full_cache_bytes(self) -> int:
-        """What those layers would have taken with every token seen."""
+        """What those layers would take with every token seen."""
         return sum(entry.full_cache_bytes or 0 for entry in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import zipvl
 from benchmarks.paper.settings import Row, Runner
 from zipvl import ops
 from zipvl.baselines.common import attention_replaced
-from zipvl.transformers import targets
+from zipvl.transformers import target as targets
 
 __all__ = ["attention_flops", "costs", "peak_bytes"]
 

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from zipvl import ops
 from zipvl.baselines.common import attention_replaced
-from zipvl.transformers import targets
+from zipvl.transformers import target as targets
 
 __all__ = ["Variant", "VariantRecord", "uniform_probes", "variant"]
 

@@ -11,7 +11,6 @@ from transformers import DynamicCache
 import zipvl
 from tests.models.oracle import oracle
 from tests.models.tiny_models import SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
-from zipvl.transformers import handover
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.storage import RaggedKV
 
@@ -141,10 +140,8 @@ def packed_layer(cache: str = "drop") -> tuple[ZipVLCacheLayer, torch.Tensor, to
     layer = ZipVLCacheLayer(zipvl.ZipVLConfig(cache=cache))  # type: ignore[arg-type]
     returned = layer.update(k, v)
     assert returned[0] is k and returned[1] is v
-    claimed = handover.claim(k)
-    assert claimed is layer
     index, count = selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10)
-    claimed.keep_packed(*zipvl.ops.pack_kv(k, v, index, count), count)
+    layer.keep_packed(*zipvl.ops.pack_kv(k, v, index, count), count)
     return layer, k, v
 
 
@@ -157,16 +154,6 @@ def test_a_selection_that_never_arrives_is_an_error() -> None:
     layer.update(*states(2, 1))
     with pytest.raises(RuntimeError, match="never selected"):
         layer.update(*states(2, 1))
-
-
-def test_the_signature_is_read_once_and_only_from_the_same_tensor() -> None:
-    layer = ZipVLCacheLayer(zipvl.ZipVLConfig())
-    k, v = states(1, 300)
-    layer.update(k, v)
-    assert handover.claim(k.clone()) is None
-    assert handover.claim(v) is None
-    assert handover.claim(k) is layer
-    assert handover.claim(k) is None
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -199,9 +186,24 @@ def test_altered_keys_are_an_error() -> None:
     fresh = zipvl.ZipVLCache(model)
     change = fresh.update
     fresh.update = lambda *a, **k: tuple(s.clone() for s in change(*a, **k))  # type: ignore[assignment]
-    model(**inputs, past_key_values=fresh)
+    with pytest.raises(RuntimeError, match="altered between the cache and the attention function"):
+        model(**inputs, past_key_values=fresh)
     with pytest.raises(RuntimeError, match="never selected"):
         model(ids(1, 5), past_key_values=fresh)
+
+
+def test_a_cache_that_the_model_does_not_hand_on_is_an_error() -> None:
+    """Made from the configuration alone, outside of a block: nothing tells the attention function of it."""
+    model, inputs = make_llama(), text_inputs(300)
+    model.set_attn_implementation("zipvl")
+    cache = zipvl.ZipVLCache(model.config)
+    model(**inputs, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="never selected"):
+        model(ids(1, 5), past_key_values=cache)
+    with zipvl.sparse(model):
+        packed = model(**inputs).past_key_values
+    with pytest.raises(RuntimeError, match=r"make the cache from the model itself: zipvl.ZipVLCache\(model\)"):
+        model(ids(1, 5), past_key_values=packed)
 
 
 def test_seen_is_not_kept() -> None:
@@ -210,8 +212,6 @@ def test_seen_is_not_kept() -> None:
     assert layer.get_mask_sizes(3) == (13, 0)
     returned, _ = layer.update(*states(2, 1))
     assert returned.is_meta
-    claimed = handover.claim(returned)
-    assert claimed is layer
     layer.append(None, states(2, 1)[0], None)
     assert layer.get_seq_length() == 11
     assert layer.packed is not None and layer.packed.lengths.tolist() == [4, 6]
@@ -415,15 +415,14 @@ def test_chunked_prefill_is_sparse_in_its_first_chunk() -> None:
 
 def test_a_dynamic_cache_stays_full_while_the_prefill_is_sparse() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
+    with zipvl.sparse(model, record_index=True) as stats:
+        model(**inputs, use_cache=False)
+    assert stats.active and stats.cache_bytes == 0, "not a ZipVLCache"
     model.set_attn_implementation("zipvl")
-    from zipvl.transformers import configure
-
-    stats = configure(model, zipvl.ZipVLConfig(tau=0.7), record_index=True)
     output = model.generate(**inputs, max_new_tokens=6, **GENERATE)
     assert type(output.past_key_values) is DynamicCache
     assert output.past_key_values.layers[0].keys.shape[2] == 305
     kept = {i: layer.index[0] for i, layer in stats.layers.items() if layer.index is not None}
-    assert stats.cache_bytes == 0, "not a ZipVLCache"
     with oracle(model, kept, 300, full=True):
         expected = model(output.sequences, use_cache=False).logits
     torch.testing.assert_close(logits_of(output)[0], expected[0, 299:-1], **TOLERANCE)
@@ -432,9 +431,6 @@ def test_a_dynamic_cache_stays_full_while_the_prefill_is_sparse() -> None:
 def test_a_padded_batch_with_a_dynamic_cache_is_single() -> None:
     model, rows = make_llama(), [text_inputs(330, 1), text_inputs(280, 2)]
     model.set_attn_implementation("zipvl")
-    from zipvl.transformers import configure
-
-    configure(model, zipvl.ZipVLConfig(tau=0.7))
     together = model.generate(**pad_left(rows), max_new_tokens=4, **GENERATE)
     for b, row in enumerate(rows):
         alone = model.generate(**row, max_new_tokens=4, **GENERATE)

@@ -26,15 +26,13 @@ from tests.models.tiny_models import (
     qwen_inputs,
     text_inputs,
 )
-from zipvl.transformers import configure, runs
+from zipvl.transformers import configure
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
     """Everything the context could leave behind."""
     found: dict[str, Any] = {
         "functions": sorted(ALL_ATTENTION_FUNCTIONS),
-        "runs": len(runs._runs),
-        "borrowed": dict(runs._borrowed),
     }
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -89,7 +87,7 @@ def test_an_error_on_entry_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> N
 def test_vision_towers_keep_their_attention(name: str) -> None:
     model = MULTIMODAL[name].make()
     with zipvl.sparse(model):
-        assert model.config.get_text_config()._attn_implementation == "zipvl"
+        assert model.config.get_text_config()._attn_implementation.startswith("zipvl")
         assert model.config.vision_config._attn_implementation == "sdpa"
     assert model.config.get_text_config()._attn_implementation == "sdpa"
 
@@ -197,7 +195,6 @@ def test_nothing_keeps_a_model_or_a_cache_alive() -> None:
     del model, cache
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
-    assert len(runs._runs) == 0
 
 
 # Caches that the caller brings

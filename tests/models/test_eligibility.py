@@ -1,4 +1,7 @@
-"""Which kinds of layers can be sparse."""
+"""Which kinds of layers can be sparse.
+
+Asks ``reason_dense``, the one decision, itself: no model of transformers has all of these kinds.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from zipvl.transformers.eligibility import kind_reason
+from zipvl import ZipVLConfig
+from zipvl.transformers.reasons import reason_dense
 
 
-def reason(values: int = 16, passed: dict[str, Any] | None = None, **attributes: Any) -> str | None:
-    """``kind_reason`` of a module with these attributes, for heads of 16 and values of ``values``."""
+def reason(same_head_dims: bool = True, passed: dict[str, Any] | None = None, **attributes: Any) -> str | None:
+    """The words of ``reason_dense`` for a module with these attributes."""
     module = nn.Module()
     for name, value in ({"layer_idx": 1, "is_causal": True, "config": SimpleNamespace()} | attributes).items():
         setattr(module, name, value)
     given = {"sliding_window": None, "is_causal": None} | (passed or {})
-    return kind_reason(module, torch.empty(1, 4, 300, 16), torch.empty(1, 2, 300, values), **given)
+    dense = reason_dense(module, ZipVLConfig(), 256, 300, None, **given, same_head_dims=same_head_dims)
+    assert dense is None or dense.always
+    return None if dense is None else dense.words
 
 
 TYPES = ["full_attention", "chunked_attention"]
@@ -38,8 +44,22 @@ TYPES = ["full_attention", "chunked_attention"]
         ({"config": SimpleNamespace(layer_types=TYPES)}, "layer type chunked_attention"),
         ({"config": SimpleNamespace(layer_types=TYPES), "layer_idx": 0}, None),
         ({"config": SimpleNamespace(layer_types=None)}, None),
-        ({"values": 8}, "keys and values differ in head dimension"),
+        ({"same_head_dims": False}, "keys and values differ in head dimension"),
     ],
 )
 def test_kinds(given: dict[str, Any], expected: str | None) -> None:
     assert reason(**given) == expected
+
+
+def test_situations() -> None:
+    module = nn.Module()
+    module.layer_idx, module.is_causal = 1, True  # type: ignore[assignment]
+    facts: dict[str, Any] = {"sliding_window": None, "is_causal": None, "same_head_dims": True}
+    for config, tokens, mask, expected in (
+        (ZipVLConfig(layers=(0,)), 300, None, "not among ZipVLConfig.layers"),
+        (ZipVLConfig(), 255, None, "prompt shorter than dense_below=256"),
+        (ZipVLConfig(), 300, torch.ones(1, 1, 300, 300), "the mask is not plain causal"),
+    ):
+        dense = reason_dense(module, config, 256, tokens, mask, **facts)
+        assert dense is not None and (dense.words, dense.always) == (expected, False)
+    assert reason_dense(module, ZipVLConfig(layers=(1,)), 256, 256, torch.ones(1, 256), **facts) is None

@@ -180,9 +180,10 @@ def test_a_caches_own_configuration_counts(monkeypatch: pytest.MonkeyPatch) -> N
 def test_unknown_modules_are_left_alone() -> None:
     assert projections.static_reason(nn.Linear(2, 2)) == "Linear is not among the tested attention modules"
     model = make_llama()
-    undo = projections.install([model.model.layers[0].self_attn, nn.Linear(2, 2)])
+    modules = [model.model.layers[0].self_attn, nn.Linear(2, 2)]
+    projections.install(modules)
     assert "forward" in vars(model.model.layers[0].self_attn)
-    undo()
+    projections.remove(modules)
     assert "forward" not in vars(model.model.layers[0].self_attn)
 
 

@@ -5,30 +5,14 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from zipvl import policy
 from zipvl.config import ZipVLConfig
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
-from zipvl.transformers.trim import Trimmer
+from zipvl.transformers.storage import Trimmer
+from zipvl.transformers.target import check_model
 
 CHANNEL_MULTIPLE = 32
 """A quantised block holds codes of so many channels in a word (``csrc/common/quantized_block.h``)."""
-
-
-def check_model(model_config: PretrainedConfig) -> None:
-    """Raises if a layer's cache of this model does not hold that layer's own keys and values.
-
-    Raises:
-        ValueError: naming the model's kind and the remedy.
-    """
-    text = model_config.get_text_config(decoder=True)
-    problem = None
-    if getattr(text, "num_kv_shared_layers", None) or getattr(text, "kv_sharing_modes", None):
-        problem = "shares keys and values between layers"
-    elif getattr(text, "kv_lora_rank", None):
-        problem = "caches latents in place of keys and values (multi-head latent attention)"
-    if problem is not None:
-        raise ValueError(
-            f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
-        )
 
 
 def check_bits(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
@@ -46,66 +30,59 @@ def check_bits(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
         )
 
 
-def make_sparse(cache: DynamicCache, config: ZipVLConfig, model_config: PretrainedConfig) -> None:
-    """Gives an empty ``cache`` the layers of a ``ZipVLCache``: full-attention layers are replaced, others stay.
-
-    Raises:
-        ValueError: the model is one that ``check_model`` or ``check_bits`` refuses.
-    """
-    check_model(model_config)
-    check_bits(config, model_config)
-    layers = cache.layers or DynamicCache(config=model_config).layers
-    trimmer = Trimmer()
-    cache.layers = [ZipVLCacheLayer(config, trimmer) if type(layer) is DynamicLayer else layer for layer in layers]
-    cache.layer_class_to_replicate = None
-
-
-def expect_candidates(cache: Cache, candidates: int) -> None:
-    """The last ``candidates`` tokens of the coming prefill of ``cache`` are guesses behind the prompt: they attend to
-    what is kept of the prompt, as decoded tokens do, and ``crop`` can remove them."""
-    for layer in cache.layers:
-        if isinstance(layer, ZipVLCacheLayer):
-            layer.candidates = candidates
-
-
-def settle(cache: Cache | None) -> None:
-    """Trims what a prefill left untrimmed in ``cache``: the host waits for the kernels that packed it."""
-    for layer in cache.layers if isinstance(cache, DynamicCache) else ():
-        if isinstance(layer, ZipVLCacheLayer):
-            layer.settle()
-
-
-def is_ready(cache: Cache) -> bool:
-    """Whether ``cache`` is a ``ZipVLCache``, or a dynamic cache without ordinary full-attention layers."""
-    return (
-        isinstance(cache, DynamicCache)
-        and len(cache) > 0
-        and all(type(layer) is not DynamicLayer for layer in cache.layers)
-    )
-
-
 class ZipVLCache(DynamicCache):
     """Keeps in every full-attention layer what ZipVL selected there; other layers get transformers' own cache layers.
 
-    Needs the attention implementation ``"zipvl"``. The number of tokens *seen* (``get_seq_length``, positions, masks)
-    is that of a full cache; how many are *kept* differs by layer and row.
+    The number of tokens *seen* (``get_seq_length``, positions, masks) is that of a full cache; how many are *kept*
+    differs by layer and row. In blocks of ``zipvl.sparse`` and after ``zipvl.configure`` a model makes one by itself.
+    Elsewhere it needs ``attn_implementation="zipvl"`` and is made from the model itself, which then hands it to its
+    attention layers by a forward pre-hook that stays.
 
     Args:
-        model_config: the model or its configuration (of the whole model or of its text part).
+        model_config: the model, or inside a block its configuration (of the whole model or of its text part).
         config: what to keep; the default configuration if None.
+        cost_key: ``policy.cost_key(config)``, where it was made beforehand.
+
+    Attributes:
+        candidates: how many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt.
+        assisted: the cache is that of an assisted generation.
     """
 
-    def __init__(self, model_config: PretrainedConfig | PreTrainedModel, config: ZipVLConfig | None = None) -> None:
+    def __init__(
+        self,
+        model_config: PretrainedConfig | PreTrainedModel,
+        config: ZipVLConfig | None = None,
+        *,
+        cost_key: str | None = None,
+    ) -> None:
+        model = model_config
         if isinstance(model_config, PreTrainedModel):
             model_config = model_config.config
         super().__init__(config=model_config)
-        self.config = ZipVLConfig() if config is None else config
-        make_sparse(self, self.config, model_config)
+        self._keep_selected(ZipVLConfig() if config is None else config, model_config, cost_key)
+        if isinstance(model, PreTrainedModel):
+            from zipvl.transformers.hooks import hand_on  # the hook makes caches itself
+
+            hand_on(model)
+
+    def _keep_selected(self, config: ZipVLConfig, model_config: PretrainedConfig, cost_key: str | None) -> None:
+        """Replaces full-attention layers, which are empty.
+
+        Raises:
+            ValueError: the model is one that ``check_model`` or ``check_bits`` refuses.
+        """
+        check_model(model_config)
+        check_bits(config, model_config)
+        layers, self.trimmer = self.layers or DynamicCache(config=model_config).layers, Trimmer()
+        self.layers = [ZipVLCacheLayer(config, self.trimmer) if type(x) is DynamicLayer else x for x in layers]
+        self.layer_class_to_replicate = None
+        self.config, self.cost_key = config, policy.cost_key(config) if cost_key is None else cost_key
+        self.candidates, self.assisted = 0, False
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of memory that the stored keys and values of all attention layers take, trimmed first."""
-        settle(self)
+        self.settle()
         total = 0
         for layer in self.layers:
             if isinstance(layer, ZipVLCacheLayer):
@@ -114,3 +91,31 @@ class ZipVLCache(DynamicCache):
                 states = (getattr(layer, "keys", None), getattr(layer, "values", None))
                 total += sum(s.untyped_storage().nbytes() for s in states if s is not None)
         return total
+
+    def settle(self) -> None:
+        """Trims what a prefill left untrimmed: the host waits for the kernels that packed it."""
+        for layer in self.layers:
+            if isinstance(layer, ZipVLCacheLayer):
+                layer.settle()
+
+
+def adopt(cache: Cache, model_config: PretrainedConfig, config: ZipVLConfig, cost_key: str) -> None:
+    """Makes a cache that the caller gave usable: an empty dynamic cache becomes a ``ZipVLCache``, in place.
+
+    Raises:
+        ValueError: it is another kind of cache, or was filled without ZipVL.
+    """
+    if isinstance(cache, DynamicCache) and len(cache) > 0 and all(type(x) is not DynamicLayer for x in cache.layers):
+        return  # it is one, or has no ordinary full-attention layers
+    problem = None
+    if type(cache) is not DynamicCache:
+        problem = f"a {type(cache).__name__} cannot hold tokens that differ by layer"
+    elif cache.offloading:
+        problem = "an offloaded cache is not supported"
+    elif cache.get_seq_length() > 0:
+        problem = f"this DynamicCache already holds {cache.get_seq_length()} tokens"
+    if problem is not None:
+        raise ValueError(f"zipvl.sparse: {problem}; pass a new zipvl.ZipVLCache(model), or no cache at all")
+    cache.__class__ = ZipVLCache
+    assert isinstance(cache, ZipVLCache)
+    cache._keep_selected(config, model_config, cost_key)

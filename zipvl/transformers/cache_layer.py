@@ -9,10 +9,8 @@ from transformers.cache_utils import DynamicLayer
 
 from zipvl.config import ZipVLConfig
 from zipvl.stats import LayerStats
-from zipvl.transformers import handover
 from zipvl.transformers.quantized import QuantizedKV
-from zipvl.transformers.storage import RaggedKV, is_exact
-from zipvl.transformers.trim import Trimmer, can_wait
+from zipvl.transformers.storage import RaggedKV, Trimmer, can_wait, is_exact, is_writable
 
 
 class ZipVLCacheLayer(DynamicLayer):
@@ -33,10 +31,10 @@ class ZipVLCacheLayer(DynamicLayer):
         self.config = config
         self.trimmer = trimmer or Trimmer()
         self.packed: RaggedKV | QuantizedKV | None = None
-        self.record: LayerStats | None = None
-        self.candidates = 0
-        """How many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt."""
+        self.returned: torch.Tensor | None = None
+        """The keys that the last update returned, until the attention function has answered for it."""
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._record: LayerStats | None = None
         self._untrimmed = False
         """A compiled prefill left buffers of the prompt's length."""
         self._seen = 0
@@ -62,25 +60,22 @@ class ZipVLCacheLayer(DynamicLayer):
                 "cache or reset() this one), or the model's attention alters its keys after the cache update (not "
                 "supported with this cache)."
             )
-        new = key_states.shape[-2]
-        if self.packed is not None:
-            self.settle()
-        else:
-            self.trimmer.advance()
-        if self.packed is None and self._seen > 0:
-            self._seen += new
-            states = super().update(key_states, value_states)
-            self._report()
-            return states
-        self._pending = (key_states, value_states)
-        self._seen += new
+        seen, self._seen = self._seen, self._seen + key_states.shape[-2]
         if self.packed is None:
+            self.trimmer.advance()
+            if seen > 0:
+                return super().update(key_states, value_states)
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
-            return handover.sign(key_states, self), value_states
-        cached = handover.sign(handover.placeholder(key_states, self._seen), self)
-        same = value_states.shape == key_states.shape
-        return cached, cached if same else handover.placeholder(value_states, self._seen)
+            self._pending, self.returned = (key_states, value_states), key_states
+            return key_states, value_states
+        self.settle()
+        self._thaw()
+        self._pending = (key_states, value_states)
+        # The shape without the data: an attention function that does not know the packed layout fails at once.
+        batch, heads, _, dim = key_states.shape
+        self.returned = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
+        return self.returned, self.returned
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding positions included, whatever was kept."""
@@ -91,48 +86,54 @@ class ZipVLCacheLayer(DynamicLayer):
     def keep_all(self) -> None:
         """The prefill was dense: this is an ordinary layer from here on."""
         key_states, value_states = self._take()
-        self.candidates = 0
         self.lazy_initialization(key_states, value_states)
         super().update(key_states, value_states)
-        self._report()
 
     def keep_packed(
-        self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, max_kept: int | None = None
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        count: torch.Tensor,
+        max_kept: int | None = None,
+        candidates: int = 0,
     ) -> None:
         """The prefill was sparse and this is what it attended to, which becomes a ``drop`` cache.
 
         Args:
             keys, values: ``[B, Hkv, N, D]``, of which the first ``count [B]`` tokens are kept; taken, not copied.
             max_kept: no count is known to be larger (``policy.max_kept``).
+            candidates: as many last tokens of the update are no part of the prompt, and stay pending.
         """
-        self._take_prompt()
-        self._drop(keys, values, count, max_kept)
-
-    def keep_selected(
-        self, index: torch.Tensor, count: torch.Tensor, token_mask: torch.Tensor | None, query_heads: int
-    ) -> None:
-        """The prefill was sparse: a ``quantize`` or ``full`` cache keeps what the configuration says.
-
-        Args:
-            index, count: ``[B, N]`` and ``[B]``, the selected tokens.
-            token_mask: ``[B, N]``, the real ones, or None: all.
-            query_heads: ``Hq``.
-        """
-        keys, values = self._take_prompt()
-        if self.config.cache == "quantize":
-            self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
-        else:
-            self.packed = RaggedKV.real(keys, values, token_mask)
-            self._report()
-
-    def _drop(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, max_kept: int | None) -> None:
-        """Takes the first ``count [B]`` tokens of ``keys``, ``values [B, Hkv, N, D]``; at most ``max_kept`` where that
-        is known and the counts are not."""
+        self._take_prompt(candidates)
         if max_kept is None or is_exact(count) or count.numel() == 0 or can_wait(count.device):
             self._keep(RaggedKV.packed(keys, values, count))
         else:
             self.packed = RaggedKV.cut(keys, values, count, max_kept)
-            self._report()
+
+    def keep_selected(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        index: torch.Tensor,
+        count: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        query_heads: int,
+        candidates: int = 0,
+    ) -> None:
+        """The prefill was sparse: a ``quantize`` or ``full`` cache keeps what the configuration says.
+
+        Args:
+            keys, values: ``[B, Hkv, N, D]``, the prompt's.
+            index, count: ``[B, N]`` and ``[B]``, the selected tokens.
+            token_mask: ``[B, N]``, the real ones, or None: all.
+            query_heads: ``Hq``.
+            candidates: as many last tokens of the update are no part of the prompt, and stay pending.
+        """
+        self._take_prompt(candidates)
+        if self.config.cache == "quantize":
+            self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
+        else:
+            self.packed = RaggedKV.real(keys, values, token_mask)
 
     def _keep(self, packed: RaggedKV | QuantizedKV) -> None:
         """Takes ``packed`` and sees to it that it is trimmed."""
@@ -144,7 +145,6 @@ class ZipVLCacheLayer(DynamicLayer):
             else:
                 packed.clear()
                 self._untrimmed = torch.compiler.is_compiling()
-        self._report()
 
     def settle(self) -> None:
         """Trims all that is not yet, waiting for it; the counts of a compiled prefill are read here, outside it."""
@@ -153,18 +153,20 @@ class ZipVLCacheLayer(DynamicLayer):
             self._untrimmed = False
             self._trim(*(int(count.max()) for count in self.packed.counts()))
 
-    def _take_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states of the prompt; those of candidates behind it stay pending."""
+    def _take_prompt(self, candidates: int) -> None:
+        """Answers for the states of the prompt; those of candidates behind it stay pending."""
         keys, values = self._take()
-        if self.candidates:
-            self._pending = (keys[:, :, -self.candidates :], values[:, :, -self.candidates :])
-            keys, values = keys[:, :, : -self.candidates], values[:, :, : -self.candidates]
-        return keys, values
+        if candidates:
+            self._pending = (keys[:, :, -candidates:], values[:, :, -candidates:])
 
     def _trim(self, *longest: int) -> None:
         assert self.packed is not None
         self.packed.trim(*longest)
-        self._report()
+
+    def _thaw(self) -> None:
+        """Makes the storage one that may be written in place."""
+        if self.packed is not None and not is_writable(self.packed.tensors()[0]):
+            self.packed.thaw()
 
     def append(
         self, token_mask: torch.Tensor | None, query: torch.Tensor, scale: float | None
@@ -174,12 +176,11 @@ class ZipVLCacheLayer(DynamicLayer):
         ``query [B, Hq, n, D]`` are theirs, and ``scale`` the factor of their scores: what a quantised cache needs to
         tell later which of them matter."""
         assert self.packed is not None
-        keys, values = self._take()
+        keys, values = (states.to(query.dtype) for states in self._take())
         if isinstance(self.packed, QuantizedKV):
             self.packed.append(keys, values, token_mask, query, scale)
         else:
             self.packed.append(keys, values, token_mask)
-        self._report()
         return self.packed
 
     def reserve(self, tokens: int) -> None:
@@ -191,8 +192,8 @@ class ZipVLCacheLayer(DynamicLayer):
         self.settle()
         if self.packed is None:
             raise ValueError("ZipVLCache: room can be reserved behind a sparse prefill alone; this layer's was dense")
+        self._thaw()
         self.packed.reserve(tokens)
-        self._report()
 
     def make_room(self, tokens: int) -> None:
         """What a captured step cannot do: compresses the new tokens of a quantised layer if ``tokens`` more do not fit
@@ -205,12 +206,15 @@ class ZipVLCacheLayer(DynamicLayer):
         assert self.packed is not None
         self.packed.advance(tokens)
         self._seen += tokens
-        self._report()
 
-    def attach(self, record: LayerStats) -> None:
-        """Keeps the byte counts of ``record`` up to date from now on."""
-        self.record = record
-        self._report()
+    def measured_by(self, record: LayerStats) -> None:
+        """Lets ``record`` ask how many bytes the layer takes, and leaves it the last answer when the layer goes."""
+        record.measures(self)
+        self._record = record
+
+    def __del__(self) -> None:
+        if self._record is not None:
+            self._record.cache_gone(self)
 
     def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of the last update, ``[B, Hkv, n, D]`` each, not yet stored."""
@@ -219,7 +223,7 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.pending()
-        self._pending = None
+        self._pending = self.returned = None
         return states
 
     # Rows and lengths
@@ -238,7 +242,6 @@ class ZipVLCacheLayer(DynamicLayer):
         if self.packed is None:
             super().crop(tokens_to_remove)
             self._seen = 0 if self.keys is None else self.keys.shape[-2]
-            self._report()
             return
         tokens = max(self._seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
         if tokens > self.packed.tail:
@@ -246,19 +249,21 @@ class ZipVLCacheLayer(DynamicLayer):
                 f"ZipVLCache: cannot crop {tokens} tokens: only the last {self.packed.tail} were added after the "
                 "prompt, and the prompt's tokens were packed or dropped"
             )
+        self._thaw()
         self.packed.crop(tokens)
         self._seen -= tokens
-        self._report()
 
     def reset(self) -> None:
         """Empties the layer."""
         self.trimmer.forget()
+        if self._record is not None:
+            self._record.cache_gone(self)
         self.is_initialized = False  # the base class would zero its storage, which may be none
         super().reset()
         self.keys = self.values = None
-        self.packed = self._pending = self.record = None
+        self.packed = self._pending = self.returned = self._record = None
         self._untrimmed = False
-        self._seen = self.candidates = 0
+        self._seen = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
@@ -281,7 +286,6 @@ class ZipVLCacheLayer(DynamicLayer):
             self.packed.take_rows(rows)
         else:
             self.keys, self.values = (states[rows.to(states.device)] for states in self._stored())
-        self._report()
 
     def offload(self) -> None:
         raise NotImplementedError("ZipVLCache: offloading is not supported")
@@ -312,7 +316,3 @@ class ZipVLCacheLayer(DynamicLayer):
         if self.packed is not None:
             return self.packed.tensors()
         return () if self.keys is None or self.values is None else (self.keys, self.values)
-
-    def _report(self) -> None:
-        if self.record is not None and not torch.compiler.is_compiling():
-            self.record.cache_bytes, self.record.full_cache_bytes = self.nbytes, self.full_nbytes

@@ -56,8 +56,8 @@ class DecodeGraph:
             logits: torch.Tensor = model(**inputs, use_cache=True, **kwargs).logits
             return logits
 
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):  # a graph is captured on the current device's stream
+        with torch.cuda.device(device):  # a graph belongs to the current device, and is captured on its stream
+            self._graph = torch.cuda.CUDAGraph()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -19,9 +19,6 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-_EXPANDED = "_zipvl_expanded_mask"
-_NEW_ARE_REAL = "_zipvl_new_are_real"
-
 
 def mask_function(
     batch_size: int,
@@ -39,8 +36,8 @@ def mask_function(
 
     Returns:
         For plain causal attention over everything seen so far: ``[B, kv_length]`` bool, true where a token is real, or
-        None if all are and ``q_length`` is 1 or ``kv_length``. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length,
-        kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
+        None if all are. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length, kv_length]`` bool, or None where
+        SDPA's own ``is_causal`` says it all.
 
     Raises:
         ValueError: there are more keys than tokens seen.
@@ -68,23 +65,9 @@ def mask_function(
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding_mask is not None:
         padding_mask = padding_mask[:, :kv_length]
-        if is_tracing(padding_mask):
+        if is_tracing(padding_mask) or not bool(padding_mask.all()):
             return padding_mask
-        if not bool(padding_mask.all()):
-            if 1 < q_length < kv_length and bool(padding_mask[:, -q_length:].all()):
-                setattr(padding_mask, _NEW_ARE_REAL, True)
-            return padding_mask
-    if q_length in (1, kv_length):
-        return None
-    made = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-    setattr(made, _NEW_ARE_REAL, True)
-    return made
-
-
-def new_are_real(token_mask: torch.Tensor) -> bool:
-    """Whether the tokens of this forward are known to be real in ``token_mask``, one that ``mask_function`` made for
-    several tokens behind a filled cache."""
-    return getattr(token_mask, _NEW_ARE_REAL, False)
+    return None
 
 
 def _is_plain_causal(function: Callable[..., Any], allow_is_causal_skip: bool) -> bool:
@@ -108,29 +91,3 @@ def _captured(function: Callable[..., Any]) -> dict[str, Any]:
     """The variables that a closure holds, by name."""
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
-
-
-def expand(token_mask: torch.Tensor, q_length: int, device: torch.device) -> torch.Tensor:
-    """The 4-D mask that SDPA needs for the last ``q_length`` tokens of ``token_mask [B, kv_length]``.
-
-    All layers of a forward are given the same ``token_mask`` object, so the result stays with it and is made once.
-
-    Returns:
-        ``[B, 1, q_length, kv_length]`` bool.
-    """
-    known: torch.Tensor | None = getattr(token_mask, _EXPANDED, None)
-    if known is not None and known.shape[2] == q_length and known.device == device:
-        return known
-    batch, kv_length = token_mask.shape
-    made = sdpa_mask(
-        batch_size=batch,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=kv_length - q_length,
-        attention_mask=token_mask.to(device),
-        allow_is_causal_skip=False,
-        device=device,
-    )
-    assert made is not None
-    setattr(token_mask, _EXPANDED, made)
-    return made

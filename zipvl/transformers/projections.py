@@ -11,20 +11,19 @@ does not apply it calls the module's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from types import MethodType
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from zipvl import policy
 from zipvl.config import ZipVLConfig
-from zipvl.transformers import attention, cache_names, handover, runs
-from zipvl.transformers.cache_layer import ZipVLCacheLayer
-from zipvl.transformers.eligibility import IMPLEMENTATION, asks_for_more, kind_reason, layer_index
+from zipvl.transformers import cache_names
+from zipvl.transformers.attention import run_layer
+from zipvl.transformers.call import Call
+from zipvl.transformers.reasons import asks_for_more
+from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD
 
 FAMILIES = frozenset(
     {
@@ -44,19 +43,17 @@ FEWEST_TOKENS = 2048
 """Shorter prompts on CUDA are projected whole unless ``skip_projections`` is True: the launches take what is saved."""
 
 
-def install(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Gives those of ``modules`` that can skip a forward that does; returns what undoes it."""
-    changed = [module for module in modules if static_reason(module) is None and "forward" not in module.__dict__]
-    for module in changed:
-        module.__dict__["forward"] = MethodType(forward, module)
-
-    return partial(remove, changed)
+def install(modules: Iterable[nn.Module]) -> None:
+    """Gives those of ``modules`` that can skip a forward that does."""
+    for module in modules:
+        if static_reason(module) is None and "forward" not in module.__dict__:
+            module.__dict__["forward"] = Skipping(module)
 
 
 def remove(modules: Iterable[nn.Module]) -> None:
     """Undoes ``install`` on ``modules``."""
     for module in modules:
-        if getattr(module.__dict__.get("forward"), "__func__", None) is forward:
+        if isinstance(module.__dict__.get("forward"), Skipping):
             del module.__dict__["forward"]
 
 
@@ -76,47 +73,60 @@ def static_reason(module: Any) -> str | None:
     return None
 
 
-def forward(
-    self: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention module's forward, with the signature decoder layers use (keywords alone).
+class Skipping:
+    """An attention module's forward, on the instance."""
 
-    Args:
-        hidden_states: ``[B, n, C]``.
-        position_embeddings: cos and sin, ``[B or 1, n, D]`` each.
-        attention_mask: what ``masks.mask_function`` made.
-        kwargs: anything else the module takes, the cache among it.
+    def __init__(self, module: Any) -> None:
+        self.module = module
 
-    Returns:
-        ``[B, n, C]``, and None.
-    """
-    run, cache = runs.run_of(self), cache_names.given(kwargs)
-    if run is not None and _is_prefill(self, cache, hidden_states.shape[1]):
-        config, others = _config(self, run, cache), cache_names.without(kwargs)
-        if reason(self, config, hidden_states, position_embeddings, attention_mask, others) is None:
-            assert position_embeddings is not None
-            out = _sparse_forward(self, run, config, hidden_states, position_embeddings, attention_mask, cache)
-            return out, None
-    given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **kwargs}
-    result: tuple[Tensor, None] = type(self).forward(self, hidden_states, **given)
-    return result
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The module's forward, with the signature decoder layers use (keywords alone).
+
+        Args:
+            hidden_states: ``[B, n, C]``.
+            position_embeddings: cos and sin, ``[B or 1, n, D]`` each.
+            attention_mask: what ``masks.mask_function`` made.
+            kwargs: anything else the module takes, the cache and the ``Call`` among it.
+
+        Returns:
+            ``[B, n, C]``, and None.
+        """
+        module, call = self.module, kwargs.get(KEYWORD)
+        if call is not None and _is_prefill(module, call, hidden_states.shape[1]):
+            weight = module.q_proj.weight
+            dense_below = call.dense_below(weight.shape[0] // module.head_dim, module.head_dim, hidden_states)
+            if reason(module, call, dense_below, hidden_states, position_embeddings, attention_mask, kwargs) is None:
+                assert position_embeddings is not None
+                tables = position_embeddings
+                return _sparse_forward(module, call, dense_below, hidden_states, tables, attention_mask), None
+        result: tuple[Tensor, None] = type(module).forward(
+            module,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        return result
 
 
 def reason(
     module: Any,
-    config: ZipVLConfig,
+    call: Call,
+    dense_below: int,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None,
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> str | None:
-    """Why this forward computes whole projections; None if it does not."""
-    tokens, index = hidden_states.shape[1], layer_index(module)
-    if module.config._attn_implementation != IMPLEMENTATION:
+    """Why this prefill computes whole projections; None if it does not."""
+    config: ZipVLConfig = call.config
+    if module.config._attn_implementation not in (IMPLEMENTATION, IN_BLOCK):
         return "another attention implementation is in force"
     if config.skip_projections is False:
         return "switched off"
@@ -131,16 +141,20 @@ def reason(
         return "the rotary embedding is not of whole heads in the model's dtype"
     if weight.dtype != hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type):
         return "mixed dtypes"
-    if asks_for_more(module, kwargs):
+    if module.training or asks_for_more(cache_names.without(kwargs)):
         return "left to the attention function to refuse"
-    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    kind = kind_reason(module, hidden_states, hidden_states, window, kwargs.get("is_causal"))
-    situation = kind or attention.situation(
-        index, tokens, attention_mask, config, _dense_below(module, config, hidden_states)
+    dense = call.reason_dense(
+        module,
+        dense_below,
+        hidden_states.shape[1],
+        attention_mask,
+        sliding_window=getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)),
+        is_causal=kwargs.get("is_causal"),
+        same_head_dims=True,
     )
-    if situation is None and config.skip_projections is None:
-        return _does_not_pay(weight, tokens)
-    return situation
+    if dense is not None:
+        return dense.words
+    return _does_not_pay(weight, hidden_states.shape[1]) if config.skip_projections is None else None
 
 
 def _does_not_pay(weight: Tensor, tokens: int) -> str | None:
@@ -160,59 +174,37 @@ def _compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def _config(module: Any, run: runs.Run, cache: Any) -> ZipVLConfig:
-    """The configuration that decides: a ``ZipVLCache``'s own, or the run's."""
-    layer = _cache_layer(module, cache)
-    return run.config if layer is None else layer.config
-
-
-def _dense_below(module: Any, config: ZipVLConfig, x: Tensor) -> int:
-    """``policy.dense_below`` of ``module`` and its input."""
-    return policy.dense_below(config, module.q_proj.weight.shape[0] // module.head_dim, module.head_dim, x)
-
-
-def _cache_layer(module: Any, cache: Any) -> ZipVLCacheLayer | None:
-    """The layer of a ``ZipVLCache`` that belongs to ``module``; None in another cache."""
-    layers = [] if cache is None else cache.layers
-    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    return layer if isinstance(layer, ZipVLCacheLayer) else None
-
-
-def _is_prefill(module: Any, cache: Any, tokens: int) -> bool:
+def _is_prefill(module: Any, call: Call, tokens: int) -> bool:
     """Whether these tokens are the first that the layer sees, and all of the prompt."""
-    if cache is None:
+    if call.cache is None:
         return tokens > 1
-    layer = _cache_layer(module, cache)
-    if layer is not None and layer.candidates > 0:
-        return False
-    return tokens > 1 and isinstance(cache, DynamicCache) and cache.get_seq_length(module.layer_idx) == 0
+    first = isinstance(call.cache, DynamicCache) and call.cache.get_seq_length(module.layer_idx) == 0
+    return tokens > 1 and call.candidates == 0 and first
 
 
 def _sparse_forward(
     module: Any,
-    run: runs.Run,
-    config: ZipVLConfig,
+    call: Call,
+    dense_below: int,
     x: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     token_mask: Tensor | None,
-    cache: Any,
 ) -> Tensor:
     """Attention of ``x [B, N, C]``, the projections of queries and outputs for the rows that matter; ``[B, N, C]``."""
-    dense_below = _dense_below(module, config, x)
+    call.reached = True
     cos, sin = (_in_memory(table) for table in position_embeddings)
     heads = (*x.shape[:-1], -1, module.head_dim)
     norms = hasattr(module, "q_norm")
     keys = module.k_proj(x).view(heads)
     keys = _rotated((module.k_norm(keys) if norms else keys).transpose(1, 2), cos[:, None], sin[:, None])
     values = module.v_proj(x).view(heads).transpose(1, 2)
-    if cache is not None:
-        keys, values = cache.update(keys, values, module.layer_idx)
+    if call.cache is not None:
+        keys, values = call.cache.update(keys, values, module.layer_idx)
     norm = {"q_norm_weight": module.q_norm.weight, "q_norm_eps": module.q_norm.variance_epsilon} if norms else {}
-    return attention.run_layer(
+    return run_layer(
         module,
-        handover.claim(keys),
-        run,
-        config,
+        call,
+        call.layer_of(module, keys),
         dense_below,
         None,
         keys,

@@ -55,6 +55,10 @@ class Segment:
         self.blocks.add_(blocks)
         self.longest = _most(self.blocks) if is_exact(packed) else self.longest + more
 
+    def thaw(self) -> None:
+        """As ``RaggedKV.thaw``."""
+        self.packed, self.blocks = self.packed.clone(), self.blocks.clone()
+
     def take_rows(self, rows: torch.Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was."""
         self.packed, self.blocks = self.packed.index_select(0, rows), self.blocks.index_select(0, rows)
@@ -110,6 +114,10 @@ class RecentQueries:
         spread.scatter_(2, place[:, None, :, None].expand(self.queries.shape), self.queries)
         return spread[:, :, :slots], place.sort(-1).values.to(torch.int32)
 
+    def thaw(self) -> None:
+        """As ``RaggedKV.thaw``."""
+        self.queries, self.positions = self.queries.clone(), self.positions.clone()
+
     def take_rows(self, rows: torch.Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was."""
         self.queries, self.positions = self.queries.index_select(0, rows), self.positions.index_select(0, rows)
@@ -154,6 +162,11 @@ class QuantizedKV:
         batch, heads, _, dim = k.shape
         lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
         return RaggedKV(k.new_zeros(batch, heads, WINDOW, dim), v.new_zeros(batch, heads, WINDOW, dim), lengths, 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of new keys, values and queries."""
+        return self.window.dtype
 
     @property
     def tail(self) -> int:
@@ -292,6 +305,11 @@ class QuantizedKV:
             scale=scale,
         )
         return out.reshape(batch, heads, new, dim).float(), lse.reshape(batch, heads, new)
+
+    def thaw(self) -> None:
+        """As ``RaggedKV.thaw``."""
+        for part in (self.high, self.low, self.window, self.recent):
+            part.thaw()
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more, compressed ones included, so that steps can be captured in a CUDA graph."""

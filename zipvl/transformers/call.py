@@ -1,0 +1,225 @@
+"""What one forward of a decoder carries to its attention layers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import sdpa_mask
+
+from zipvl import policy
+from zipvl.config import ZipVLConfig
+from zipvl.stats import Stats
+from zipvl.transformers.cache import ZipVLCache
+from zipvl.transformers.cache_layer import ZipVLCacheLayer
+from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, Dense, reason_dense
+from zipvl.transformers.target import layer_index
+
+
+class Run:
+    """One configuration in force on one model, and what is recorded of it.
+
+    Args:
+        config: what to keep.
+        stats: where prefills are recorded; None: nowhere.
+        in_block: in force for the length of a block: a copy of the model would stay behind after it, and record here.
+        cost_key: ``policy.cost_key(config)``, where it was made beforehand.
+    """
+
+    def __init__(
+        self, config: ZipVLConfig, stats: Stats | None = None, *, in_block: bool = False, cost_key: str | None = None
+    ) -> None:
+        self.config, self.stats, self.in_block = config, stats, in_block
+        self.cost_key = policy.cost_key(config) if cost_key is None else cost_key
+        self._warned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.in_block:
+            raise TypeError(
+                "zipvl.sparse: a model cannot be copied or pickled inside the block; do it before or after, and open a "
+                "block on the copy (state_dict() works anywhere)"
+            )
+        return self.__dict__
+
+    def warn_once(self, text: str) -> None:
+        """Warns, the first time in this run; not while a graph is traced, where a warning would end it."""
+        if not torch.compiler.is_compiling() and text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=3)
+
+
+DEFAULT_RUN = Run(ZipVLConfig())
+"""Of a model with ``attn_implementation="zipvl"`` that nobody configured."""
+
+
+class Call:
+    """What one forward carries, from the pre-hook of the decoder to each attention function.
+
+    Args:
+        run: the run in force.
+        cache: the cache that the decoder is given, if any. A ``ZipVLCache``'s own configuration decides.
+
+    Attributes:
+        candidates: how many last tokens are guesses of assisted decoding, behind the end of the prompt.
+        reached: whether any attention function was handed this object.
+        saw_prefill: whether any layer ran a prefill.
+    """
+
+    def __init__(self, run: Run, cache: Cache | None) -> None:
+        self.run, self.cache = run, cache
+        self.config, self.cost_key, self.candidates = run.config, run.cost_key, 0
+        if isinstance(cache, ZipVLCache):
+            self.config, self.cost_key = cache.config, cache.cost_key
+            self.candidates, cache.candidates = cache.candidates, 0
+        self.reached = self.saw_prefill = False
+        self._answers: dict[int | None, Dense | None] = {}
+        self._prefills: list[str | None] = []
+        self._new: list[torch.Tensor | None] = []
+        self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    # The cache
+
+    def layer_of(self, module: nn.Module, keys: torch.Tensor | None = None) -> ZipVLCacheLayer | None:
+        """The ``ZipVLCacheLayer`` of a module; None in another cache, or without one.
+
+        Args:
+            keys: what the module's attention function is given: the layer counts if it has just been updated.
+
+        Raises:
+            RuntimeError: these are not the keys that the layer returned.
+        """
+        layers, index = [] if self.cache is None else self.cache.layers, layer_index(module)
+        layer = layers[index] if index is not None and index < len(layers) else None
+        if not isinstance(layer, ZipVLCacheLayer):
+            return None
+        if keys is None:
+            return layer
+        if layer.returned is None:
+            return None
+        if layer.returned is not keys:
+            raise RuntimeError(
+                f"zipvl attention ({type(module).__name__}): the keys of a ZipVLCache were altered between the cache "
+                "and the attention function, so this model's attention is not supported with ZipVLCache"
+            )
+        return layer
+
+    # The decision
+
+    def dense_below(self, query_heads: int, head_dim: int, states: torch.Tensor) -> int:
+        """``policy.dense_below`` of a layer with so many heads; ``states`` has its dtype and device."""
+        return policy.dense_below(self.config, query_heads, head_dim, states, self.cost_key)
+
+    def reason_dense(
+        self, module: nn.Module, dense_below: int, tokens: int, attention_mask: torch.Tensor | None, **facts: Any
+    ) -> Dense | None:
+        """``reasons.reason_dense``, asked once a layer.
+
+        Raises:
+            ValueError: the layer is named in ``config.layers``, and is dense for more than its length.
+        """
+        index = layer_index(module)
+        if index not in self._answers:
+            answer = reason_dense(module, self.config, dense_below, tokens, attention_mask, **facts)
+            self._answers[index] = answer
+            if answer is not None:
+                self._tell(module, answer)
+        return self._answers[index]
+
+    def _tell(self, module: nn.Module, dense: Dense) -> None:
+        """An error if a layer that has to be sparse is dense, a warning if only this prompt makes it so."""
+        named = self.config.layers is not None and layer_index(module) in self.config.layers
+        if named and (dense.always or dense.words == NOT_PLAIN_CAUSAL):
+            raise ValueError(
+                f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): ZipVLConfig.layers names "
+                f"this layer, but it cannot be sparse: {dense.words}. Leave it out, or use layers=None for every layer "
+                "that can be."
+            )
+        if dense.words == NOT_PLAIN_CAUSAL:
+            self.run.warn_once(
+                f"zipvl: layers of {type(module).__name__} are dense for this prompt: {dense.words} (image blocks that "
+                "attend both ways, packed sequences or a custom 4-D mask)."
+            )
+
+    # Statistics
+
+    def record(
+        self,
+        module: nn.Module,
+        layer: ZipVLCacheLayer | None,
+        states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dense_below: int,
+        *,
+        dense: Dense | None = None,
+        chosen: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+    ) -> None:
+        """Writes one layer's prefill to the run's statistics.
+
+        Args:
+            states: ``[B, H, N, D]`` of the prompt.
+            dense: why it was dense; None: ``chosen [B, N]`` and ``count [B]`` were selected.
+        """
+        index, stats = layer_index(module), self.run.stats
+        if stats is None or index is None:
+            return
+        batch, _, tokens, _ = states.shape
+        words = None if dense is None else dense.words
+        if tokens >= dense_below:
+            self._prefills.append(words)
+        if attention_mask is None:
+            real = torch.full((batch,), tokens, device=states.device)
+        elif attention_mask.dim() == 2:
+            real = attention_mask.sum(-1)
+        else:  # [B, 1, N, N], boolean or additive: a real token attends to itself under every pattern
+            itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+            real = (itself if itself.dtype == torch.bool else itself >= 0).sum(-1).expand(batch)
+        if torch.compiler.is_compiling():
+            stats.traced.leave(index, words, tokens, real, chosen, count)
+            return
+        entry = stats.add(index, words, tokens, real, chosen, count)
+        if layer is not None:
+            layer.measured_by(entry)
+
+    def idle_reasons(self) -> list[str]:
+        """Why every layer's prefill was dense, for a prompt that is long enough; empty if one was sparse, or if there
+        was none."""
+        return [] if None in self._prefills else sorted({words for words in self._prefills if words})
+
+    # The mask
+
+    def new_mask(self, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
+        """Which of ``new`` tokens behind a filled cache are real: ``[B, new]``, or None: all. Read once a forward."""
+        if attention_mask is None or self.candidates > 0:
+            return None
+        if not self._new:
+            mask = attention_mask[:, -new:]
+            known = new > 1 and not torch.compiler.is_compiling() and bool(mask.all())
+            self._new.append(None if known else mask)
+        return self._new[0]
+
+    def expanded(self, token_mask: torch.Tensor, new: int, device: torch.device) -> torch.Tensor:
+        """``expand``, made once for all layers of this forward."""
+        key = (new, token_mask.shape[1], device)
+        if key not in self._expanded:
+            self._expanded[key] = expand(token_mask, new, device)
+        return self._expanded[key]
+
+
+def expand(token_mask: torch.Tensor, new: int, device: torch.device) -> torch.Tensor:
+    """The 4-D mask that SDPA needs for the last ``new`` tokens of ``token_mask [B, S]``: ``[B, 1, new, S]`` bool."""
+    batch, length = token_mask.shape
+    made = sdpa_mask(
+        batch_size=batch,
+        q_length=new,
+        kv_length=length,
+        q_offset=length - new,
+        attention_mask=token_mask.to(device),
+        allow_is_causal_skip=False,
+        device=device,
+    )
+    assert made is not None
+    return made

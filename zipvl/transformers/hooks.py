@@ -1,0 +1,253 @@
+"""The hooks of a model that runs with ZipVL: one before the decoder's forward, which makes the ``Call`` that its
+attention layers are handed, one after it, and what ``generate()`` asks.
+
+A model has them while a block or ``configure`` is in force, or for good once a ``ZipVLCache`` was made for it. They
+are parts of the model: its deep copies, pickles and saved files have copies of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+from transformers.utils.import_utils import is_tracing
+
+from zipvl.transformers import cache_names, projections
+from zipvl.transformers.cache import ZipVLCache, adopt
+from zipvl.transformers.call import Call, Run
+from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
+
+_PREPARE = "_prepare_cache_for_generation"
+
+
+class DecoderHook:
+    """Forward pre-hook of a decoder, and its forward hook.
+
+    Args:
+        target: the language part of the model.
+
+    Attributes:
+        runs: in force, the innermost last.
+        stays: without runs too.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.runs, self.stays = target, list[Run](), False
+        self._configured: tuple[Run, list[Any]] | None = None
+        self.cache_name = cache_names.name_for(type(target.decoder).forward)
+        self._handles: list[Any] = []
+
+    @classmethod
+    def of(cls, target: Target) -> DecoderHook:
+        """The hook of this model, or a new one that is not attached yet."""
+        found = [hook for hook in target.decoder._forward_pre_hooks.values() if isinstance(hook, cls)]
+        return found[0] if found else cls(target)
+
+    def attach(self) -> None:
+        """Installs everything, unless it is."""
+        if self._handles:
+            return
+        target, add = self.target, self._handles.append
+        try:
+            add(target.decoder.register_forward_pre_hook(self, with_kwargs=True))
+            add(target.decoder.register_forward_hook(_after_forward, with_kwargs=True))
+            for generator in target.generators:
+                add(generator.register_forward_pre_hook(_note_candidates, with_kwargs=True))
+                if _PREPARE not in generator.__dict__:
+                    generator.__dict__[_PREPARE] = _PrepareCache(generator, self)
+            projections.install(target.attention)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Removes what ``attach`` installed."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for generator in self.target.generators:
+            if isinstance(generator.__dict__.get(_PREPARE), _PrepareCache):
+                del generator.__dict__[_PREPARE]
+        projections.remove(self.target.attention)
+
+    def detach_if_idle(self) -> None:
+        """Detaches, unless a run is in force or the hook stays."""
+        if not self.runs and not self.stays:
+            self.detach()
+
+    @contextmanager
+    def block(self, run: Run) -> Iterator[None]:
+        """Has ``run`` in force for the length of a block, in which the attention implementation is ours."""
+        configs = self.target.configs
+        before = [config._attn_implementation_internal for config in configs]
+        try:
+            self.attach()
+            self.runs.append(run)
+            for config in configs:
+                config._attn_implementation_internal = IN_BLOCK
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
+            self.runs = [other for other in self.runs if other is not run]
+            self.detach_if_idle()
+
+    def configure(self, run: Run) -> None:
+        """Has ``run`` in force from now on, outside of every block."""
+        self.unconfigure()
+        configs = self.target.configs
+        self._configured = run, [config._attn_implementation_internal for config in configs]
+        self.runs.insert(0, run)
+        self.attach()
+        for config in configs:
+            config._attn_implementation_internal = IMPLEMENTATION
+
+    def unconfigure(self) -> None:
+        """Undoes ``configure``, if it was called."""
+        if self._configured is None:
+            return
+        (run, before), self._configured = self._configured, None
+        for config, implementation in zip(self.target.configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+        self.runs = [other for other in self.runs if other is not run]
+        self.detach_if_idle()
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hands on a ``Call``. In a run the decoder gets a ``ZipVLCache`` where it would make a dynamic cache."""
+        config: Any = module.config
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
+        if config._attn_implementation not in (IMPLEMENTATION, IN_BLOCK):
+            if isinstance(cache, ZipVLCache):
+                raise RuntimeError(
+                    f"ZipVLCache: another attention implementation ran, {config._attn_implementation!r}, which cannot "
+                    'read this cache; use zipvl.sparse(model) or attn_implementation="zipvl"'
+                )
+            return None
+        if not self.runs:
+            if not isinstance(cache, ZipVLCache):
+                return None
+            return args, kwargs | {KEYWORD: Call(Run(cache.config, cost_key=cache.cost_key), cache)}
+        run = self.runs[-1]
+        use_cache = kwargs.get("use_cache")
+        if cache is not None:
+            adopt(cache, config, run.config, run.cost_key)
+        elif getattr(config, "use_cache", False) if use_cache is None else use_cache:
+            cache = ZipVLCache(config, run.config, cost_key=run.cost_key)
+            kwargs = cache_names.without(kwargs) | {self.cache_name: cache}
+        elif is_tracing():
+            kwargs = kwargs | _all_real(args, kwargs)
+        return args, kwargs | {KEYWORD: Call(run, cache)}
+
+
+def hand_on(model: PreTrainedModel) -> None:
+    """Has ``model`` hand a ``ZipVLCache`` that it is given to its attention layers, from now on."""
+    hook = DecoderHook.of(find(model))
+    hook.stays = True
+    hook.attach()
+
+
+def _all_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The mask ``[B, N]`` of real tokens alone, for a forward without mask, positions and cache; nothing for others.
+
+    Such a forward could hold packed sequences, for all that transformers knows while a graph is traced or captured
+    (eagerly it looks at the positions), and it would get a 4-D mask. But the positions are not the caller's, so it
+    holds none.
+    """
+    if len(args) > 1 or kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
+        return {}
+    tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+    if tokens is None:
+        return {}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
+
+
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the decoder. Everything is launched by now, so the cache can be trimmed: the device still has the
+    last layer to do. Then warns once if no layer was sparse for a prompt that is long enough.
+
+    Raises:
+        RuntimeError: the decoder's layers did not hand the call on to their attention.
+    """
+    call = kwargs.get(KEYWORD)
+    if call is None:
+        return
+    name = type(module).__name__
+    if not call.reached:
+        raise RuntimeError(
+            f"zipvl: the layers of {name} do not hand keyword arguments on to their attention function, so this model "
+            "is not supported and ran its ordinary attention"
+        )
+    if call.saw_prefill:
+        if isinstance(call.cache, ZipVLCache):
+            call.cache.settle()
+        reasons = call.idle_reasons()
+        if reasons:
+            call.run.warn_once(
+                f"zipvl.sparse: no layer of {name} was sparse for a prompt that is long enough "
+                f"(dense_below={call.config.dense_below}): {'; '.join(reasons)}"
+            )
+
+
+class _PrepareCache:
+    """``generate()``'s own way to make a cache, on the instance: in a run it is a ``ZipVLCache``.
+
+    Args:
+        generator: the model whose method this is.
+        hook: has the run in force.
+    """
+
+    def __init__(self, generator: Any, hook: DecoderHook) -> None:
+        self.generator, self.hook = generator, hook
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        run = self.hook.runs[-1] if self.hook.runs else None
+        given = cache_names.given(model_kwargs)
+        if run is None and not isinstance(given, ZipVLCache):
+            ordinary = type(self.generator)._prepare_cache_for_generation
+            return ordinary(self.generator, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted:
+            _check_assisted(self.generator, generation_config)
+        ordinary = type(self.generator)._prepare_cache_for_generation
+        result = ordinary(self.generator, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        cache = cache_names.given(model_kwargs)
+        if cache is not None and run is not None:
+            adopt(cache, self.hook.target.decoder.config, run.config, run.cost_key)
+        if isinstance(cache, ZipVLCache):
+            cache.assisted = assisted
+        return result
+
+
+def _note_candidates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a generator: tells the cache of assisted generation how many candidates follow a prompt."""
+    cache = cache_names.given(kwargs)
+    if isinstance(cache, ZipVLCache) and cache.assisted and cache.get_seq_length() == 0:
+        cache.candidates = int(kwargs["logits_to_keep"]) - 1
+
+
+def _check_assisted(generator: Any, generation_config: Any) -> None:
+    """Raises for assisted generation that could not give the tokens that plain generation gives.
+
+    Raises:
+        ValueError: naming what stands in the way, and the remedy.
+    """
+    problem = None
+    if getattr(generation_config, "assistant_early_exit", None):
+        problem = "assistant_early_exit runs this model's own layers as the assistant, on a cache of its own"
+    elif not generator._supports_logits_to_keep():
+        problem = f"{type(generator).__name__} takes no logits_to_keep, which says where the prompt ends"
+    if problem is not None:
+        raise ValueError(
+            f"zipvl.sparse: this assisted generation is not supported: {problem}; use plain generation, or another "
+            "assistant"
+        )

@@ -1,0 +1,115 @@
+"""Why a layer is dense: one answer, whose words are what statistics, warnings and errors say."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from zipvl.config import ZipVLConfig
+from zipvl.transformers.target import layer_index, layer_type
+
+NOT_PLAIN_CAUSAL = "the mask is not plain causal"
+
+# Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
+_PAGED = ("cache", "block_table", "read_index")
+_REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
+
+
+class Dense(NamedTuple):
+    """A layer is dense."""
+
+    words: str
+    """Why."""
+    always: bool
+    """Whatever the prompt: layers of this kind are never sparse."""
+
+
+def reason_dense(
+    module: nn.Module,
+    config: ZipVLConfig,
+    dense_below: int,
+    tokens: int,
+    attention_mask: torch.Tensor | None,
+    *,
+    sliding_window: int | None,
+    is_causal: bool | None,
+    same_head_dims: bool,
+) -> Dense | None:
+    """Why a layer's prefill is dense; None: it is sparse.
+
+    Args:
+        module: the attention module.
+        config: decides among layers that can be sparse.
+        dense_below: the fewest tokens of a sparse prompt (``policy.dense_below``).
+        tokens: of the prompt, padding included.
+        attention_mask: what ``masks.mask_function`` made.
+        sliding_window, is_causal: as the module passes them to its attention function.
+        same_head_dims: whether keys and values have one head dimension.
+    """
+    kind = _kind(module, sliding_window, is_causal, same_head_dims)
+    if kind is not None:
+        return Dense(kind, always=True)
+    if config.layers is not None and layer_index(module) not in config.layers:
+        return Dense("not among ZipVLConfig.layers", always=False)
+    if tokens < dense_below:
+        return Dense(f"prompt shorter than dense_below={dense_below}", always=False)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return Dense(NOT_PLAIN_CAUSAL, always=False)
+    return None
+
+
+def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None, same_head_dims: bool) -> str | None:
+    """Why layers of this kind are never sparse; None if they can be."""
+    if layer_index(module) is None:
+        return "not a decoder layer"
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal or getattr(getattr(module, "config", None), "is_causal", True) is False:
+        return "attention is not causal"
+    if getattr(module, "is_cross_attention", False):
+        return "cross-attention"
+    if sliding_window is not None:
+        return "sliding-window attention"
+    if (kind := layer_type(module)) not in (None, "full_attention"):
+        return f"layer type {kind}"
+    return None if same_head_dims else "keys and values differ in head dimension"
+
+
+def asks_for_more(kwargs: dict[str, Any]) -> bool:
+    """Whether an attention call is given something that ``refuse_unsupported`` refuses."""
+    names = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", *_PAGED)
+    return any(kwargs.get(name) is not None for name in names)
+
+
+def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float = 0.0) -> None:
+    """Raises for what neither sparse attention nor SDPA honours, so that no argument is lost.
+
+    Args:
+        kwargs: the arguments of the attention function that have no parameter.
+        dropout: where the layer is to be sparse; SDPA honours it.
+
+    Raises:
+        ValueError: naming the feature, the layer and the remedy.
+    """
+    if dropout == 0.0 and not asks_for_more(kwargs):
+        return
+    found = None
+    other = "sdpa"
+    if dropout > 0:
+        found = f"dropout={dropout} (the model is in training mode: call model.eval())"
+    elif kwargs.get("output_attentions"):
+        found, other = "output_attentions=True (the probabilities are never formed)", "eager"
+    elif kwargs.get("softcap") is not None:
+        found, other = f"logit softcapping (softcap={kwargs['softcap']})", "eager"
+    elif kwargs.get("s_aux") is not None:
+        found, other = "attention sinks (s_aux)", "eager"
+    elif kwargs.get("position_bias") is not None:
+        found = "a position bias"
+    elif kwargs.get("head_mask") is not None:
+        found, other = "a head mask", "eager"
+    elif any(kwargs.get(name) is not None for name in _PAGED):
+        found = "a paged cache (continuous batching)"
+    if found is not None:
+        where = f"{type(module).__name__}, layer {layer_index(module)}"
+        raise ValueError(f"zipvl attention ({where}): {found} is not supported. {_REMEDY.format(other=other)}")

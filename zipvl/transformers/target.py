@@ -1,0 +1,137 @@
+"""Finding the language part of a model, and what its attention layers are."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from zipvl.config import ZipVLConfig
+
+IMPLEMENTATION = "zipvl"
+"""The attention implementation that a model is given for good."""
+
+IN_BLOCK = "zipvl_block"
+"""The one that configurations have inside ``zipvl.sparse``. A module under it that is handed no ``Call`` belongs to
+another model, which only shares the configuration object, and is left alone."""
+
+KEYWORD = "zipvl"
+"""The keyword argument that hands a ``Call`` from a decoder's pre-hook to its attention function."""
+
+
+@dataclass
+class Target:
+    """The language part of a model.
+
+    Args:
+        decoder: the innermost model that holds the attention layers, and makes the cache if none is given.
+        attention: its attention modules.
+        configs: the configuration objects that decide their attention implementation.
+        generators: the models around it that have ``generate``.
+    """
+
+    decoder: PreTrainedModel
+    attention: list[nn.Module]
+    configs: list[PretrainedConfig]
+    generators: list[Any]
+
+
+def find(model: nn.Module) -> Target:
+    """The language part of ``model``, which may be wrapped in further modules.
+
+    Raises:
+        ValueError: there is none, or it is an encoder-decoder, of a kind that ``check_model`` refuses, without
+            transformers' attention interface, or with a cache of its own kind.
+    """
+    name = type(model).__name__
+    outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if outer is None:
+        raise ValueError(f"zipvl.sparse: {name} holds no transformers model")
+    if getattr(outer.config, "is_encoder_decoder", False):
+        raise ValueError(f"zipvl.sparse: {name} is an encoder-decoder, which is not supported; use a decoder model")
+    check_model(outer.config)
+    text = outer.config.get_text_config(decoder=True)
+    attention = [m for m in outer.modules() if layer_index(m) is not None and _decodes(m, text)]
+    if not attention:
+        raise ValueError(f"zipvl.sparse: {name} has no causal attention layers")
+    holders = [m for m in outer.modules() if isinstance(m, PreTrainedModel) and set(attention) <= set(m.modules())]
+    decoder = min(holders, key=lambda m: sum(1 for _ in m.modules()))
+    problem = _why_not(decoder)
+    if problem is not None:
+        raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
+    configs: dict[int, Any] = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
+    generators = [m for m in outer.modules() if hasattr(m, "_prepare_cache_for_generation")]
+    return Target(decoder, attention, list(configs.values()), generators)
+
+
+def _why_not(decoder: PreTrainedModel) -> str | None:
+    """Why this decoder cannot be given another attention or another cache; None if it can."""
+    if not decoder._can_set_attn_implementation():
+        return "does not use transformers' attention interface, so its attention cannot be replaced"
+    forward = inspect.unwrap(type(decoder).forward)
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return "takes no further keyword arguments, which is how zipvl reaches its attention"
+    for name in forward.__code__.co_names:
+        named = forward.__globals__.get(name)
+        if isinstance(named, type) and issubclass(named, Cache) and named.__module__ == forward.__module__:
+            return f"asks for a cache of its own, {name}, which ZipVLCache cannot replace"
+    return None
+
+
+def check_model(model_config: PretrainedConfig) -> None:
+    """Raises if a layer's cache of this model does not hold that layer's own keys and values.
+
+    Raises:
+        ValueError: naming the model's kind and the remedy.
+    """
+    text = model_config.get_text_config(decoder=True)
+    problem = None
+    if getattr(text, "num_kv_shared_layers", None) or getattr(text, "kv_sharing_modes", None):
+        problem = "shares keys and values between layers"
+    elif getattr(text, "kv_lora_rank", None):
+        problem = "caches latents in place of keys and values (multi-head latent attention)"
+    if problem is not None:
+        raise ValueError(
+            f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
+        )
+
+
+def layer_index(module: nn.Module) -> int | None:
+    """The index of an attention module's layer in its decoder; None if it is not part of one."""
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) else None
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """The configured type of a module's layer, such as ``sliding_attention``; None if the model does not say."""
+    index, types = layer_index(module), getattr(getattr(module, "config", None), "layer_types", None)
+    return types[index] if types and index is not None and index < len(types) else None
+
+
+def _decodes(module: nn.Module, text: PretrainedConfig) -> bool:
+    """Whether ``module`` is a causal attention module of the model configured by ``text``."""
+    config = getattr(module, "config", None)
+    same = config is text or getattr(config, "model_type", None) == text.model_type
+    return same and bool(getattr(module, "is_causal", False))
+
+
+def check_layers(target: Target, config: ZipVLConfig) -> None:
+    """Raises if ``config.layers`` names a layer that does not exist or is never sparse.
+
+    Raises:
+        ValueError: naming the layer and the legal ones.
+    """
+    if config.layers is None:
+        return
+    able = {layer_index(module) for module in target.attention if layer_type(module) in (None, "full_attention")}
+    wrong = sorted(set(config.layers) - able)
+    if wrong:
+        raise ValueError(
+            f"zipvl.sparse: ZipVLConfig.layers names {wrong}, which {type(target.decoder).__name__} does not have or "
+            f"which cannot be sparse; those that can: {sorted(able)}"  # type: ignore[type-var]
+        )
