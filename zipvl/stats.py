@@ -25,7 +25,7 @@ class Holder(Protocol):
 
 @dataclass
 class LayerStats:
-    """The last prefill of one attention layer. Counts stay on their device, and bytes in the cache, until they are asked
+    """The last prefill of one attention layer. Counts stay on their device and bytes in the cache until they are asked
     for.
 
     Args:

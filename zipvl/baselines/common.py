@@ -28,7 +28,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from zipvl.transformers import cache_names, target as targets
+from zipvl.transformers import cache_names
+from zipvl.transformers import target as targets
 
 __all__ = [
     "Prompt",

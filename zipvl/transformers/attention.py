@@ -56,7 +56,8 @@ def attention_forward(
     call.reached = True
     layer = call.layer_of(module, key)
     if layer is not None and layer.packed is not None:
-        refuse_unsupported(module, kwargs, dropout)
+        if dropout > 0:
+            refuse_unsupported(module, kwargs, dropout)
         return _attend_packed(module, call, layer, query, attention_mask, scaling), None
 
     tokens, bystander = query.shape[2], zipvl is None and _implementation(module) == IN_BLOCK

@@ -69,7 +69,8 @@ class ZipVLCacheLayer(DynamicLayer):
             self.is_initialized = True
             self._pending, self.returned = (key_states, value_states), key_states
             return key_states, value_states
-        self.settle()
+        if self.trimmer.waiting or self._untrimmed:
+            self.settle()
         self._thaw()
         self._pending = (key_states, value_states)
         # The shape without the data: an attention function that does not know the packed layout fails at once.
@@ -148,7 +149,8 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def settle(self) -> None:
         """Trims all that is not yet, waiting for it; the counts of a compiled prefill are read here, outside it."""
-        self.trimmer.finish()
+        if self.trimmer.waiting:
+            self.trimmer.finish()
         if self._untrimmed and self.packed is not None and can_wait(self.packed.counts()[0].device):
             self._untrimmed = False
             self._trim(*(int(count.max()) for count in self.packed.counts()))
@@ -213,8 +215,9 @@ class ZipVLCacheLayer(DynamicLayer):
         self._record = record
 
     def __del__(self) -> None:
-        if self._record is not None:
-            self._record.cache_gone(self)
+        record = self.__dict__.get("_record")  # not in an object that a failed constructor left
+        if record is not None:
+            record.cache_gone(self)
 
     def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of the last update, ``[B, Hkv, n, D]`` each, not yet stored."""

@@ -98,7 +98,7 @@ class Skipping:
             ``[B, n, C]``, and None.
         """
         module, call = self.module, kwargs.get(KEYWORD)
-        if call is not None and _is_prefill(module, call, hidden_states.shape[1]):
+        if call is not None and hidden_states.shape[1] > 1 and _is_prefill(module, call):
             weight = module.q_proj.weight
             dense_below = call.dense_below(weight.shape[0] // module.head_dim, module.head_dim, hidden_states)
             if reason(module, call, dense_below, hidden_states, position_embeddings, attention_mask, kwargs) is None:
@@ -174,12 +174,12 @@ def _compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def _is_prefill(module: Any, call: Call, tokens: int) -> bool:
-    """Whether these tokens are the first that the layer sees, and all of the prompt."""
+def _is_prefill(module: Any, call: Call) -> bool:
+    """Whether the tokens of a forward are the first that the layer sees, and all of the prompt."""
     if call.cache is None:
-        return tokens > 1
+        return True
     first = isinstance(call.cache, DynamicCache) and call.cache.get_seq_length(module.layer_idx) == 0
-    return tokens > 1 and call.candidates == 0 and first
+    return first and call.candidates == 0
 
 
 def _sparse_forward(

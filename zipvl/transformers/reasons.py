@@ -14,6 +14,7 @@ NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 
 # Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
 _PAGED = ("cache", "block_table", "read_index")
+_REFUSED = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", *_PAGED)
 _REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
 
 
@@ -78,8 +79,7 @@ def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None,
 
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
     """Whether an attention call is given something that ``refuse_unsupported`` refuses."""
-    names = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", *_PAGED)
-    return any(kwargs.get(name) is not None for name in names)
+    return any(kwargs[name] is not None for name in _REFUSED if name in kwargs)
 
 
 def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float = 0.0) -> None:

@@ -241,7 +241,7 @@ class Trimmer:
     """The buffers of one cache that still have to be trimmed, oldest first."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Waiting] = deque()
+        self.waiting: deque[_Waiting] = deque()
 
     def add(self, counts: Sequence[torch.Tensor], trim: Callable[..., None]) -> None:
         """Has ``trim`` called with the largest of each of ``counts``, each ``[B]`` int32 on a GPU, B not 0, once those
@@ -250,24 +250,24 @@ class Trimmer:
         longest.copy_(torch.stack(list(counts)).amax(1), non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(counts[0].device))
-        self._waiting.append(_Waiting(longest, arrived, trim))
+        self.waiting.append(_Waiting(longest, arrived, trim))
 
     def advance(self) -> None:
         """Trims what has arrived, and waits for all but the ``LAYERS_BEHIND - 1`` latest: another is about to come."""
-        while self._waiting and (len(self._waiting) >= LAYERS_BEHIND or self._waiting[0].arrived.query()):
+        while self.waiting and (len(self.waiting) >= LAYERS_BEHIND or self.waiting[0].arrived.query()):
             self._trim_first()
 
     def finish(self) -> None:
         """Trims everything, waiting for it."""
-        while self._waiting:
+        while self.waiting:
             self._trim_first()
 
     def forget(self) -> None:
         """Trims nothing any more: the cache was emptied."""
-        self._waiting.clear()
+        self.waiting.clear()
 
     def _trim_first(self) -> None:
-        first = self._waiting.popleft()
+        first = self.waiting.popleft()
         first.arrived.synchronize()
         first.trim(*first.longest.tolist())
 
