@@ -29,12 +29,16 @@ def test_healthy(zipvl: Zipvl) -> None:
 
 
 def test_it_imports_no_transformers() -> None:
-    code = (
-        "import sys; from zipvl.app.cli import app\ntry: app(['doctor'])\nexcept SystemExit as end: print(end.code)\n"
-    )
-    code += "print('transformers' in sys.modules)"
+    code = """
+import sys
+from zipvl.app.cli import app
+try:
+    app(["doctor"])
+except SystemExit as end:
+    print(end.code, "transformers" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.endswith("\n0\nFalse\n"), done.stdout
+    assert done.stdout.endswith("\n0 False\n"), done.stdout
 
 
 def test_json(zipvl: Zipvl) -> None:
