@@ -39,7 +39,7 @@ def _errors(rows: list[dict[str, Any]]) -> tuple[list[float], list[float], list[
 
 
 def main(lines: dict[str, Line]) -> bytes:
-    """Exact match against the share of tokens in attention: ZipVL and the rivals of Table A."""
+    """Exact match against the share of tokens in attention: ZipVL and the baselines of Table A."""
     line = lines["A"]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, (colour, marker) in STYLES.items():

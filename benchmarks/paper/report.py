@@ -26,7 +26,7 @@ METHOD = (
     "order, the same probe seed. Exact match is greedy decoding of three digits. Budgets and ratios are the mean "
     "share of the prompt's tokens in attention, over layers and pages.",
     "Matched: where settings are compared at one ratio, `tau` was found by bisection on calibration pages (held-out "
-    "pages from number 100,000 on, none of them a test page); the rivals' parameters follow from their "
+    "pages from number 100,000 on, none of them a test page); the baselines' parameters follow from their "
     "schedules. The ratios in the tables are those on the test pages.",
     "Intervals are 95% percentile bootstrap intervals over pages, 10,000 resamples. Differences are in points of "
     "exact match, page by page (paired bootstrap). A claim *holds* where the two settings' own intervals do not "
@@ -36,11 +36,11 @@ METHOD = (
     "model was trained on single pages and answers with digits alone, so it cannot be asked *which* frame holds "
     "an entry; finding the right frame is what reading the digits takes. Two whole pages in one prompt, twice as "
     "long as anything it was trained on, are measured as a check.",
-    "The rivals are in `zipvl/baselines`, each with its schedule stated. A dropped token's later layers lack "
+    "The baselines are in `zipvl/baselines`, each with its schedule stated. A dropped token's later layers lack "
     "it, and later tokens keep their positions. A budget that a schedule cannot reach is named, not approximated: "
     "the layers that see everything are 2 of 6 here and 2 of 28 to 32 in the paper's models.",
     "The model is small and trained for this repository ([its card](../../models/tiny-llava-next/README.md)), and "
-    "its last training stage selected tokens as ZipVL does, which the rivals had no part in: the comparison "
+    "its last training stage selected tokens as ZipVL does, which the baselines had no part in: the comparison "
     "favours ZipVL and is no evidence of how far ahead it is on models trained without any of them. Absolute "
     "numbers say nothing about large models. Most of a page is blank paper, which a method that asks the vision "
     "tower has an easy time to leave out. Nothing was chosen by its result.",
@@ -140,7 +140,7 @@ def _sections(lines: dict[str, dict[str, Any]], weights: str, stopped: list[dict
     if "A" in lines:
         summary.append(
             Picture(
-                "main", "ZipVL and the rivals at equal shares of tokens in attention (Table A)", figures.main(lines)
+                "main", "ZipVL and the baselines at equal shares of tokens in attention (Table A)", figures.main(lines)
             )
         )
     if goals:

@@ -12,10 +12,31 @@ from typing import Any
 import zipvl
 from benchmarks.paper.statistics import bootstrap
 from benchmarks.paper.subject import CALIBRATION, Subject
-from benchmarks.paper.variant import Variant, variant
-from zipvl.baselines import AIM, FastV, PyramidDrop, Rival, TowerAttention, VisionZip, applied, image_budget
+from zipvl.baselines import (
+    AIM,
+    Baseline,
+    FastV,
+    PyramidDrop,
+    TowerAttention,
+    Variant,
+    VisionZip,
+    applied,
+    image_budget,
+    variant,
+)
 
-__all__ = ["NOT_AT_HAND", "Row", "Runner", "Setting", "dense", "match_ratio", "ours", "ratio_of", "rival", "selecting"]
+__all__ = [
+    "NOT_AT_HAND",
+    "Row",
+    "Runner",
+    "Setting",
+    "baseline",
+    "dense",
+    "match_ratio",
+    "ours",
+    "ratio_of",
+    "selecting",
+]
 
 NOT_AT_HAND = "not at hand"
 TOLERANCE, MAX_STEPS = 0.004, 9
@@ -62,10 +83,10 @@ def selecting(label: str, group: str = "", paper: str = NOT_AT_HAND, **choice: A
     return Setting(label, lambda model, _tower: variant(model, made), {"method": "variant", **choice}, group, paper)
 
 
-def rival(
-    label: str, make: Callable[[TowerAttention | None], Rival], group: str = "", paper: str = NOT_AT_HAND
+def baseline(
+    label: str, make: Callable[[TowerAttention | None], Baseline], group: str = "", paper: str = NOT_AT_HAND
 ) -> Setting:
-    """A rival; ``make`` is given what the tower said, where features are shared."""
+    """A baseline; ``make`` is given what the tower said, where features are shared."""
     example = make(None)
     kept = {
         name: value for name, value in vars(example).items() if isinstance(value, (int, float)) and name != "shared"
@@ -75,10 +96,10 @@ def rival(
     )
 
 
-def rivals_at(budget: float, subject: Subject, task: str) -> dict[str, Callable[[TowerAttention | None], Rival]]:
-    """Each rival by name, with the parameters that give it ``budget`` of all tokens.
+def baselines_at(budget: float, subject: Subject, task: str) -> dict[str, Callable[[TowerAttention | None], Baseline]]:
+    """Each baseline by name, with the parameters that give it ``budget`` of all tokens.
 
-    A rival that cannot have this budget raises its ValueError when it is made.
+    A baseline that cannot have this budget raises its ValueError when it is made.
     """
     batch = subject.batches(task, 1, CALIBRATION)[0]
     ids = batch.inputs["input_ids"][0]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from benchmarks.paper.costs import costs
-from benchmarks.paper.settings import NOT_AT_HAND, Row, Runner, Setting, dense, ours, rival, rivals_at, selecting
+from benchmarks.paper.settings import NOT_AT_HAND, Row, Runner, Setting, baseline, baselines_at, dense, ours, selecting
+from zipvl.baselines import FastV
 from zipvl.config import CacheMode
 
 __all__ = ["TABLES", "Table"]
 
 PAPER_BUDGETS = {"VisionZip": 0.333, "AIM": 0.064, "PyramidDrop": 0.468}
-"""Table A's token budgets of the rivals, from the paper's supplementary material."""
+"""Table A's token budgets of the baselines, from the paper's supplementary material."""
 ALL_TOKENS = 4096
 """As many recent probes as no page has tokens: every token is a probe."""
 TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.995, 1.0)
@@ -40,7 +41,7 @@ class Table:
 
 
 def table_a(run: Runner) -> list[Row]:
-    """ZipVL against the rivals, at their budgets and at its own."""
+    """ZipVL against the baselines, at their budgets and at its own."""
     rows = [run.measure(dense(), timed=True), run.measure(_reference(run), timed=True)]
     for name, budget in PAPER_BUDGETS.items():
         group = f"{budget:.1%}"
@@ -48,7 +49,7 @@ def table_a(run: Runner) -> list[Row]:
         rows.append(run.measure(setting, timed=True))
         for other in ("VisionZip", "AIM", "PyramidDrop", "FastV"):
             paper = f"{budget:.1%} of the tokens" if other == name else NOT_AT_HAND
-            rows += _rival(run, other, budget, "mixed", group, paper)
+            rows += _baseline(run, other, budget, "mixed", group, paper)
     return rows
 
 
@@ -59,7 +60,7 @@ def table_b(run: Runner) -> list[Row]:
     whole = run.measure(dense(), "two pages", min(run.pages, 50))
     rows.append(whole | {"label": "dense, two whole pages (a check, not the task)"})
     own = run.measure(_reference(run), task, timed=True)
-    fast = run.measure(rival("FastV", lambda _tower: _fastv(), "K = 2, R = 50%", "K = 2, R = 50%"), task, timed=True)
+    fast = run.measure(baseline("FastV", lambda _tower: FastV(), "K = 2, R = 50%", "K = 2, R = 50%"), task, timed=True)
     setting = run.matched(lambda tau: ours(group="K = 2, R = 50%", tau=tau, seed=run.seed), fast["ratio"], task)
     rows += [own, fast, run.measure(setting, task, timed=True)]
     for budget in (own["ratio"], 0.5):
@@ -70,7 +71,7 @@ def table_b(run: Runner) -> list[Row]:
             setting = run.matched(lambda tau, group=group: ours(group=group, tau=tau, seed=run.seed), budget, task)
             rows.append(run.measure(setting, task))
         for name in ("FastV", "FastV, K = 1"):
-            rows += _rival(run, name, budget, task, group)
+            rows += _baseline(run, name, budget, task, group)
     return rows
 
 
@@ -151,16 +152,10 @@ def _maker(
     return lambda tau: kind(label, group, tau=tau, seed=run.seed, **choice)
 
 
-def _fastv() -> Any:
-    from zipvl.baselines import FastV
-
-    return FastV()
-
-
-def _rival(run: Runner, name: str, budget: float, task: str, group: str, paper: str = NOT_AT_HAND) -> list[Row]:
-    """A rival at a budget; nothing, and a note, where it cannot have it."""
+def _baseline(run: Runner, name: str, budget: float, task: str, group: str, paper: str = NOT_AT_HAND) -> list[Row]:
+    """A baseline at a budget; nothing, and a note, where it cannot have it."""
     try:
-        setting = rival(name, rivals_at(budget, run.subject, task)[name], group, paper)
+        setting = baseline(name, baselines_at(budget, run.subject, task)[name], group, paper)
     except ValueError as error:
         run.notes.append(f"{name} at {budget:.1%}: {error}")
         return []
@@ -170,8 +165,8 @@ def _rival(run: Runner, name: str, budget: float, task: str, group: str, paper: 
 TABLES: dict[str, Table] = {
     "A": Table(
         "Table A: against VisionZip, AIM and PyramidDrop at equal budgets",
-        "the rivals' token budgets: VisionZip 33.3%, AIM 6.4%, PyramidDrop 46.8%; the scores on the paper's benchmarks "
-        "need its models",
+        "the baselines' token budgets: VisionZip 33.3%, AIM 6.4%, PyramidDrop 46.8%; the scores on the paper's "
+        "benchmarks need its models",
         table_a,
         tuple(("ZipVL", other) for other in ("VisionZip", "AIM", "PyramidDrop", "FastV")),
     ),

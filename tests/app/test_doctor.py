@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +26,19 @@ def test_healthy(zipvl: Zipvl) -> None:
     assert result.exit_code == 0, result.output
     for part in ("torch", "transformers", "op library", "CUDA library", "probe_scores", "native", "healthy"):
         assert part in result.stdout
+
+
+def test_it_imports_no_transformers() -> None:
+    code = """
+import sys
+from zipvl.app.cli import app
+try:
+    app(["doctor"])
+except SystemExit as end:
+    print(end.code, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.endswith("\n0 False\n"), done.stdout
 
 
 def test_json(zipvl: Zipvl) -> None:
@@ -69,7 +84,7 @@ def test_an_op_library_that_does_not_load(zipvl: Zipvl, monkeypatch: pytest.Monk
             raise ImportError("the package was not built")
         return import_module(name)
 
-    monkeypatch.setattr("zipvl.doctor.import_module", load)
+    monkeypatch.setattr("zipvl.app.doctor.import_module", load)
     monkeypatch.setattr(torch.ops, "zipvl", torch.ops.zipvl_that_nobody_built)
     result = zipvl("doctor")
     assert result.exit_code == 1

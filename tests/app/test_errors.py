@@ -18,6 +18,7 @@ from zipvl.app.loading import resolve_device
 from . import tiny
 
 Zipvl = Callable[..., Result]
+DATA_URL = "data:image/png;base64," + "A" * 6000
 
 
 def refused(result: Result, *parts: str) -> None:
@@ -42,7 +43,9 @@ def refused(result: Result, *parts: str) -> None:
         (["--seed", "-1"], ["--seed: must be an integer of at least 0, got -1"]),
         (["--dense-below", "-1"], ["--dense-below: must be an integer of at least 0, got -1"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens: must be at least 1, got 0"]),
+        (["--dense-below", "--5"], ["--dense-below: must be"]),
         (["--question", " "], ["--question: expected a question, got an empty text"]),
+        (["--question", "caf\udce9"], ["--question: expected a text in utf-8, got 'caf\\udce9'"]),
         (["--device", "abacus"], ["--device: expected auto, cpu, cuda or cuda:N, got 'abacus'"]),
         (["--device", "meta"], ["--device: expected auto, cpu, cuda or cuda:N, got 'meta'"]),
         (["--device", "cuda:99"], ["--device: 'cuda:99' asked for, but"]),
@@ -56,6 +59,14 @@ def test_options(
 ) -> None:
     given = [command, "--image", page, "--question", "KQ", "--model", llava_next, *options]
     refused(zipvl(*given), *parts)
+
+
+def test_a_question_in_another_encoding_than_the_shells(page: Path) -> None:
+    """The bytes as a process gets them."""
+    command = [sys.executable, "-m", "zipvl", "run", "--image", page, "--question", b"caf\xe9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONUTF8": "1"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "zipvl: --question: expected a text in utf-8, got 'caf\\udce9'\n"
 
 
 def test_missing_options_and_unknown_command(zipvl: Zipvl, page: Path) -> None:
@@ -92,6 +103,8 @@ def test_images(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> N
     empty = tmp_path / "empty.jpg"
     empty.touch()
     refused(ask(empty), "--image: expected a readable picture", "empty.jpg")
+    refused(ask(Path(DATA_URL)), "--image: expected a picture file", "data:image/png", "File name too long")
+    refused(zipvl("inspect", "--image", DATA_URL, "--question", "KQ"), "--image: expected a picture file")
 
 
 def test_models_that_are_not_there(zipvl: Zipvl, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +112,8 @@ def test_models_that_are_not_there(zipvl: Zipvl, page: Path, tmp_path: Path, mon
         return zipvl("run", "--image", page, "--question", "KQ", "--model", model)
 
     refused(ask(tmp_path / "none"), "--model: expected a folder or a hub id", "neither")
+    refused(ask("~nobody-of-that-name/model"), "--model: expected a folder or a hub id", "neither")
+    refused(ask(DATA_URL), "--model: expected a folder or a hub id", "neither")
     refused(ask(page), "--model: expected a folder or a hub id", "is a file")
     refused(ask(tmp_path), "--model: expected a model folder", "has no config.json")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -139,7 +154,7 @@ def test_models_that_do_not_fit(zipvl: Zipvl, page: Path, llava_next: Path, tmp_
 
 def test_no_default_model(zipvl: Zipvl, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZIPVL_MODEL", raising=False)
-    monkeypatch.setattr("zipvl.app.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
+    monkeypatch.setattr("zipvl.app.loading.__file__", str(tmp_path / "zipvl" / "app" / "loading.py"))
     refused(zipvl("run", "--image", page, "--question", "KQ"), "--model: there is no default model", "ZIPVL_MODEL")
 
 
@@ -150,6 +165,7 @@ def test_no_default_model(zipvl: Zipvl, page: Path, tmp_path: Path, monkeypatch:
         ("folder.png", "is a directory"),
         ("none/out.png", "existing directory"),
         ("/proc/out.png", "expected a writable directory"),
+        ("long" * 70 + ".png", "File name too long"),
     ],
 )
 def test_outputs(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path, output: str, part: str) -> None:

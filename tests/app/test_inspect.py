@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import Result
 
 from zipvl import ZipVLConfig
-from zipvl.app import inspect as report
 from zipvl.app.errors import InputError
+from zipvl.app.images import load_image
+from zipvl.app.inspect import Inspection, LayerView, inspect_page, write_report
 from zipvl.app.loading import load
-from zipvl.app.run import load_image
 
 Zipvl = Callable[..., Result]
 
@@ -49,13 +49,13 @@ def decoded(text: str, kind: Any) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def inspection(page: Path, llava_next: Path) -> report.Inspection:
-    return report.inspect(
+def inspection(page: Path, llava_next: Path) -> Inspection:
+    return inspect_page(
         load(str(llava_next), device="cpu"), load_image(page), "KQ", ZipVLConfig(ratio=0.3), max_new_tokens=2
     )
 
 
-def test_layers_hold_what_the_statistics_hold(inspection: report.Inspection) -> None:
+def test_layers_hold_what_the_statistics_hold(inspection: Inspection) -> None:
     for view in inspection.layers:
         positions = inspection.answer.stats.layers[view.layer].index[0]
         assert view.kept.nonzero()[:, 0].tolist() == positions.tolist()
@@ -77,7 +77,7 @@ def test_html(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> Non
     assert [(grid["rows"], grid["columns"]) for grid in data["grids"]] == [(8, 8), (16, 12)]
 
 
-def test_html_holds_the_kept_tokens_and_the_patches_places(inspection: report.Inspection) -> None:
+def test_html_holds_the_kept_tokens_and_the_patches_places(inspection: Inspection) -> None:
     from zipvl.app.page import render_html
 
     data = data_of(render_html(inspection))
@@ -91,12 +91,12 @@ def test_html_holds_the_kept_tokens_and_the_patches_places(inspection: report.In
     assert data["text"] == [position for position, _ in inspection.text]
 
 
-def test_a_large_page_makes_no_large_file(inspection: report.Inspection) -> None:
+def test_a_large_page_makes_no_large_file(inspection: Inspection) -> None:
     """The worst there is for any encoder: noise, as large as a scan."""
     from zipvl.app.page import render_html
 
     noise = Image.effect_noise((2400, 3000), 90).convert("RGB")
-    html = render_html(report.Inspection(**{**vars(inspection), "page": noise}))
+    html = render_html(Inspection(**{**vars(inspection), "page": noise}))
     assert len(html) < 2_000_000
     found = re.search(r"data:image/jpeg;base64,([^\"]+)", html)
     assert found
@@ -110,15 +110,15 @@ def test_png(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None
         assert picture.format == "PNG" and picture.width >= 800 and len(picture.getcolors(1 << 24)) > 20
 
 
-def test_png_darkens_dropped_patches(inspection: report.Inspection) -> None:
+def test_png_darkens_dropped_patches(inspection: Inspection) -> None:
     from zipvl.app.png import render_png
 
     def darkness(ratio: float) -> float:
         views = [
-            report.LayerView(view.layer, view.kept & False if ratio == 0 else view.kept | True, None)
+            LayerView(view.layer, view.kept & False if ratio == 0 else view.kept | True, None)
             for view in inspection.layers
         ]
-        changed = report.Inspection(**{**vars(inspection), "layers": views})
+        changed = Inspection(**{**vars(inspection), "layers": views})
         return 255 - np.asarray(Image.open(io.BytesIO(render_png(changed))).convert("L")).mean()
 
     assert darkness(0) > 1.5 * darkness(1)
@@ -145,7 +145,7 @@ def test_dense_run_says_so(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path:
 
 
 def test_a_failed_write_leaves_the_old_file(
-    inspection: report.Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inspection: Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.html"
     output.write_text("old")
@@ -155,7 +155,7 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(InputError, match=r"--output: .*No space left"):
-        report.write(inspection, output)
+        write_report(inspection, output)
     assert output.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.html"]
 
 

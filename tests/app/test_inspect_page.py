@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from zipvl import ZipVLConfig
-from zipvl.app import inspect as report
+from zipvl.app.images import load_image
+from zipvl.app.inspect import Inspection, inspect_page, write_report
 from zipvl.app.loading import load
 from zipvl.app.page import render_html
-from zipvl.app.run import load_image
 
 from . import browser
 from .browser import Browser
@@ -35,16 +35,16 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def inspection(page: Path, llava_next: Path) -> report.Inspection:
-    return report.inspect(
+def inspection(page: Path, llava_next: Path) -> Inspection:
+    return inspect_page(
         load(str(llava_next), device="cpu"), load_image(page), "K<Q>&", ZipVLConfig(tau=0.8), max_new_tokens=2
     )
 
 
 @pytest.fixture(scope="module")
-def html(inspection: report.Inspection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def html(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    report.write(inspection, path)
+    write_report(inspection, path)
     return path
 
 
@@ -52,7 +52,7 @@ def shown(chromium: Browser) -> str:
     return str(chromium.run("document.querySelector('output').textContent"))
 
 
-def layer_text(inspection: report.Inspection, step: int) -> str:
+def layer_text(inspection: Inspection, step: int) -> str:
     view = inspection.layers[step]
     return f"Layer {view.layer}: {view.count:,} of {len(view.kept):,} tokens kept ({view.ratio:.1%})"
 
@@ -67,9 +67,7 @@ def pixels(chromium: Browser, selector: str) -> np.ndarray:
     return np.array(flat[:-1], np.uint8).reshape(-1, flat[-1], 4)
 
 
-def test_every_layer_is_shown_as_the_statistics_have_it(
-    chromium: Browser, html: Path, inspection: report.Inspection
-) -> None:
+def test_every_layer_is_shown_as_the_statistics_have_it(chromium: Browser, html: Path, inspection: Inspection) -> None:
     """The slider is moved by the keyboard; count, map, marked bar and text tokens follow it."""
     chromium.open(html, width=1280)
     assert len({view.count for view in inspection.layers}) > 1  # so that a slider that does nothing is seen
@@ -96,7 +94,7 @@ def test_every_layer_is_shown_as_the_statistics_have_it(
     assert chromium.errors == []
 
 
-def test_the_mouse_does_what_the_keyboard_does(chromium: Browser, html: Path, inspection: report.Inspection) -> None:
+def test_the_mouse_does_what_the_keyboard_does(chromium: Browser, html: Path, inspection: Inspection) -> None:
     chromium.open(html, width=1280)
     chromium.click(".bar[data-step='3']")
     assert shown(chromium) == layer_text(inspection, 2)
@@ -117,7 +115,7 @@ def test_the_mouse_does_what_the_keyboard_does(chromium: Browser, html: Path, in
     assert chromium.run("document.querySelectorAll('canvas.map.on').length") == 0
 
 
-def test_all_layers_together_are_a_heat_map(chromium: Browser, html: Path, inspection: report.Inspection) -> None:
+def test_all_layers_together_are_a_heat_map(chromium: Browser, html: Path, inspection: Inspection) -> None:
     chromium.open(html, width=1280)
     chromium.run("slider.focus()")
     chromium.press(*HOME)
@@ -165,7 +163,7 @@ def contrast(chromium: Browser, selector: str) -> float:
     return max(levels) / min(levels)
 
 
-def test_a_layer_can_be_linked_to(chromium: Browser, html: Path, inspection: report.Inspection) -> None:
+def test_a_layer_can_be_linked_to(chromium: Browser, html: Path, inspection: Inspection) -> None:
     chromium.open(html, width=1280)
     for fragment, expected in (
         ("layer=2", layer_text(inspection, 2)),
@@ -180,12 +178,12 @@ def test_a_layer_can_be_linked_to(chromium: Browser, html: Path, inspection: rep
         assert shown(chromium) == expected
 
 
-def test_no_layout_no_map(chromium: Browser, inspection: report.Inspection, tmp_path: Path) -> None:
+def test_no_layout_no_map(chromium: Browser, inspection: Inspection, tmp_path: Path) -> None:
     from zipvl.app.patches import PatchMap
 
     unknown = PatchMap(inspection.patches.image, note="how foo lays out its tokens is not known here")
     path = tmp_path / "strip.html"
-    path.write_text(render_html(report.Inspection(**{**vars(inspection), "patches": unknown})))
+    path.write_text(render_html(Inspection(**{**vars(inspection), "patches": unknown})))
     chromium.open(path, width=420)
     chromium.run("slider.focus()")
     chromium.press(*END)

@@ -157,11 +157,34 @@ def test_default_model_in_a_process_of_its_own(page: Path, llava_next: Path) -> 
     assert f"{llava_next} (the default; --model for another)" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["run", "inspect"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_stdout_cannot_encode_is_escaped(
+    page: Path, llava_next: Path, tmp_path: Path, command: str, encoding: str
+) -> None:
+    """A real process: a page whose name is not UTF-8, a model's answer and bars on a stdout of another encoding."""
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(page.read_bytes())
+    arguments = [sys.executable, "-m", "zipvl", command, "--image", name, "--question", "K\u00fc\u2588"]
+    environment = {**os.environ, "ZIPVL_MODEL": str(llava_next), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    environment |= {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [*arguments, "--max-new-tokens", "2"], env=environment, cwd=tmp_path, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    if command == "run":
+        assert b"caf\\udce9.png" in done.stdout and b"####" in done.stdout and b"| answer" in done.stdout
+        assert {"ascii": b"K\\xfc\\u2588", "latin-1": b"K\xfc\\u2588"}[encoding] in done.stdout
+    else:
+        assert b"caf\\udce9-zipvl.html" in done.stdout
+        assert "K\u00fc\u2588" in (tmp_path / os.fsdecode(b"caf\xe9-zipvl.html")).read_text(encoding="utf-8")
+
+
 def test_the_default_model_is_the_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from zipvl.app.loading import default_model
 
     monkeypatch.delenv("ZIPVL_MODEL", raising=False)
-    monkeypatch.setattr("zipvl.app.loading.__file__", str(tmp_path / "zipvl" / "loading.py"))
+    monkeypatch.setattr("zipvl.app.loading.__file__", str(tmp_path / "zipvl" / "app" / "loading.py"))
     folder = tmp_path / "models" / "tiny-llava-next"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -177,7 +200,7 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
     code = f"""
 import sys, types
 package = types.ModuleType("zipvl")
-package.__path__ = [{str(Path(zipvl_cli.__file__).parent)!r}]
+package.__path__ = [{str(Path(zipvl_cli.__file__).parents[1])!r}]
 sys.modules["zipvl"] = package
 import zipvl.app.cli
 print(sorted({{"torch", "transformers", "matplotlib", "PIL"}} & set(sys.modules)))

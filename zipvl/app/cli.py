@@ -6,9 +6,11 @@ the caller is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,8 @@ class _OneLineErrors(TyperGroup):
         """Run; usage errors and ``InputError`` end in a line and exit code 2, a missing import in a line and 1."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: what its encoding lacks is escaped
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except InputError as error:
@@ -121,7 +125,8 @@ def run(
 ) -> None:
     """Answer a question about a page, densely and with ZipVL, and compare."""
     config = _config(tau=tau, ratio=ratio, cache=cache, dense_below=dense_below, seed=seed)
-    page, loaded = _page_and_model(image, question, model, max_new_tokens, device, dtype)
+    page = _page(image, question, max_new_tokens)
+    loaded = _model(model, device, dtype)
 
     from zipvl.app.run import ask
 
@@ -155,17 +160,17 @@ def inspect(
 ) -> None:
     """Write a picture or web page of the patches that each layer kept."""
     config = _config(tau=tau, ratio=ratio, cache=cache, dense_below=dense_below, seed=seed)
-    output = output or Path(f"{image.stem}-zipvl.html")
+    page = _page(image, question, max_new_tokens)
 
-    from zipvl.app import inspect as report
-
-    report.check_output(output)
-    page, loaded = _page_and_model(image, question, model, max_new_tokens, device, dtype)
-    _say("asking, ZipVL")
-    inspection = report.inspect(loaded, page, question, config, max_new_tokens=max_new_tokens)
-    report.write(inspection, output)
-
+    from zipvl.app.inspect import check_output, inspect_page, write_report
     from zipvl.app.show_run import print_inspect
+
+    output = output or Path(f"{image.stem}-zipvl.html")
+    check_output(output)
+    loaded = _model(model, device, dtype)
+    _say("asking, ZipVL")
+    inspection = inspect_page(loaded, page, question, config, max_new_tokens=max_new_tokens)
+    write_report(inspection, output)
 
     print_inspect(loaded, model is None, inspection, output)
 
@@ -188,8 +193,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 def _config(**values: Any) -> ZipVLConfig:
     from zipvl.config import ZipVLConfig
 
-    below = values["dense_below"]
-    values["dense_below"] = int(below) if below.lstrip("-").isdecimal() else below
+    with suppress(ValueError):  # a word, such as auto
+        values["dense_below"] = int(values["dense_below"])
     try:
         return ZipVLConfig(**values)
     except ValueError as error:
@@ -197,26 +202,33 @@ def _config(**values: Any) -> ZipVLConfig:
         raise InputError(name, rest) from error
 
 
-def _page_and_model(
-    image: Path, question: str, model: str | None, max_new_tokens: int, device: str, dtype: str
-) -> tuple[Image.Image, Loaded]:
-    """The picture and the model, the quick checks first."""
+def _page(image: Path, question: str, max_new_tokens: int) -> Image.Image:
+    """The picture, once the options beside it are checked."""
     if not question.strip():
         raise InputError("question", "expected a question, got an empty text")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # Python hands over the bytes of an argument that it cannot decode
+        raise InputError("question", f"expected a text in {sys.getfilesystemencoding()}, got {question!r}") from error
     if max_new_tokens < 1:
         raise InputError("max_new_tokens", f"must be at least 1, got {max_new_tokens}")
 
-    from zipvl.app.loading import default_model, load
-    from zipvl.app.run import load_image
+    from zipvl.app.images import load_image
 
-    page = load_image(image)
+    return load_image(image)
+
+
+def _model(model: str | None, device: str, dtype: str) -> Loaded:
+    """The model of that name, or the default."""
+    from zipvl.app.loading import default_model, load
+
     _hush()
     name = default_model() if model is None else model
     _say(f"loading {name}")
     loaded = load(name, device=device, dtype=dtype)
     for note in loaded.notes:
         typer.echo(f"zipvl: note: {note}", err=True)
-    return page, loaded
+    return loaded
 
 
 def _hush() -> None:

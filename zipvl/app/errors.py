@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "first_line"]
+__all__ = ["InputError", "first_line", "shortened"]
+
+_LONGEST = 200
 
 
 class InputError(Exception):
@@ -24,3 +26,9 @@ def first_line(error: BaseException) -> str:
     """The first line of what ``error`` says, or its type where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
+
+
+def shortened(name: object) -> str:
+    """``name``, or its beginning if it is too long for a message, as a ``data:`` URL in place of a path is."""
+    text = str(name)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

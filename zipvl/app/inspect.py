@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zipvl.app.errors import InputError
+from zipvl.app.errors import InputError, shortened
 from zipvl.app.loading import Loaded
 from zipvl.app.patches import Grid, PatchMap, patch_map
 from zipvl.app.run import Answer, ask, prepare
 
-__all__ = ["FORMATS", "Inspection", "LayerView", "check_output", "inspect", "write"]
+__all__ = ["FORMATS", "Inspection", "LayerView", "check_output", "inspect_page", "write_report"]
 
 FORMATS = (".html", ".png")
 
@@ -79,7 +79,7 @@ class Inspection:
         return torch.stack([view.kept for view in self.layers]).float().mean(dim=0)
 
 
-def inspect(loaded: Loaded, image: Image.Image, question: str, config: Any, *, max_new_tokens: int) -> Inspection:
+def inspect_page(loaded: Loaded, image: Image.Image, question: str, config: Any, *, max_new_tokens: int) -> Inspection:
     """Ask the model with ZipVL and gather which tokens each layer kept; ``InputError`` where no layer took part."""
     answer = ask(
         loaded.model,
@@ -120,12 +120,19 @@ def _view(index: int, layer: Any, tokens: int) -> LayerView:
 
 def check_output(path: Path) -> None:
     """Raises ``InputError`` unless a report can be written to ``path``."""
+    shown = shortened(path)
     if path.suffix.lower() not in FORMATS:
-        raise InputError("output", f"expected a file name ending in {' or '.join(FORMATS)}, got {path}")
-    if path.is_dir():
-        raise InputError("output", f"expected a file name, but {path} is a directory")
-    if not path.parent.is_dir():
-        raise InputError("output", f"expected a file in an existing directory, but {path.parent} is none")
+        raise InputError("output", f"expected a file name ending in {' or '.join(FORMATS)}, got {shown}")
+    if os.path.isdir(path):
+        raise InputError("output", f"expected a file name, but {shown} is a directory")
+    if not os.path.isdir(path.parent):
+        raise InputError("output", f"expected a file in an existing directory, but {shortened(path.parent)} is none")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError("output", f"expected a file name, but {shown} is not one: {error.strerror}") from error
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -133,14 +140,14 @@ def check_output(path: Path) -> None:
         raise InputError("output", f"expected a writable directory, but {path.parent}: {error.strerror}") from error
 
 
-def write(inspection: Inspection, path: Path) -> None:
+def write_report(inspection: Inspection, path: Path) -> None:
     """Write the report, HTML or PNG by the suffix of ``path``, whole or not at all."""
     from zipvl.app.page import render_html
     from zipvl.app.png import render_png
 
     check_output(path)
     content = render_png(inspection) if path.suffix.lower() == ".png" else render_html(inspection).encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".zipvl-{os.getpid()}")  # any name that fits has room for this one
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zipvl.app.errors import InputError, first_line
+from zipvl.app.errors import InputError, first_line, shortened
 from zipvl.support import support
 
 __all__ = ["Loaded", "default_model", "load", "resolve_device", "resolve_dtype"]
@@ -137,17 +137,17 @@ def _locate(name: str) -> tuple[str, bool]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise InputError("model", f"expected a model folder, but {folder} has no config.json")
         return str(folder), True
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError("model", f"expected a folder or a hub id, but {folder} is a file")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError("model", f"expected a folder or a hub id, but {name!r} is neither") from error
+        raise InputError("model", f"expected a folder or a hub id, but {shortened(name)!r} is neither") from error
     problem = _hub_problem(name)
     if problem is None:
         return name, False

@@ -7,21 +7,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
+from zipvl.app.cache_bytes import cache_bytes
 from zipvl.app.errors import InputError, first_line
-from zipvl.stats import LayerStats
 from zipvl.transformers import cache_names
 
 if TYPE_CHECKING:
     from zipvl.config import ZipVLConfig
 
-__all__ = ["Answer", "ask", "cache_bytes", "load_image", "prepare", "reasons_for_dense"]
+__all__ = ["Answer", "ask", "prepare", "reasons_for_dense"]
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,6 @@ class Answer:
         """Of the tokens after the first; ``None`` where there are none."""
         seconds = self.total_s - self.first_token_s
         return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else None
-
-
-def load_image(path: Path) -> Image.Image:
-    """The picture at ``path`` as upright RGB. Raises ``InputError`` where there is none."""
-    if not path.exists():
-        raise InputError("image", f"expected a picture file, but {path} does not exist")
-    if path.is_dir():
-        raise InputError("image", f"expected a picture file, but {path} is a directory")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError("image", f"expected a readable picture, but {path} is not one: {first_line(error)}") from error
 
 
 def prepare(processor: Any, image: Image.Image, question: str, model: Any) -> Any:
@@ -146,35 +132,6 @@ def reasons_for_dense(stats: Any) -> list[str]:
     if not stats.layers:
         return ["no attention layer of this model runs through ZipVL"]
     return [f"{_layer_range(where)}: {reason}" for reason, where in layers.items()]
-
-
-def cache_bytes(cache: Any) -> int | None:
-    """Bytes of the tensor storage that ``cache`` holds, each storage once; ``None`` for no cache."""
-    if cache is None:
-        return None
-    storages: dict[tuple[str, int], int] = {}
-    for tensor in _tensors(cache, set()):
-        storage = tensor.untyped_storage()
-        storages[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor reachable from ``value`` through lists, tuples, dicts and the attributes of cache objects, but not
-    those of statistics."""
-    if id(value) in seen or isinstance(value, LayerStats):
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, seen)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item, seen)
-    elif type(value).__module__.split(".")[0] in ("transformers", "zipvl") and hasattr(value, "__dict__"):
-        yield from _tensors(vars(value), seen)
 
 
 class _FirstToken(BaseStreamer):

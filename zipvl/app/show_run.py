@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["print_inspect", "print_run", "run_facts"]
 
 _BAR_WIDTH = 24
+_MARKS, _ASCII_MARKS = "█·", "#."  # of a bar: its filled part, its rest
 
 
 def run_facts(
@@ -86,7 +87,7 @@ def print_run(facts: dict[str, Any]) -> None:
     if sparse["layers"]:
         console.print(f"\n[bold]Tokens kept and cache, layer by layer[/] (mean {sparse['mean_ratio']:.1%})")
         for layer in sparse["layers"]:
-            console.print(_bar(layer), soft_wrap=True)
+            console.print(_bar(layer, _MARKS if console.encoding.startswith("utf") else _ASCII_MARKS), soft_wrap=True)
 
 
 def print_inspect(loaded: Loaded, is_default: bool, inspection: Inspection, output: Path) -> None:
@@ -140,10 +141,10 @@ def _print_model(console: Console, name: str, is_default: bool, where: str) -> N
     console.print(f"[bold]Model[/]   {escape(name)}{default}, {where}", soft_wrap=True)
 
 
-def _bar(layer: dict[str, Any]) -> str:
+def _bar(layer: dict[str, Any], marks: str) -> str:
     filled = round(layer["ratio"] * _BAR_WIDTH)
     color = "cyan" if layer["mode"] == "sparse" else "bright_black"
-    bar = f"[{color}]{'█' * filled}[/][bright_black]{'·' * (_BAR_WIDTH - filled)}[/]"
+    bar = f"[{color}]{marks[0] * filled}[/][bright_black]{marks[1] * (_BAR_WIDTH - filled)}[/]"
     counts = f"{layer['kept']:>9,} of {layer['tokens']:,}"
     if layer["cache_bytes"] is not None:
         counts += f"  {_size(layer['cache_bytes']):>10}"

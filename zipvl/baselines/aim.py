@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipvl.baselines.common import Prompt, Record, Rival, applied, solve
+from zipvl.baselines.common import Baseline, Prompt, Record, applied, solve
 
 __all__ = ["AIM", "aim", "merge_most_similar", "pagerank"]
 
@@ -72,7 +72,7 @@ def pagerank(logits: Tensor) -> Tensor:
     return share[:, :, 0].square().mean(1).sqrt()
 
 
-class AIM(Rival):
+class AIM(Baseline):
     """AIM's schedule.
 
     Args:

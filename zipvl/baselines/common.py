@@ -1,10 +1,10 @@
-"""What the rivals share: hooks on a transformers model that let a prompt become shorter between its layers.
+"""What the baselines share: hooks on a transformers model that let a prompt become shorter between its layers.
 
-A rival is a small class (`Rival`); `applied` puts it on a model for the length of a ``with`` block and leaves no trace.
-Between two layers of the prefill the hidden states are gathered, and with them the position embeddings: a token that
-stays keeps its original position. A token that is dropped before layer `i` is neither computed nor cached from layer
-`i` on, so layers' caches differ in length; decoded tokens go on at the position after the whole prompt, because a
-cache layer counts the dropped tokens as seen.
+A baseline is a small class (`Baseline`); `applied` puts it on a model for the length of a ``with`` block and leaves no
+trace. Between two layers of the prefill the hidden states are gathered, and with them the position embeddings: a token
+that stays keeps its original position. A token that is dropped before layer `i` is neither computed nor cached from
+layer `i` on, so layers' caches differ in length; decoded tokens go on at the position after the whole prompt, because
+a cache layer counts the dropped tokens as seen.
 
 Budget: the mean over the layers of the share of the prompt's tokens that take part in that layer's attention.
 
@@ -32,10 +32,10 @@ from zipvl.transformers import cache_names
 from zipvl.transformers import target as targets
 
 __all__ = [
+    "Baseline",
     "Prompt",
     "PrunedLayer",
     "Record",
-    "Rival",
     "applied",
     "attention_replaced",
     "image_budget",
@@ -45,7 +45,7 @@ __all__ = [
     "solve",
 ]
 
-IMPLEMENTATION = "benchmarks_rivals"
+IMPLEMENTATION = "zipvl_baselines"
 Attention = Callable[..., tuple[Tensor, Any]]
 
 _functions: weakref.WeakKeyDictionary[nn.Module, Attention] = weakref.WeakKeyDictionary()
@@ -107,10 +107,11 @@ class PrunedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens seen: those stored, and those dropped before this layer."""
-        return (self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0) + self.dropped
+        keys = self.keys if self.is_initialized else None
+        return (0 if keys is None or not keys.numel() else keys.shape[-2]) + self.dropped
 
     def crop(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("rivals: a cache that lacks tokens cannot be cropped; use plain generation")
+        raise NotImplementedError("zipvl.baselines: a cache that lacks tokens cannot be cropped; use plain generation")
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Prompt:
         images: pictures in each row.
         layers: how many layers there are.
         image_sizes: height and width of every picture of the batch, as the model was given them.
-        scores: float32 ``[B, n]``, importance found in the last layer that the rival observed.
+        scores: float32 ``[B, n]``, importance found in the last layer that the baseline observed.
         kept: for each layer so far the ``positions`` in its attention.
     """
 
@@ -152,10 +153,10 @@ class Prompt:
         return _take(hidden, index)
 
 
-class Rival:
+class Baseline:
     """One method: how much of the image stays in each layer, and which tokens."""
 
-    name = "rival"
+    name = "baseline"
 
     def schedule(self, layers: int) -> list[float]:
         """The share of the image tokens in the attention of each of ``layers`` layers."""
@@ -182,7 +183,7 @@ class Rival:
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
-        """What else this rival needs on the model; nothing by default."""
+        """What else this baseline needs on the model; nothing by default."""
         yield
 
 
@@ -219,10 +220,10 @@ class Record:
 
 
 class _Run:
-    """One rival on one model."""
+    """One baseline on one model."""
 
-    def __init__(self, rival: Rival, image_token: int, layers: int) -> None:
-        self.rival, self.image_token, self.layers = rival, image_token, layers
+    def __init__(self, baseline: Baseline, image_token: int, layers: int) -> None:
+        self.baseline, self.image_token, self.layers = baseline, image_token, layers
         self.record = Record()
         self.prompt: Prompt | None = None
         self.input_ids: Tensor | None = None
@@ -249,31 +250,31 @@ class _Run:
         with instance_attribute(model, "get_image_features", noted):
             yield
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the decoder."""
         self.prompt = None
         cache = cache_names.given(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and (mask.dim() != 2 or not bool((mask != 0).all())):
-            raise ValueError(f"{self.rival.name}: prompts with padding or a mask of their own are not supported")
+            raise ValueError(f"{self.baseline.name}: prompts with padding or a mask of their own are not supported")
         use_cache = kwargs.get("use_cache")
         if cache is None and (getattr(module.config, "use_cache", False) if use_cache is None else use_cache):
             cache = DynamicCache(config=module.config)
             name = cache_names.name_for(type(module).forward)
             kwargs = cache_names.without(kwargs) | {name: cache}
         if cache is None or cache.get_seq_length() == 0:
-            _prepare(self.rival.name, cache, self.layers)
+            _prepare(self.baseline.name, cache, self.layers)
             self.prompt = self._prompt(kwargs.get("inputs_embeds"))
         return args, kwargs
 
     def _prompt(self, embeddings: Tensor | None) -> Prompt:
         ids = self.input_ids
         if ids is None or (embeddings is not None and ids.shape != embeddings.shape[:2]):
-            raise ValueError(f"{self.rival.name}: the model must be given input_ids, which say where the image is")
+            raise ValueError(f"{self.baseline.name}: the model must be given input_ids, which say where the image is")
         image = ids == self.image_token
         counts = image.sum(1)
         if bool((counts != counts[0]).any()):
-            raise ValueError(f"{self.rival.name}: rows must have equally many image tokens, got {counts.tolist()}")
+            raise ValueError(f"{self.baseline.name}: rows must have equally many image tokens, got {counts.tolist()}")
         batch, total = ids.shape
         positions = torch.arange(total, device=ids.device).expand(batch, total)
         images = 1 if self.image_sizes is None else len(self.image_sizes) // batch
@@ -289,7 +290,7 @@ class _Run:
                 return args, kwargs
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if prompt.image_total:
-                hidden = self.rival.reduce(layer, hidden, prompt)
+                hidden = self.baseline.reduce(layer, hidden, prompt)
             prompt.kept.append(prompt.positions)
             if prompt.positions.shape[1] < prompt.total:
                 places = prompt.positions
@@ -311,8 +312,12 @@ class _Run:
         """The attention function: causal among the tokens that are there."""
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         new, stored = q.shape[2], k.shape[2]
-        if self.prompt is not None and self.prompt.image_total and self.rival.observes(module.layer_idx, self.layers):
-            self.prompt.scores = self.rival.importance(q, k, scale)
+        if (
+            self.prompt is not None
+            and self.prompt.image_total
+            and self.baseline.observes(module.layer_idx, self.layers)
+        ):
+            self.prompt.scores = self.baseline.importance(q, k, scale)
         mask = None
         if 1 < new < stored:
             mask = torch.ones(new, stored, dtype=torch.bool, device=q.device).tril(stored - new)
@@ -326,8 +331,8 @@ class _Run:
 
 
 @contextmanager
-def applied(model: nn.Module, rival: Rival) -> Iterator[Record]:
-    """Runs ``model`` with ``rival`` inside the ``with`` block. A prefill's logits cover the tokens that are left.
+def applied(model: nn.Module, baseline: Baseline) -> Iterator[Record]:
+    """Runs ``model`` with ``baseline`` inside the ``with`` block. A prefill's logits cover the tokens that are left.
 
     Args:
         model: a transformers model that generates from pictures; it must be called with ``input_ids``.
@@ -341,13 +346,15 @@ def applied(model: nn.Module, rival: Rival) -> Iterator[Record]:
     target = targets.find(model)
     layers = getattr(target.decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{rival.name}: {type(target.decoder).__name__} keeps its layers in no list called 'layers'")
+        raise ValueError(
+            f"{baseline.name}: {type(target.decoder).__name__} keeps its layers in no list called 'layers'"
+        )
     config: Any = model.config
     token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     if token is None:
-        raise ValueError(f"{rival.name}: the configuration of {type(model).__name__} names no image token")
-    run = _Run(rival, token, len(layers))
-    rival.schedule(len(layers))
+        raise ValueError(f"{baseline.name}: the configuration of {type(model).__name__} names no image token")
+    run = _Run(baseline, token, len(layers))
+    baseline.schedule(len(layers))
     with ExitStack() as undo:
         undo.enter_context(attention_replaced(target.attention, target.configs, run.attend))
         hooks = [
@@ -362,7 +369,7 @@ def applied(model: nn.Module, rival: Rival) -> Iterator[Record]:
         for hook in hooks:
             undo.callback(hook.remove)
         undo.enter_context(run.noting_pictures(getattr(model, "model", model)))
-        undo.enter_context(rival.installed(model))
+        undo.enter_context(baseline.installed(model))
         yield run.record
 
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from zipvl.baselines.common import Record, Rival, applied
+from zipvl.baselines.common import Baseline, Record, applied
 
 __all__ = ["FastV", "fastv"]
 
 
-class FastV(Rival):
+class FastV(Baseline):
     """FastV's schedule.
 
     Args:

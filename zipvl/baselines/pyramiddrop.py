@@ -13,12 +13,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from zipvl.baselines.common import Record, Rival, applied, solve
+from zipvl.baselines.common import Baseline, Record, applied, solve
 
 __all__ = ["PyramidDrop", "pyramiddrop"]
 
 
-class PyramidDrop(Rival):
+class PyramidDrop(Baseline):
     """PyramidDrop's schedule.
 
     Args:

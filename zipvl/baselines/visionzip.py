@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from zipvl.baselines.common import Prompt, Record, Rival, applied, attention_replaced
+from zipvl.baselines.common import Baseline, Prompt, Record, applied, attention_replaced
 
 __all__ = ["TowerAttention", "VisionZip", "compress", "observed_tower", "visionzip"]
 
@@ -72,7 +72,7 @@ def compress(features: Tensor, score: Tensor, key: Tensor, count: int) -> tuple[
     return places, features.gather(1, places[..., None].expand(-1, -1, width))
 
 
-class VisionZip(Rival):
+class VisionZip(Baseline):
     """VisionZip's schedule.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ class Arguments:
     Args:
         pretrained: folder or hub id of an image-text-to-text model of transformers.
         revision: branch, tag or commit of the hub repository.
-        method: ``zipvl``, ``dense`` (the model as it is), a rival's name, or ``variant``.
+        method: ``zipvl``, ``dense`` (the model as it is), a baseline's name, or ``variant``.
         device: where the model goes, with one process; ``None``: the first GPU, or the CPU.
         device_map: accelerate's device map, such as ``auto``, to spread one model over several GPUs.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
@@ -36,8 +37,8 @@ class Arguments:
         system_prompt: text of a system turn before every question.
         stats: JSON file to write with what the method kept, task by task.
         zipvl: what ZipVL keeps; its fields are arguments of their own (``tau=0.975,cache=drop``).
-        options: arguments of a rival, those of its function in ``zipvl.baselines`` (``keep=0.5``) or ``budget``, or
-            of ``variant``, those of ``benchmarks.paper.variant.Variant``.
+        options: arguments of a baseline, those of its class in ``zipvl.baselines`` (``keep=0.5``) or ``budget``, or of
+            ``variant``, those of ``zipvl.baselines.Variant``.
     """
 
     pretrained: str
@@ -76,7 +77,7 @@ class Arguments:
             _check(value is None or _is_count(value), name, "an integer of at least 1", self)
         _check(isinstance(self.trust_remote_code, bool), "trust_remote_code", "True or False", self)
         _check(self.device is None or self.device_map is None, "device", "left out where device_map is given", self)
-        writable = self.stats is None or Path(self.stats).absolute().parent.is_dir()
+        writable = self.stats is None or os.path.isdir(Path(self.stats).absolute().parent)
         _check(writable, "stats", "a file in an existing directory", self)
 
 
@@ -93,8 +94,8 @@ def parse(given: dict[str, Any]) -> Arguments:
         raise ValueError(f"zipvl: method must be one of {', '.join(METHODS)}, got {method!r}")
     own = {f.name for f in fields(Arguments)} - {"zipvl", "options"}
     of_zipvl = {f.name for f in fields(ZipVLConfig)}
-    of_rival = options_of(method)
-    mine = {"zipvl": of_zipvl, "dense": set()}.get(method, of_rival)
+    of_baseline = options_of(method)
+    mine = {"zipvl": of_zipvl, "dense": set()}.get(method, of_baseline)
     for name in given:
         if name in own | mine:
             continue
@@ -110,7 +111,7 @@ def parse(given: dict[str, Any]) -> Arguments:
     if "batch_size" in values:
         values["batch_size"] = _batch_size(values["batch_size"])
     config = ZipVLConfig(**{name: _field(name, value) for name, value in given.items() if name in of_zipvl & mine})
-    return Arguments(**values, zipvl=config, options={n: v for n, v in given.items() if n in of_rival & mine - own})
+    return Arguments(**values, zipvl=config, options={n: v for n, v in given.items() if n in of_baseline & mine - own})
 
 
 def _field(name: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zipvl.app.run import cache_bytes
+from zipvl.app.cache_bytes import cache_bytes
 
 __all__ = ["Meter", "Tally", "full_cache_bytes", "held_cache_bytes"]
 

@@ -1,32 +1,32 @@
-"""The methods that an evaluation can run: ZipVL, the model as it is, and what a checkout holds to compare them with.
+"""The methods that an evaluation can run: ZipVL, the model as it is, and what ZipVL is compared with.
 
-That is the rivals of ``zipvl/baselines``, and ``variant``: ZipVL with other metrics or probes (``benchmarks/paper``).
+That is the baselines of ``zipvl.baselines``, and ``variant``: ZipVL with other metrics or probes.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from zipvl.app.patches import patch_map
+from zipvl.app.run import reasons_for_dense
+from zipvl.baselines import AIM, FastV, PyramidDrop, Variant, VisionZip, applied, image_budget, variant
+from zipvl.baselines.variant import Metric, Probes
 from zipvl.config import ZipVLConfig
+from zipvl.transformers import sparse
 
-__all__ = ["METHODS", "PADDED", "Kept", "Method", "load", "options_of"]
+__all__ = ["BASELINES", "METHODS", "PADDED", "Kept", "Method", "load", "options_of"]
 
-RIVALS = ("fastv", "pyramiddrop", "visionzip", "aim")
-METHODS = ("zipvl", "dense", *RIVALS, "variant")
+BASELINES: dict[str, Any] = {"fastv": FastV, "pyramiddrop": PyramidDrop, "visionzip": VisionZip, "aim": AIM}
+METHODS = ("zipvl", "dense", *BASELINES, "variant")
 PADDED = ("zipvl", "dense")
 """Those that take a padded batch."""
 
-_CHOICES = {"budget": ("accumulated", "normalized"), "rank": ("accumulated", "normalized")}
-_CHOICES["probes"] = ("stratified", "uniform")
+_CHOICES = {"budget": get_args(Metric), "rank": get_args(Metric), "probes": get_args(Probes)}
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,12 @@ Method = Callable[[Any, Any], AbstractContextManager[Callable[[], Kept]]]
 
 
 def options_of(method: str) -> set[str]:
-    """The names of the arguments that a rival or ``variant`` has of its own; none for ``zipvl`` and ``dense``.
-
-    Raises:
-        ValueError: it is not there.
-    """
+    """The names of the arguments that a baseline or ``variant`` has of its own; none for ``zipvl`` and ``dense``."""
     if method == "variant":
-        return {field.name for field in fields(_variant()[0])}
-    if method not in RIVALS:
+        return {field.name for field in fields(Variant)}
+    if method not in BASELINES:
         return set()
-    parameters = set(inspect.signature(getattr(_rivals(method), method)).parameters)
-    return parameters - {"model", "tower"} | {"budget"}
+    return set(inspect.signature(BASELINES[method]).parameters) - {"tower"} | {"budget"}
 
 
 def load(method: str, options: dict[str, Any], config: ZipVLConfig) -> Method:
@@ -74,16 +69,13 @@ def load(method: str, options: dict[str, Any], config: ZipVLConfig) -> Method:
         return _dense
     if method == "variant":
         return _with_variant(options)
-    return _with_rival(method, options)
+    return _with_baseline(method, options)
 
 
 def _zipvl(config: ZipVLConfig) -> Method:
-    import zipvl
-    from zipvl.app.run import reasons_for_dense
-
     @contextmanager
     def method(model: Any, inputs: Any) -> Iterator[Callable[[], Kept]]:
-        with warnings.catch_warnings(), zipvl.sparse(model, config) as stats:
+        with warnings.catch_warnings(), sparse(model, config) as stats:
             warnings.filterwarnings("ignore", message="zipvl", category=UserWarning)  # the reasons are reported
             yield lambda: Kept(stats.mean_ratio, stats.active, reasons_for_dense(stats))
 
@@ -95,10 +87,9 @@ def _dense(model: Any, inputs: Any) -> Iterator[Callable[[], Kept]]:
     yield lambda: Kept(1.0, False)
 
 
-def _with_rival(name: str, options: dict[str, Any]) -> Method:
-    """A rival; ``budget`` stands for the arguments that give it this share of each prompt's tokens."""
-    rivals, options = _rivals(name), dict(options)
-    (cls,) = (value for value in vars(rivals).values() if inspect.isclass(value) and value.__name__.lower() == name)
+def _with_baseline(name: str, options: dict[str, Any]) -> Method:
+    """A baseline; ``budget`` stands for the arguments that give it this share of each prompt's tokens."""
+    cls, options = BASELINES[name], dict(options)
     budget = options.pop("budget", None)
     if budget is None:
         cls(**options)  # out of range is an error now, not at the first question
@@ -109,19 +100,19 @@ def _with_rival(name: str, options: dict[str, Any]) -> Method:
 
     @contextmanager
     def method(model: Any, inputs: Any) -> Iterator[Callable[[], Kept]]:
-        rival = cls(**options) if budget is None else _at_budget(rivals, cls, budget, model.config, inputs)
-        with rivals.applied(model, rival) as record:
+        baseline = cls(**options) if budget is None else _at_budget(cls, budget, model.config, inputs)
+        with applied(model, baseline) as record:
             yield lambda: Kept(record.budget, record.budget < 1)
 
     return method
 
 
-def _at_budget(rivals: Any, cls: Any, budget: float, model_config: Any, inputs: Any) -> Any:
-    """The rival ``cls`` whose layers see on average ``budget`` of the tokens of this prompt."""
+def _at_budget(cls: Any, budget: float, model_config: Any, inputs: Any) -> Any:
+    """The baseline ``cls`` whose layers see on average ``budget`` of the tokens of this prompt."""
     patches = patch_map(model_config, None, inputs, (1, 1))
     tokens, image = inputs["input_ids"].shape[1], len(patches.image)
-    share = rivals.image_budget(budget, tokens, image) if image else 1.0
-    if cls is rivals.VisionZip:
+    share = image_budget(budget, tokens, image) if image else 1.0
+    if cls is VisionZip:
         return cls.for_budget(share, len(patches.separators) / max(image, 1))
     return cls.for_budget(share, model_config.get_text_config(decoder=True).num_hidden_layers)
 
@@ -130,8 +121,7 @@ def _with_variant(options: dict[str, Any]) -> Method:
     for name, allowed in _CHOICES.items():
         if options.get(name, allowed[0]) not in allowed:
             raise ValueError(f"zipvl: {name} must be one of {', '.join(allowed)}, got {options[name]!r}")
-    variant_class, variant = _variant()
-    choice = variant_class(**options)
+    choice = Variant(**options)
 
     @contextmanager
     def method(model: Any, inputs: Any) -> Iterator[Callable[[], Kept]]:
@@ -139,31 +129,3 @@ def _with_variant(options: dict[str, Any]) -> Method:
             yield lambda: Kept(record.mean_ratio, record.mean_ratio < 1)
 
     return method
-
-
-def _rivals(method: str) -> Any:
-    return _of_checkout("zipvl.baselines", method)
-
-
-def _variant() -> tuple[Any, Any]:
-    """Its settings, and its context manager."""
-    module = _of_checkout("benchmarks.paper.variant", "variant")
-    return module.Variant, module.variant
-
-
-def _of_checkout(module: str, method: str) -> Any:
-    """A module of the benchmarks, which a checkout has and a wheel has not.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    root = Path(__file__).resolve().parents[2]
-    if root.joinpath(*module.split(".")[:2]).is_dir() and str(root) not in sys.path:
-        sys.path.append(str(root))
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"zipvl: method={method} needs {module} of a zipvl checkout (pip install -e . there), and {root} has "
-            f"none: {error}"
-        ) from error

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from zipvl.app.images import to_rgb
+
 __all__ = ["Prompt", "collate", "from_context", "from_messages"]
 
 _IMAGE_MARK = "<image>"
@@ -139,9 +141,9 @@ def _visual(visual: Any) -> dict[str, Any]:
 
 def _picture(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return to_rgb(source)
     with Image.open(source) as picture:
-        return picture.convert("RGB")
+        return to_rgb(picture)
 
 
 def _frames(source: Any, most: int) -> tuple[np.ndarray, Any]:

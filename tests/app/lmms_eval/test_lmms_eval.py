@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history
 from PIL import Image
 
 import zipvl
-from zipvl.app.run import cache_bytes
-from zipvl.lmms_eval import plugin
+from zipvl import baselines
+from zipvl.app.cache_bytes import cache_bytes
+from zipvl.lmms_eval import manifest, plugin
 
 from .conftest import HAS_LMMS_EVAL
 
@@ -72,10 +72,10 @@ def plain(model: Any, doc: dict[str, Any], method: Any = None, **options: Any) -
 
 
 def test_manifest_names_classes_of_the_right_kind() -> None:
-    manifest = plugin.manifest()
-    assert manifest.model_id == "zipvl"
-    assert manifest.chat_class_path == "zipvl.lmms_eval.plugin.ZipVL" and not plugin.ZipVL.is_simple
-    assert manifest.simple_class_path == "zipvl.lmms_eval.plugin.ZipVLSimple" and plugin.ZipVLSimple.is_simple
+    made = manifest()
+    assert made.model_id == "zipvl"
+    assert made.chat_class_path == "zipvl.lmms_eval.plugin.ZipVL" and not plugin.ZipVL.is_simple
+    assert made.simple_class_path == "zipvl.lmms_eval.plugin.ZipVLSimple" and plugin.ZipVLSimple.is_simple
 
 
 @pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed: its registry cannot be asked")
@@ -83,7 +83,7 @@ def test_lmms_evals_registry_takes_the_manifest() -> None:
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     registry = ModelRegistryV2()
-    registry.register_manifest(plugin.manifest())
+    registry.register_manifest(manifest())
     assert registry.get_model_class("zipvl") is plugin.ZipVL
     assert registry.get_model_class("zipvl", force_simple=True) is plugin.ZipVLSimple
 
@@ -262,13 +262,12 @@ def test_frames_become_images_where_the_processor_has_no_videos(llava_next: Path
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "visionzip", "aim"])
-def test_rivals_run_by_name(llava_next: Path, docs: Docs, name: str) -> None:
-    rivals = pytest.importorskip("zipvl.baselines", reason="this checkout has no zipvl/baselines")
+def test_baselines_run_by_name(llava_next: Path, docs: Docs, name: str) -> None:
     model = make(llava_next, docs, f"method={name}," + ("retain=0.5" if name == "aim" else "keep=0.25"))
     answers = model.generate_until([ask(number) for number in range(2)])
     budgets = []
     for answer, doc in zip(answers, docs, strict=False):
-        with getattr(rivals, name)(model.model, **model.arguments.options) as record:
+        with getattr(baselines, name)(model.model, **model.arguments.options) as record:
             text, _ = plain(model, doc)
         assert answer.text == text.strip()
         budgets.append(record.budget)
@@ -279,8 +278,7 @@ def test_rivals_run_by_name(llava_next: Path, docs: Docs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "visionzip", "aim"])
-def test_a_rival_gets_its_budget_on_every_prompt(llava_next: Path, docs: Docs, name: str) -> None:
-    pytest.importorskip("zipvl.baselines", reason="this checkout has no zipvl/baselines")
+def test_a_baseline_gets_its_budget_on_every_prompt(llava_next: Path, docs: Docs, name: str) -> None:
     budget = {"fastv": 0.8, "pyramiddrop": 0.6, "visionzip": 0.4, "aim": 0.3}[name]
     model = make(llava_next, docs, f"method={name},budget={budget}")
     for number in range(3):
@@ -299,8 +297,7 @@ def test_a_rival_gets_its_budget_on_every_prompt(llava_next: Path, docs: Docs, n
         ("method=fastv,tau=0.9", "tau is an argument of method=zipvl, but method=fastv was asked for"),
     ],
 )
-def test_a_rivals_arguments_are_checked_first(llava_next: Path, docs: Docs, arguments: str, message: str) -> None:
-    pytest.importorskip("zipvl.baselines", reason="this checkout has no zipvl/baselines")
+def test_a_baselines_arguments_are_checked_first(llava_next: Path, docs: Docs, arguments: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(llava_next, docs, arguments)
     with pytest.raises(ValueError, match="batch_size must be 1 with method=fastv, which does not take padded batches"):
@@ -309,7 +306,6 @@ def test_a_rivals_arguments_are_checked_first(llava_next: Path, docs: Docs, argu
 
 def test_variants_of_zipvl_run(llava_next: Path, docs: Docs) -> None:
     """Table D's metric pairs; the pair that is ZipVL's own gives ZipVL's answer from as many tokens."""
-    pytest.importorskip("benchmarks.paper.variant", reason="this checkout has no benchmarks/paper")
     own = make(llava_next, docs, "tau=0.8,dense_below=0")
     answers = {}
     for budget in ("accumulated", "normalized"):
@@ -321,12 +317,6 @@ def test_variants_of_zipvl_run(llava_next: Path, docs: Docs) -> None:
     assert len({ratio for _, ratio in answers.values()}) > 1
     with pytest.raises(ValueError, match="rank must be one of accumulated, normalized, got 'both'"):
         make(llava_next, docs, "method=variant,rank=both")
-
-
-def test_a_method_that_is_not_there(llava_next: Path, docs: Docs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "zipvl.baselines", None)
-    with pytest.raises(ValueError, match=r"method=fastv needs zipvl.baselines of a zipvl checkout"):
-        make(llava_next, docs, "method=fastv")
 
 
 def test_one_process_a_gpu_or_one_model_over_several(

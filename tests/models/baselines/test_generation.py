@@ -1,4 +1,4 @@
-"""All rivals on a model: everything kept is the dense model, the rest is what a masked dense model computes."""
+"""All baselines on a model: everything kept is the dense model, the rest is what a masked dense model computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from zipvl.baselines import AIM, FastV, PyramidDrop, Rival, TowerAttention, VisionZip, applied, observed_tower
+from zipvl.baselines import AIM, Baseline, FastV, PyramidDrop, TowerAttention, VisionZip, applied, observed_tower
 from zipvl.baselines.common import _functions, attention_replaced
 
 from .conftest import IMAGE_TOKENS, ROW_ENDS
@@ -20,8 +20,8 @@ TIGHT = [FastV(2, 0.3), PyramidDrop(0.4), VisionZip(0.25), AIM(0.5), AIM(0.3, 0.
 WHOLE = [FastV(2, 1.0), PyramidDrop(1.0), VisionZip(1.0), AIM(1.0, 1.5)]
 
 
-def label(rival: Rival) -> str:
-    return f"{rival.name}-{rival.schedule(6)[-1]:.2f}"
+def label(baseline: Baseline) -> str:
+    return f"{baseline.name}-{baseline.schedule(6)[-1]:.2f}"
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
@@ -61,10 +61,12 @@ def masked(model: Any, kept: list[torch.Tensor], prompt: int, entering: torch.Te
         hook.remove()
 
 
-@pytest.mark.parametrize("rival", TIGHT, ids=label)
-def test_generates_what_a_masked_dense_model_does(model: Any, inputs: dict[str, torch.Tensor], rival: Rival) -> None:
+@pytest.mark.parametrize("baseline", TIGHT, ids=label)
+def test_generates_what_a_masked_dense_model_does(
+    model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline
+) -> None:
     entered: list[torch.Tensor] = []
-    with applied(model, rival) as record:
+    with applied(model, baseline) as record:
         note = model.model.language_model.layers[0].register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
         found = generate(model, inputs)
         note.remove()
@@ -78,11 +80,11 @@ def test_generates_what_a_masked_dense_model_does(model: Any, inputs: dict[str, 
         assert torch.equal(found.sequences[:, prompt + step], expected[:, prompt - 1 + step].argmax(-1))
 
 
-@pytest.mark.parametrize("rival", TIGHT, ids=label)
+@pytest.mark.parametrize("baseline", TIGHT, ids=label)
 def test_cache_lacks_the_dropped_tokens_and_counts_them(
-    model: Any, inputs: dict[str, torch.Tensor], rival: Rival
+    model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline
 ) -> None:
-    with applied(model, rival) as record:
+    with applied(model, baseline) as record:
         cache = generate(model, inputs).past_key_values
     prompt = inputs["input_ids"].shape[1]
     for layer, kept in zip(cache.layers, record.kept, strict=True):
@@ -90,11 +92,11 @@ def test_cache_lacks_the_dropped_tokens_and_counts_them(
         assert layer.get_seq_length() == prompt + NEW - 1
 
 
-@pytest.mark.parametrize("rival", TIGHT, ids=label)
+@pytest.mark.parametrize("baseline", TIGHT, ids=label)
 def test_decoding_several_tokens_at_once_is_decoding_them_in_turn(
-    model: Any, inputs: dict[str, torch.Tensor], rival: Rival
+    model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline
 ) -> None:
-    with applied(model, rival):
+    with applied(model, baseline):
         found = generate(model, inputs)
         cache, prompt = DynamicCache(config=model.config.text_config), inputs["input_ids"].shape[1]
         model(**inputs, past_key_values=cache)
@@ -102,19 +104,19 @@ def test_decoding_several_tokens_at_once_is_decoding_them_in_turn(
     torch.testing.assert_close(tail, torch.stack(found.logits[1:], 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rival", TIGHT, ids=label)
-def test_a_batch_is_its_rows(model: Any, inputs: dict[str, torch.Tensor], rival: Rival) -> None:
-    with applied(model, rival):
+@pytest.mark.parametrize("baseline", TIGHT, ids=label)
+def test_a_batch_is_its_rows(model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline) -> None:
+    with applied(model, baseline):
         together = generate(model, inputs)
         for row in range(2):
             alone = generate(model, {name: value[row : row + 1] for name, value in inputs.items()})
             assert torch.equal(alone.sequences[0], together.sequences[row])
 
 
-@pytest.mark.parametrize("rival", WHOLE, ids=label)
-def test_keeping_everything_is_the_dense_model(model: Any, inputs: dict[str, torch.Tensor], rival: Rival) -> None:
+@pytest.mark.parametrize("baseline", WHOLE, ids=label)
+def test_keeping_everything_is_the_dense_model(model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline) -> None:
     expected = generate(model, inputs)
-    with applied(model, rival) as record:
+    with applied(model, baseline) as record:
         found = generate(model, inputs)
         assert torch.equal(model(**inputs).logits, model(**inputs, use_cache=False).logits)
     assert record.budget == 1.0
@@ -126,17 +128,17 @@ def test_keeping_everything_is_the_dense_model(model: Any, inputs: dict[str, tor
 def test_budgets_are_the_schedules(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     ends = ROW_ENDS / IMAGE_TOKENS
     share = 0.45
-    for rival in (
+    for baseline in (
         FastV.for_budget(share, 6),
         PyramidDrop.for_budget(share, 6),
         VisionZip.for_budget(share, ends),
         AIM.for_budget(share, 6),
     ):
-        with applied(model, rival) as record:
+        with applied(model, baseline) as record:
             generate(model, inputs)
         text = inputs["input_ids"].shape[1] - IMAGE_TOKENS
         expected = (share * IMAGE_TOKENS + text) / (IMAGE_TOKENS + text)
-        assert abs(record.budget - expected) < 1.5 / IMAGE_TOKENS, rival.name
+        assert abs(record.budget - expected) < 1.5 / IMAGE_TOKENS, baseline.name
         assert record.prefills == 2
 
 
@@ -150,13 +152,13 @@ def test_a_tower_observed_once_serves_later_blocks(model: Any, inputs: dict[str,
         assert torch.equal(generate(model, inputs).sequences, expected)
 
 
-@pytest.mark.parametrize("rival", TIGHT, ids=label)
-def test_leaves_no_trace(model: Any, inputs: dict[str, torch.Tensor], rival: Rival) -> None:
+@pytest.mark.parametrize("baseline", TIGHT, ids=label)
+def test_leaves_no_trace(model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline) -> None:
     def hooks() -> int:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
     expected, before = generate(model, inputs).sequences, hooks()
-    with pytest.raises(ZeroDivisionError), applied(model, rival):
+    with pytest.raises(ZeroDivisionError), applied(model, baseline):
         generate(model, inputs)
         raise ZeroDivisionError
     configs = (model.config.text_config, model.config.vision_config)
@@ -169,8 +171,8 @@ def test_leaves_no_trace(model: Any, inputs: dict[str, torch.Tensor], rival: Riv
 def test_a_text_prompt_stays_whole(model: Any) -> None:
     ids = torch.arange(2, 40)[None]
     expected = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
-    for rival in (FastV(), PyramidDrop(), AIM()):
-        with applied(model, rival) as record:
+    for baseline in (FastV(), PyramidDrop(), AIM()):
+        with applied(model, baseline) as record:
             assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False), expected)
         assert record.budget == 1.0
 

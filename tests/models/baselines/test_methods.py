@@ -1,4 +1,4 @@
-"""Each rival's schedule and choice, against examples worked by hand."""
+"""Each baseline's schedule and choice, against examples worked by hand."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def test_keep_best() -> None:
 
 
 def test_fastv_schedule() -> None:
-    rival = FastV()  # K = 2, R = 50%
-    assert rival.schedule(6) == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
-    assert [rival.observes(i, 6) for i in range(6)] == [False, True, False, False, False, False]
-    assert sum(rival.schedule(32)) / 32 == 0.53125
+    baseline = FastV()  # K = 2, R = 50%
+    assert baseline.schedule(6) == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+    assert [baseline.observes(i, 6) for i in range(6)] == [False, True, False, False, False, False]
+    assert sum(baseline.schedule(32)) / 32 == 0.53125
     assert FastV.for_budget(0.5, 6).keep == pytest.approx(0.25)
     with pytest.raises(ValueError, match=r"2 of 6 layers see everything, so the least is 0\.333"):
         FastV.for_budget(0.3, 6)
 
 
 def test_pyramiddrop_schedule() -> None:
-    rival = PyramidDrop()
-    assert rival.stages(32) == [8, 16, 24]
-    assert rival.schedule(8) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
-    assert sum(rival.schedule(32)) / 32 == 0.46875  # the paper's 46.8%
-    assert [i for i in range(32) if rival.observes(i, 32)] == [7, 15, 23]
-    assert rival.stages(6) == [2, 3, 4]
+    baseline = PyramidDrop()
+    assert baseline.stages(32) == [8, 16, 24]
+    assert baseline.schedule(8) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert sum(baseline.schedule(32)) / 32 == 0.46875  # the paper's 46.8%
+    assert [i for i in range(32) if baseline.observes(i, 32)] == [7, 15, 23]
+    assert baseline.stages(6) == [2, 3, 4]
     assert PyramidDrop.for_budget(0.46875, 32).keep == pytest.approx(0.5)
     with pytest.raises(ValueError, match=r"PyramidDrop: budget: 0\.064 of the image tokens is out of reach; 0\.333"):
         PyramidDrop.for_budget(0.064, 6)
@@ -111,9 +111,9 @@ def test_aim_pagerank() -> None:
 
 
 def test_aim_schedule() -> None:
-    rival = AIM(0.25)
+    baseline = AIM(0.25)
     expected = [1.0] * 15 + [max(0.0, 1 - 0.125 * (i - 14 + 1)) for i in range(14, 27)]
-    assert rival.schedule(28) == pytest.approx([0.25 * share for share in expected])
+    assert baseline.schedule(28) == pytest.approx([0.25 * share for share in expected])
     assert AIM(1.0, 1.5).schedule(6) == [1.0] * 6
     for share in (0.064, 0.333, 0.7, 0.9, 1.0):
         assert sum(AIM.for_budget(share, 6).schedule(6)) / 6 == pytest.approx(share, abs=1e-6)

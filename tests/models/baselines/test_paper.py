@@ -20,12 +20,12 @@ from transformers import AutoProcessor
 import zipvl
 from benchmarks.paper import report, show
 from benchmarks.paper.costs import attention_flops, peak_bytes
-from benchmarks.paper.settings import Runner, dense, match_ratio, ours, ratio_of, rivals_at, selecting
+from benchmarks.paper.settings import Runner, baselines_at, dense, match_ratio, ours, ratio_of, selecting
 from benchmarks.paper.statistics import bootstrap, bootstrap_difference, verdict
 from benchmarks.paper.subject import FOLDER, FRAMES, Subject, framed_item, pages
 from benchmarks.paper.tables import TABLES
-from benchmarks.paper.variant import Variant, uniform_probes, variant
-from zipvl.baselines import AIM, FastV, VisionZip, applied
+from zipvl.baselines import AIM, FastV, Variant, VisionZip, applied, variant
+from zipvl.baselines.variant import uniform_probes
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +133,15 @@ def test_uniform_probes() -> None:
     assert uniform_probes(70, 64, 64, 0).tolist() == list(range(70))
 
 
-def test_rivals_reach_their_budget(subject: Subject) -> None:
+def test_baselines_reach_their_budget(subject: Subject) -> None:
     batches = subject.batches("frames", 1, 100_000)
-    for name, make in rivals_at(0.5, subject, "frames").items():
+    for name, make in baselines_at(0.5, subject, "frames").items():
         record = subject.prefills(batches, lambda make=make: applied(subject.model, make(subject.tower)))
         assert ratio_of(record) == pytest.approx(0.5, abs=0.01), name
-    made = rivals_at(0.5, subject, "mixed")
+    made = baselines_at(0.5, subject, "mixed")
     assert isinstance(made["AIM"](None), AIM) and isinstance(made["VisionZip"](None), VisionZip)
     with pytest.raises(ValueError, match=r"FastV: budget .* is out of reach"):
-        rivals_at(0.064, subject, "mixed")["FastV"](None)
+        baselines_at(0.064, subject, "mixed")["FastV"](None)
     assert ratio_of(None) == 1.0 and FastV().keep == 0.5
 
 

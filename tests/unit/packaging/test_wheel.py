@@ -26,7 +26,7 @@ q, k, v = (torch.randn(1, heads, 300, 64) for heads in (4, 2, 2))
 out, index, count = ops.zipvl_attn(q, k, v, ratio=0.5)
 exact = reference.sparse_attn(q.double(), k.double(), v.double(), index, count)
 assert count.tolist() == [150] and torch.allclose(out.double(), exact, atol=1e-5)
-assert (Path(zipvl.__file__).parent / "page.html").is_file()
+assert (Path(zipvl.__file__).parent / "app" / "page.html").is_file()
 assert _library.build_info()["version"] == zipvl.__version__
 assert find_spec("zipvl._plan") is None
 on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""ZipVL with a choice that `zipvl.ZipVLConfig` does not offer, put together from the package's ops for comparison."""
+"""ZipVL with a choice that `zipvl.ZipVLConfig` does not offer, put together from the ops for comparison."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from zipvl import ops
 from zipvl.baselines.common import attention_replaced
 from zipvl.transformers import target as targets
 
-__all__ = ["Variant", "VariantRecord", "uniform_probes", "variant"]
+__all__ = ["Metric", "Probes", "Variant", "VariantRecord", "uniform_probes", "variant"]
 
 Metric = Literal["accumulated", "normalized"]
+Probes = Literal["stratified", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Variant:
     seed: int = 0
     budget: Metric = "accumulated"
     rank: Metric = "normalized"
-    probes: Literal["stratified", "uniform"] = "stratified"
+    probes: Probes = "stratified"
     keep_text: bool = False
 
 
@@ -76,16 +77,16 @@ def variant(model: nn.Module, choice: Variant) -> Iterator[VariantRecord]:
         what was selected.
     """
     target, record = targets.find(model), VariantRecord()
-    image_token: Any = model.config.image_token_id
+    config: Any = model.config
     text_mask: list[Tensor | None] = [None]
 
     def note_text(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        text_mask[0] = ids != image_token if choice.keep_text and ids is not None else None
+        text_mask[0] = ids != config.image_token_id if choice.keep_text and ids is not None else None
 
     def prefill(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         batch, _, tokens, _ = q.shape
-        counts = {"num_recent": choice.num_recent, "num_random": choice.num_random, "seed": choice.seed}
+        counts: dict[str, Any] = {"num_recent": choice.num_recent, "num_random": choice.num_random, "seed": choice.seed}
         if choice.probes == "uniform":
             probes = uniform_probes(tokens, **counts).to(q.device).expand(batch, -1).contiguous()
         else:
