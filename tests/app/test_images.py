@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from zipvl.app.errors import InputError
 from zipvl.app.images import load_image, to_rgb
+from zipvl.errors import InputError
 from zipvl.lmms_eval.prompts import from_context
 
 PAPER, INK, GREY = 65535, 0, 20000

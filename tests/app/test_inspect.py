@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import Result
 
 from zipvl import ZipVLConfig
-from zipvl.app.errors import InputError
 from zipvl.app.images import load_image
 from zipvl.app.inspect import Inspection, LayerView, inspect_page, write_report
 from zipvl.app.loading import load
+from zipvl.errors import InputError
 
 Zipvl = Callable[..., Result]
 

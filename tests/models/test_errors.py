@@ -172,3 +172,18 @@ def test_a_mask_of_the_wrong_length() -> None:
     with pytest.raises(ValueError, match="the mask covers 19 tokens, the keys are 20"):
         module, mask = model.model.layers[0].self_attn, torch.ones(1, 19, dtype=torch.bool)
         ALL_ATTENTION_FUNCTIONS["zipvl"](module, q, kv, kv, mask)
+
+
+def test_a_model_with_a_cache_of_its_own_kind_is_refused_at_the_start() -> None:
+    model = build(tf.MiniMaxForCausalLM, tf.MiniMaxConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1))
+    with (
+        pytest.raises(ValueError, match="MiniMaxModel asks for a cache of its own, MiniMaxCache"),
+        zipvl.sparse(model),
+    ):
+        pass
+
+
+def test_layers_that_do_not_hand_on_keywords_are_an_error_not_a_silent_dense_run() -> None:
+    model = build(tf.StableLmForCausalLM, tf.StableLmConfig(**TEXT))
+    with zipvl.sparse(model), pytest.raises(RuntimeError, match="layers of StableLmModel do not hand keyword arguments"):
+        model(**text_inputs(300), use_cache=False)

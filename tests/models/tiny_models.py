@@ -80,8 +80,8 @@ def pixels(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + seed))
 
 
-def make_llama() -> Any:
-    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT))
+def make_llama(**changes: Any) -> Any:
+    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**(TEXT | changes)))
 
 
 def make_mistral() -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zipvl.app.errors import InputError
+from zipvl.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zipvl import _library, reference, reference_cache
-from zipvl.app.errors import first_line
+from zipvl.errors import first_line
 from zipvl.support import OPS, support
 
 __all__ = ["examine", "self_check"]

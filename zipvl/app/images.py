@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from zipvl.app.errors import InputError, first_line, shortened
+from zipvl.errors import InputError, first_line, shortened
 
 __all__ = ["load_image", "to_rgb"]
 

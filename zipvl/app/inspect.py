@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zipvl.app.errors import InputError, shortened
 from zipvl.app.loading import Loaded
 from zipvl.app.patches import Grid, PatchMap, patch_map
 from zipvl.app.run import Answer, ask, prepare
+from zipvl.errors import InputError, shortened
 
 __all__ = ["FORMATS", "Inspection", "LayerView", "check_output", "inspect_page", "write_report"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zipvl.app.errors import InputError, first_line, shortened
+from zipvl.errors import InputError, first_line, shortened
 from zipvl.support import support
 
 __all__ = ["Loaded", "default_model", "load", "resolve_device", "resolve_dtype"]

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from zipvl.app.cache_bytes import cache_bytes
-from zipvl.app.errors import InputError, first_line
+from zipvl.errors import InputError, first_line
 from zipvl.transformers import cache_names
 
 if TYPE_CHECKING:

@@ -130,7 +130,7 @@ def _prefill(
     tokens = query.shape[2] - candidates
     token_mask = None if attention_mask is None else attention_mask[:, :tokens]
     q, k, v = (s[:, :, :tokens] if candidates else s for s in _in_one_dtype(query, key, value))
-    out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling).transpose(1, 2)
+    out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling).transpose(1, 2).to(query.dtype)
     if layer is not None and candidates:
         guessed = _attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling)
         out = torch.cat([out, guessed], dim=1)
@@ -216,7 +216,7 @@ def _attend_packed(
     token_mask, dtype = call.new_mask(attention_mask, new), packed.dtype
     q = query.to(dtype)
     if new == 1:
-        return layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2)
+        return layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2).to(query.dtype)
     new_keys, new_values = (states.to(dtype) for states in layer.pending())
     if isinstance(packed, QuantizedKV):
         packed.make_room(new)
@@ -229,7 +229,7 @@ def _attend_packed(
         keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
         out, _ = sdpa_attention_forward(module, q, keys, values, mask, scaling=scaling)
     layer.append(token_mask, q, scaling)
-    return out
+    return out.to(query.dtype)
 
 
 def _dense(
