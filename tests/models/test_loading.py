@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 
 import zipvl
+import zipvl.transformers
 from tests.models.tiny_models import MULTIMODAL, make_llama, text_inputs
 
 
@@ -72,6 +73,7 @@ def test_a_prefix_of_inference_mode_is_continued_without(cache: Any) -> None:
 def test_autocast(cache: Any, tau: float) -> None:
     """Rotary embeddings make queries and keys float32 again, and values stay bfloat16: SDPA casts them alike."""
     model, inputs = make_llama(head_dim=32), text_inputs(300)
+    exact = model(**inputs).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         dense = model(**inputs).logits
     with zipvl.sparse(model, tau=tau, cache=cache) as stats:
@@ -84,7 +86,7 @@ def test_autocast(cache: Any, tau: float) -> None:
     assert [layer.mode for layer in stats.layers.values()] == ["sparse"] * 3
     assert step.logits.dtype == torch.float32 and bool(step.logits.isfinite().all())
     if tau == 1.0:
-        assert (logits - dense).abs().mean() < 0.02 * dense.abs().mean()
+        assert (logits - exact).abs().mean() < 1.2 * (dense - exact).abs().mean()
 
 
 def saved(model: Any) -> Any:
