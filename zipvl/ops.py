@@ -1,4 +1,4 @@
-"""``torch.ops.zipvl`` with types and docstrings; the fakes that tracing uses; the check that no input requires grad.
+"""``torch.ops.zipvl`` with types and docstrings; the fakes that tracing uses; the check that nothing is differentiated.
 
 The ops themselves are C++ (``csrc/ops``): argument checks, CPU and CUDA implementations. Calling a function of this
 module and calling ``torch.ops.zipvl.<name>`` are the same thing. Everything is inference only. Shapes: ``B`` batch,
@@ -9,11 +9,12 @@ module and calling ``torch.ops.zipvl.<name>`` are the same thing. Everything is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from zipvl import _library
 
@@ -595,27 +596,55 @@ NAMES = (
 
 
 def _inference_only(name: str) -> Callable[..., Any]:
-    """An Autograd kernel of op ``name`` that refuses inputs which require grad and otherwise passes the call on.
+    """An Autograd kernel of op ``name`` that refuses inputs which require grad or carry a tangent of forward-mode
+    differentiation. It passes other calls on.
 
-    The stable ABI cannot ask a tensor whether it requires grad, so this check is the one that is made in Python; under
-    ``torch.inference_mode`` it is not even entered.
+    The stable ABI cannot ask a tensor for either, so this check is the one that is made in Python, at each call outside
+    of ``torch.inference_mode``. What gets past it is not differentiated, so that nothing is recorded below and no guard
+    has to keep Autograd from the op's own calls.
     """
     op = getattr(torch.ops.zipvl, name).default
-    arguments = [argument.name for argument in op._schema.arguments]
+    redispatch = op._handle.redispatch_boxed  # op.redispatch without its frame
+    below = torch._C._after_autograd_keyset
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            for argument, value in (*zip(arguments, args, strict=False), *kwargs.items()):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"{name}: {argument} requires grad, and zipvl is inference only: expected no gradient, got "
-                        f"{argument}.requires_grad == True with grad mode on. Use torch.no_grad() or "
-                        "torch.inference_mode(), or detach it"
-                    )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        if is_grad_enabled() and any_requires_grad(*args, **kwargs):
+            _refuse_reverse_mode(name, op, args, kwargs)
+        if forward_ad._current_level >= 0:  # grad mode does not concern forward mode
+            _refuse_forward_mode(name, op, args, kwargs)
+        return redispatch(keyset & below, *args, **kwargs)
 
     return kernel
+
+
+def _refuse_reverse_mode(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises RuntimeError with the first argument that requires grad."""
+    for argument, tensor in _tensors(op, args, kwargs):
+        if tensor.requires_grad:
+            raise RuntimeError(
+                f"{name}: {argument} requires grad, and zipvl is inference only: expected no gradient, got "
+                f"{argument}.requires_grad == True with grad mode on. Use torch.no_grad() or "
+                "torch.inference_mode(), or detach it"
+            )
+
+
+def _refuse_forward_mode(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises RuntimeError with the first argument that has a tangent, if one has: torch has dual level 0 alone."""
+    for argument, tensor in _tensors(op, args, kwargs):
+        if forward_ad.unpack_dual(tensor, level=0).tangent is not None:
+            raise RuntimeError(
+                f"{name}: {argument} has a tangent, and zipvl is inference only: expected no forward-mode derivative "
+                f"(torch.func.jvp, torch.autograd.forward_ad), got a dual tensor. Detach {argument}"
+            )
+
+
+def _tensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments of a call of ``op``, with their names."""
+    positional = zip((argument.name for argument in op._schema.arguments), args, strict=False)
+    for argument, value in (*positional, *kwargs.items()):
+        if isinstance(value, Tensor):
+            yield argument, value
 
 
 _autograd = torch.library.Library("zipvl", "FRAGMENT")

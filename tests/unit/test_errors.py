@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from zipvl import ops
 
@@ -279,6 +280,11 @@ DIFFERENTIABLE = [
 ]
 
 
+def test_every_op_that_returns_tensors_is_tested() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("zipvl::")}
+    assert registered - {"zipvl::explain"} == {f"zipvl::{op}" for op in OPS}
+
+
 @pytest.mark.parametrize(("op", "argument"), DIFFERENTIABLE)
 def test_inference_only(op: str, argument: str) -> None:
     tensors = sample_tensors(op)
@@ -288,6 +294,58 @@ def test_inference_only(op: str, argument: str) -> None:
         with no_grad():
             got = getattr(ops, op)(*tensors.values())
         assert not any(t.requires_grad for t in ((got,) if isinstance(got, Tensor) else got))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("op", "argument"), DIFFERENTIABLE)
+def test_no_forward_mode_either(op: str, argument: str, grad: bool) -> None:
+    tensors = sample_tensors(op)
+    primal = tensors[argument]
+
+    def call(t: Tensor) -> Any:
+        return getattr(ops, op)(*(tensors | {argument: t}).values())
+
+    expected = rf"{op}: {argument} has a tangent, and zipvl is inference only"
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match=expected):
+            torch.func.jvp(call, (primal,), (primal,))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(primal, primal)
+            with pytest.raises(RuntimeError, match=expected):
+                call(dual)
+            call(primal)
+            call(dual.detach())
+
+
+@pytest.mark.parametrize("name", ["norm_weight", "v_factor", "k_recent"])
+def test_keyword_tensors_are_not_differentiable_either(name: str) -> None:
+    op = {"norm_weight": "project_queries", "v_factor": "quantize_kv", "k_recent": "decode_attn_quantized"}[name]
+    keywords: dict[str, Any] = {
+        "norm_weight": {"norm_weight": torch.ones(64)},
+        "v_factor": {"v_factor": torch.ones(2, 2, 64)},
+        "k_recent": {
+            "k_recent": torch.ones(2, 2, 5, 64),
+            "v_recent": torch.ones(2, 2, 5, 64),
+            "recent_lengths": torch.ones(2, dtype=torch.int32),
+        },
+    }[name]
+    value = keywords[name]
+    assert_error(op, name, "requires grad", sample_tensors(op), keywords | {name: value.clone().requires_grad_()})
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, value)
+        assert_error(op, name, "has a tangent", sample_tensors(op), keywords | {name: dual})
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_no_forward_mode_in_a_compiled_function(fullgraph: bool) -> None:
+    tensors = sample_tensors("zipvl_attn")
+
+    def tangent(v: Tensor) -> Tensor:
+        return torch.func.jvp(lambda v: ops.zipvl_attn(tensors["q"], tensors["k"], v)[0], (v,), (v,))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="zipvl_attn: v has a tangent, and zipvl is inference only"):
+        torch.compile(tangent, backend="aot_eager", fullgraph=fullgraph)(tensors["v"])
 
 
 @pytest.mark.parametrize("op", OPS)
