@@ -141,7 +141,7 @@ def test_memory_after_and_during_a_prefill(ratio: float) -> None:
 
 
 def test_many_layers_are_never_untrimmed_at_once() -> None:
-    from zipvl.transformers.trim import LAYERS_BEHIND, Trimmer
+    from zipvl.transformers.storage import LAYERS_BEHIND, Trimmer
 
     most = 0
     add = Trimmer.add

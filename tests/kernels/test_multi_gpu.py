@@ -86,6 +86,8 @@ def test_layers_on_two_devices(cache: str) -> None:
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_decode_graph_on_a_device_that_is_not_the_current_one(cache: str) -> None:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # torch's own stream for captures is now one of the first GPU
+        torch.zeros(1, device="cuda:0")
     model, prompt = make().to("cuda:1"), ids(TOKENS, 1).to("cuda:1")
     with zipvl.sparse(model, tau=0.7, dense_below=256, cache=cache):
         plain, replayed = (model(prompt, logits_to_keep=1) for _ in range(2))

@@ -52,6 +52,7 @@ def test_inference_mode() -> None:
         with torch.inference_mode():
             assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
 
+
 @pytest.mark.parametrize("cache", ["drop", "full", "quantize"])
 def test_a_prefix_of_inference_mode_is_continued_without(cache: Any) -> None:
     model, inputs = make_llama(head_dim=32), text_inputs(300)
@@ -86,7 +87,7 @@ def test_autocast(cache: Any, tau: float) -> None:
     assert [layer.mode for layer in stats.layers.values()] == ["sparse"] * 3
     assert step.logits.dtype == torch.float32 and bool(step.logits.isfinite().all())
     if tau == 1.0:
-        assert (logits - exact).abs().mean() < 1.2 * (dense - exact).abs().mean()
+        assert (logits - exact).abs().mean() < 1.5 * (dense - exact).abs().mean()
 
 
 def saved(model: Any) -> Any:

@@ -65,7 +65,8 @@ class DecodeGraph:
                 for layer in self._layers:
                     layer.crop(-1)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph):
+            # Not torch's own stream for captures, which is of the device that captured first.
+            with torch.cuda.graph(self._graph, stream=side):
                 self._logits = step()
         for layer in self._layers:
             layer.advance(-1)  # captured, not run
