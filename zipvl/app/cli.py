@@ -7,6 +7,7 @@ the caller is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,7 +190,7 @@ def _config(**values: Any) -> ZipVLConfig:
     from zipvl.config import ZipVLConfig
 
     below = values["dense_below"]
-    values["dense_below"] = int(below) if below.lstrip("-").isdecimal() else below
+    values["dense_below"] = int(below) if re.fullmatch(r"-?\d{1,99}", below) else below
     try:
         return ZipVLConfig(**values)
     except ValueError as error:
