@@ -110,13 +110,13 @@ def _error(name: str, expected: str, got: Any) -> ValueError:
     try:
         shown = repr(got)
     except ValueError:  # an integer of more digits than Python writes
-        shown = f"{type(got).__name__} of {got.bit_length()} bits"
+        shown = f"a value of type {type(got).__name__}"
     return ValueError(f"ZipVLConfig: {name} must be {expected}, got {shown}")
 
 
 def _plain(value: Any) -> Any:
     """What a scalar or 0-d array of numpy stands for in Python; every other value as it is."""
-    return value.item() if type(value).__module__ == "numpy" and value.shape == () else value
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
 
 
 def _index(value: Any) -> int | None:
