@@ -4,7 +4,7 @@
 #   make test        build, then every test that this machine can run
 #   make gpu-check   on a GPU: all of tests/kernels, then compute-sanitizer's four tools over small shapes; both are recorded
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
-#   make lint        formatting, lint and types
+#   make lint        formatting, lint, types, and which module imports which
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
@@ -93,6 +93,7 @@ lint: $(VENV)/packages.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/import_layers.py
 
 format: $(VENV)/packages.stamp
 	$(BIN)/clang-format -i $(CPP)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
+import numbers
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 CacheMode = Literal["drop", "quantize", "full"]
 BITS = (2, 4, 8)
@@ -20,7 +23,7 @@ class ZipVLConfig:
         ratio: if given, replaces ``tau``: every layer keeps ``ceil(ratio * real tokens)``; in ``(0, 1]``.
         num_recent: most recent tokens used as probes (Sec. A).
         num_random: random earlier tokens used as probes, one from each of as many strata (Sec. A).
-        seed: seed of that draw. The same seed probes the same tokens on every device and rank.
+        seed: seed of that draw, below 2**63. The same seed probes the same tokens on every device and rank.
         keep_recent: last tokens of the prompt that are always kept.
         min_tokens: fewest tokens a layer keeps.
         all_queries: compute every query against the kept keys instead of the kept queries alone.
@@ -35,8 +38,11 @@ class ZipVLConfig:
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
             is tested (docs/transformers.md). ``None``: where it pays; True: wherever it applies; False: nowhere.
 
+    Scalars of numpy are taken too. Values are stored as Python's own and ``layers`` as a tuple, so that a configuration
+    can be hashed.
+
     Raises:
-        ValueError: a value is out of range; the message names it, what was expected and what came.
+        ValueError: a value is of the wrong type or out of range; the message names it, what was expected and what came.
     """
 
     tau: float = 0.975
@@ -55,45 +61,113 @@ class ZipVLConfig:
     skip_projections: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tau", "ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value <= 1.0:
-                raise ValueError(f"ZipVLConfig: {name} must be in (0, 1], got {value}")
-        if self.tau is None:
-            raise ValueError("ZipVLConfig: tau must be in (0, 1], got None")
-        for name in ("num_recent", "num_random", "seed", "keep_recent", "min_tokens", "dense_below"):
-            value = getattr(self, name)
-            if name == "dense_below" and isinstance(value, str):
-                if value != "auto":
-                    expected = 'must be "auto" or an integer of at least 0'
-                    raise ValueError(f"ZipVLConfig: dense_below {expected}, got {value!r}")
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"ZipVLConfig: {name} must be an integer of at least 0, got {value!r}")
-        if self.num_recent + self.num_random == 0:
+        self._store("tau", _share("tau", self.tau))
+        if self.ratio is not None:
+            self._store("ratio", _share("ratio", self.ratio))
+        for name in ("num_recent", "num_random"):
+            self._store(name, _integer(name, getattr(self, name), 31))
+        for name in ("seed", "keep_recent", "min_tokens"):
+            self._store(name, _integer(name, getattr(self, name), 63))
+        if not (isinstance(self.dense_below, str) and self.dense_below == "auto"):
+            self._store("dense_below", _integer("dense_below", self.dense_below, 63, '"auto" or an integer'))
+        probes = self.num_recent + self.num_random
+        if probes == 0:
             raise ValueError("ZipVLConfig: num_recent + num_random must be at least 1, got 0")
-        if self.skip_projections not in (None, True, False):
-            raise ValueError(
-                f"ZipVLConfig: skip_projections must be None, True or False, got {self.skip_projections!r}"
-            )
-        if self.cache not in get_args(CacheMode):
-            raise ValueError(f"ZipVLConfig: cache must be one of {get_args(CacheMode)}, got {self.cache!r}")
+        if probes >= 2**31:
+            raise ValueError(f"ZipVLConfig: num_recent + num_random must be below 2**31, got {probes}")
+        self._store("all_queries", _flag("all_queries", self.all_queries, "True or False"))
+        if self.skip_projections is not None:
+            self._store("skip_projections", _flag("skip_projections", self.skip_projections, "None, True or False"))
+        if not isinstance(self.cache, str) or self.cache not in get_args(CacheMode):
+            raise _error("cache", f"one of {get_args(CacheMode)}", self.cache)
         for name in ("high_bits", "low_bits"):
-            if getattr(self, name) not in BITS:
-                raise ValueError(f"ZipVLConfig: {name} must be one of {BITS}, got {getattr(self, name)!r}")
-        ratio = None if self.ratio is None else float(self.ratio)
-        object.__setattr__(self, "cost_key", json.dumps([ratio, float(self.tau), bool(self.all_queries)]))
+            bits = _index(getattr(self, name))
+            if bits not in BITS:
+                raise _error(name, f"one of {BITS}", getattr(self, name))
+            self._store(name, bits)
+        if self.layers is not None:
+            self._store("layers", _layers(self.layers))
 
-    # Each object's own; ClassVar keeps it from being a field. Text, because torch.compile(dynamic=True) makes symbols
-    # of an object's floats.
-    cost_key: ClassVar[str]
-    """What a layer's cost depends on, ``[ratio, tau, all_queries]``, as JSON: for :mod:`zipvl.policy`."""
+    def _store(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def replace(self, **changes: Any) -> ZipVLConfig:
-        """A copy with ``changes``, checked like a new one."""
+        """A copy with ``changes``, checked like a new one.
+
+        Raises:
+            TypeError: there is no such field; the message names it.
+            ValueError: as for a new one.
+        """
         return replace(self, **changes)
 
     def attention_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.ops.zipvl.zipvl_attn`` that this configuration decides."""
         names = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "all_queries")
         return {name: getattr(self, name) for name in names}
+
+
+def _error(name: str, expected: str, got: Any) -> ValueError:
+    try:
+        shown = repr(got)
+    except ValueError:  # an integer of more digits than Python writes
+        shown = f"a value of type {type(got).__name__}"
+    return ValueError(f"ZipVLConfig: {name} must be {expected}, got {shown}")
+
+
+def _plain(value: Any) -> Any:
+    """What a scalar or 0-d array of numpy stands for in Python; every other value as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
+def _index(value: Any) -> int | None:
+    """The int that ``value`` is, or None: bools are none."""
+    value = _plain(value)
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _share(name: str, value: Any) -> float:
+    value = _plain(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _error(name, "a number in (0, 1]", value)
+    try:
+        share = float(value)
+    except OverflowError:
+        share = math.inf
+    if not 0.0 < share <= 1.0:
+        raise _error(name, "in (0, 1]", value)
+    return share
+
+
+def _integer(name: str, value: Any, bits: int, kind: str = "an integer") -> int:
+    number = _index(value)
+    if number is None:
+        raise _error(name, f"{kind} of at least 0", value)
+    if number < 0:
+        raise _error(name, "an integer of at least 0", number)
+    if number >= 2**bits:
+        raise _error(name, f"below 2**{bits}", number)
+    return number
+
+
+def _flag(name: str, value: Any, expected: str) -> bool:
+    flag = _plain(value)
+    if not isinstance(flag, bool):
+        raise _error(name, expected, value)
+    return flag
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    expected = "None or an iterable of integers of at least 0"
+    try:
+        given = None if isinstance(value, (str, bytes, Mapping)) else [_index(layer) for layer in value]
+    except TypeError:
+        given = None
+    if given is None:
+        raise _error("layers", expected, value)
+    layers = tuple(layer for layer in given if layer is not None and layer >= 0)
+    if len(layers) < len(given):
+        raise _error("layers", expected, value)
+    return layers

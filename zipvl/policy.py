@@ -12,7 +12,7 @@ import torch
 
 from zipvl.config import ZipVLConfig
 
-__all__ = ["SHORTEST", "LayerCost", "dense_below", "layer_cost", "max_kept", "pays_from"]
+__all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "max_kept", "pays_from"]
 
 # us on an NVIDIA H200, bfloat16: of a call, of each 1e9 numbers of q, and of each 1e9 of those times the tokens. ZipVL
 # multiplies with the selected tokens alone; its last constant is the time of finding their number by tau. ``python -m
@@ -28,11 +28,20 @@ _PARTS = 2**16  # a ratio is rounded up to as many parts, so that its share of a
 SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the default configuration
 
 
-def cost_key(config):
-    return config.cost_key
+def cost_key(config: ZipVLConfig) -> str:
+    """What a layer's cost depends on, ``[ratio, tau, all_queries]``, as JSON.
+
+    Text, because ``torch.compile(dynamic=True)`` makes symbols of an object's floats.
+    """
+    return json.dumps([config.ratio, config.tau, config.all_queries])
 
 
-def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: torch.Tensor, cost_key=None) -> int:
+_key_of = cost_key  # where an argument has the name
+
+
+def dense_below(
+    config: ZipVLConfig, query_heads: int, head_dim: int, states: torch.Tensor, cost_key: str | None = None
+) -> int:
     """The fewest tokens from which on a layer's prefill is sparse: ``config.dense_below``, or what "auto" means here.
 
     Args:
@@ -40,12 +49,13 @@ def dense_below(config: ZipVLConfig, query_heads: int, head_dim: int, states: to
         query_heads, head_dim: of the layer, as far as they are on this device. The size of the batch does not matter,
             so that a row of it is dense or sparse as it is alone.
         states: a tensor of the layer's dtype on its device.
+        cost_key: ``cost_key(config)``, made beforehand where a compiler traces this call; None: made here.
     """
     if config.dense_below != "auto":
         return config.dense_below
     if states.device.type != "cuda" or states.dtype == torch.float32:
         return SHORTEST
-    return _by_cost(query_heads, head_dim, config.cost_key if cost_key is None else cost_key)
+    return _by_cost(query_heads, head_dim, _key_of(config) if cost_key is None else cost_key)
 
 
 def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -> int | None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from zipvl import _library
 from zipvl.ops import NAMES as OPS
 
 __all__ = ["DTYPES", "OPS", "Support", "can_run_native", "support", "why_not"]
@@ -113,8 +114,6 @@ def _bad_input(op: str, dtype: torch.dtype | None, head_dim: int | None) -> str 
 
 
 def _not_registered(op: str, device: torch.device) -> str | None:
-    from zipvl import _library
-
     if device.type not in ("cpu", "cuda"):
         return f"zipvl runs on cpu and cuda, not on {device.type}"
     if not hasattr(torch.ops.zipvl, op):
@@ -130,8 +129,6 @@ def _not_registered(op: str, device: torch.device) -> str | None:
 
 def _too_old(device: torch.device) -> str | None:
     """Why this GPU cannot run the kernels that were built; ``None`` where it can, or where the build left no record."""
-    from zipvl import _library
-
     built_for = _library.build_info().get("cuda_archs", "")
     archs = [int(arch.rstrip("af")) for arch in built_for.split(";") if arch]
     major, minor = torch.cuda.get_device_capability(device)

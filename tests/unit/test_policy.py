@@ -42,6 +42,12 @@ def test_on_a_gpu_the_cost_model_decides() -> None:
     assert below(States(dtype=torch.float32)) == 256, "no kernel takes float32"
 
 
+def test_a_key_made_beforehand_says_the_same() -> None:
+    for settings in (ZipVLConfig(), ZipVLConfig(ratio=0.25), ZipVLConfig(tau=0.6, all_queries=True)):
+        key = policy.cost_key(settings)
+        assert policy.dense_below(settings, 28, 128, States(), key) == policy.dense_below(settings, 28, 128, States())  # type: ignore[arg-type]
+
+
 def test_numbers_of_any_kind() -> None:
     half = torch.tensor(0.5).numpy()[()]
     assert below(States(), ratio=half, tau=half) == below(States(), ratio=0.5, tau=0.5)
@@ -51,9 +57,10 @@ def test_numbers_of_any_kind() -> None:
 @pytest.mark.parametrize("config", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
 def test_the_compiler_takes_it_for_a_constant(config: dict[str, float], dynamic: bool) -> None:
     states, settings = States(), ZipVLConfig(**config)
+    key = policy.cost_key(settings)
 
     def added(x: torch.Tensor) -> torch.Tensor:
-        return x + policy.dense_below(settings, 28, 128, states)  # type: ignore[arg-type]
+        return x + policy.dense_below(settings, 28, 128, states, key)  # type: ignore[arg-type]
 
     compiled = torch.compile(added, fullgraph=True, dynamic=dynamic, backend="eager")
     assert int(compiled(torch.zeros(()))) == below(states, **config)

@@ -1,0 +1,98 @@
+"""ZipVLConfig takes what its fields mean, stores it as Python's own, and says what is wrong with the rest."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zipvl import ZipVLConfig
+
+COUNTS = ("num_recent", "num_random", "seed", "keep_recent", "min_tokens", "dense_below")
+BELOW_2_63 = ("seed", "keep_recent", "min_tokens", "dense_below")
+
+REFUSED: list[tuple[str, list[Any]]] = [
+    ("tau", [None, "0.9", True, 0.5j, [0.5], 0, -0.1, 1.5, math.nan, math.inf, np.float32(1.5), np.bool_(True)]),
+    ("tau", [np.array([0.5]), Fraction(1, 10**400), 10**400, 10**5000]),
+    ("ratio", ["0.5", False, 0.0, -1, 1.0001, math.nan, -math.inf, np.str_("0.5"), b"1"]),
+    *[(name, [None, -1, 2.0, 1.5, "3", True, [1], np.float64(2), np.bool_(True), np.int64(-1)]) for name in COUNTS],
+    *[(name, [2**31, 2**40, np.int64(2**31)]) for name in ("num_recent", "num_random")],
+    *[(name, [2**63, 2**70, 10**5000, np.uint64(2**63)]) for name in BELOW_2_63],
+    ("dense_below", ["automatic", "256", ""]),
+    ("all_queries", [None, "no", "", 0, 1, 1.0, np.int64(1), []]),
+    ("skip_projections", ["auto", 0, 1, 0.0, np.int64(0), ()]),
+    ("cache", [None, "keep", "Drop", 1, ["drop"], np.array(["drop", "full"])]),
+    *[(name, [None, 0, 3, 16, 4.0, "4", True, np.int64(5)]) for name in ("high_bits", "low_bits")],
+    ("layers", [0, 1.5, True, "all", "0", b"01", [-1], [0, 1.0], ["0"], [True], [None], {0: 1}, np.array(3)]),
+    ("layers", [np.array([0.0]), np.array([[0, 1]])]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in REFUSED for value in values], ids=lambda v: str(type(v))
+)
+def test_refused_with_the_name_of_the_field(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^ZipVLConfig: {name} must be .*, got "):
+        ZipVLConfig(**{name: value})
+    with pytest.raises(ValueError, match=rf"^ZipVLConfig: {name} must be .*, got "):
+        ZipVLConfig().replace(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "stored"),
+    [
+        ("tau", 1, 1.0),
+        ("tau", np.float16(0.5), 0.5),
+        ("tau", np.array(0.25), 0.25),
+        ("ratio", np.int64(1), 1.0),
+        ("ratio", Fraction(1, 4), 0.25),
+        ("ratio", None, None),
+        *[(name, np.int32(8), 8) for name in COUNTS],
+        *[(name, np.array(9), 9) for name in COUNTS],
+        *[(name, 2**63 - 1, 2**63 - 1) for name in BELOW_2_63],
+        ("dense_below", "auto", "auto"),
+        ("all_queries", np.bool_(True), True),
+        ("skip_projections", np.bool_(False), False),
+        ("skip_projections", None, None),
+        ("high_bits", np.uint8(8), 8),
+        ("layers", None, None),
+        ("layers", [2, 0], (2, 0)),
+        ("layers", range(3), (0, 1, 2)),
+        ("layers", np.array([1, 3]), (1, 3)),
+        ("layers", (np.int64(4),), (4,)),
+        ("layers", (i for i in (5, 6)), (5, 6)),
+        ("layers", [], ()),
+    ],
+    ids=str,
+)
+def test_stored_as_pythons_own(name: str, given: Any, stored: Any) -> None:
+    config = ZipVLConfig(**{name: given})
+    got = getattr(config, name)
+    assert got == stored and type(got) is type(stored)
+    if isinstance(got, tuple):
+        assert all(type(layer) is int for layer in got)
+    plain = ZipVLConfig(**{name: stored})
+    assert config == plain and hash(config) == hash(plain) and pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(("recent", "random"), [(0, 0), (2**30, 2**30), (1, 2**31 - 1)])
+def test_the_number_of_probes(recent: int, random: int) -> None:
+    with pytest.raises(ValueError, match=r"ZipVLConfig: num_recent \+ num_random must be .*, got"):
+        ZipVLConfig(num_recent=recent, num_random=random)
+    ZipVLConfig(num_recent=2**31 - 1, num_random=0)
+
+
+def test_an_unknown_field_is_named() -> None:
+    for make in (ZipVLConfig, ZipVLConfig().replace):
+        with pytest.raises(TypeError, match="tua"):
+            make(tua=0.5)
+
+
+def test_replace_changes_what_it_names_alone() -> None:
+    config = ZipVLConfig(tau=0.5, layers=[1])
+    assert config.replace(seed=3) == ZipVLConfig(tau=0.5, layers=(1,), seed=3)
+    assert config == ZipVLConfig(tau=0.5, layers=(1,))
