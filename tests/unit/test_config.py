@@ -64,7 +64,7 @@ def test_refused_with_the_name_of_the_field(name: str, value: Any) -> None:
         ("layers", range(3), (0, 1, 2)),
         ("layers", np.array([1, 3]), (1, 3)),
         ("layers", (np.int64(4),), (4,)),
-        ("layers", (i for i in (5, 6)), (5, 6)),
+        pytest.param("layers", (i for i in (5, 6)), (5, 6), id="layers-a generator"),
         ("layers", [], ()),
     ],
     ids=str,
