@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+DecodeMode = Literal["auto", "graph", "eager"]
 CacheMode = Literal["drop", "quantize", "full"]
 BITS = (2, 4, 8)
 
@@ -37,6 +38,10 @@ class ZipVLConfig:
             here that cannot be sparse is an error.
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
             is tested (docs/transformers.md). ``None``: where it pays; True: wherever it applies; False: nowhere.
+        decode: how ``generate()`` decodes. ``"auto"``: by replays of a step captured in a CUDA graph where that can be
+            and enough tokens are to come; ``"graph"``: for few tokens too; ``"eager"``: step by step.
+        vision_attention: on a GPU, vision towers that attend within windows make one call of exact attention for all
+            windows of a layer, instead of one for each.
 
     Scalars of numpy are taken too. Values are stored as Python's own and ``layers`` as a tuple, so that a configuration
     can be hashed.
@@ -59,6 +64,8 @@ class ZipVLConfig:
     dense_below: int | Literal["auto"] = "auto"
     layers: tuple[int, ...] | None = None
     skip_projections: bool | None = None
+    decode: DecodeMode = "auto"
+    vision_attention: bool = True
 
     def __post_init__(self) -> None:
         self._store("tau", _share("tau", self.tau))
@@ -80,6 +87,9 @@ class ZipVLConfig:
             self._store("skip_projections", _flag("skip_projections", self.skip_projections, "None, True or False"))
         if not isinstance(self.cache, str) or self.cache not in get_args(CacheMode):
             raise _error("cache", f"one of {get_args(CacheMode)}", self.cache)
+        if not isinstance(self.decode, str) or self.decode not in get_args(DecodeMode):
+            raise _error("decode", f"one of {get_args(DecodeMode)}", self.decode)
+        self._store("vision_attention", _flag("vision_attention", self.vision_attention, "True or False"))
         for name in ("high_bits", "low_bits"):
             bits = _index(getattr(self, name))
             if bits not in BITS:

@@ -103,6 +103,30 @@ class LayerStats:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass
+class Decoding:
+    """How one ``generate()`` decoded.
+
+    Args:
+        reason: why its steps were run one by one; None: they were replays of a captured one.
+        steps: steps that ran as they are, before the capture.
+        replayed: steps that were replays of a CUDA graph.
+    """
+
+    reason: str | None = None
+    steps: int = 0
+    replayed: int = 0
+
+    @property
+    def how(self) -> Literal["graph", "eager"]:
+        """Whether any step was a replay."""
+        return "graph" if self.replayed else "eager"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {"how": self.how, "reason": self.reason, "replayed": self.replayed}
+
+
 def _ratios(real: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """``kept / real`` of each row, float64 ``[B]``; a row without real tokens counts 1."""
     # Not torch.where, which copies a constant to the device and waits for it.
@@ -165,6 +189,8 @@ class Stats:
             self._rows: dict[int, int] = {}
             self._prefill_counts: dict[int, int] = {}
             self._sparse_prefills = 0
+            self.decodings: list[Decoding] = []
+            """How each ``generate()`` decoded, in order."""
 
     def add(
         self,
@@ -220,6 +246,11 @@ class Stats:
             self._sparse_prefills += reason is None
         return entry
 
+    def decodes(self) -> Decoding:
+        """Records that a ``generate()`` begins, which tells the result how it decodes."""
+        self.decodings.append(Decoding())
+        return self.decodings[-1]
+
     @property
     def layers(self) -> dict[int, LayerStats]:
         """Each layer's last prefill."""
@@ -259,6 +290,7 @@ class Stats:
         """Plain numbers and strings, ready for JSON."""
         names = ("active", "prefills", "mean_ratio", "cache_bytes", "full_cache_bytes")
         totals = {name: getattr(self, name) for name in names}
+        totals["decodings"] = [decoding.to_dict() for decoding in self.decodings]
         return totals | {"layers": [self.layers[layer].to_dict() for layer in sorted(self.layers)]}
 
     def summary(self) -> str:
@@ -269,6 +301,9 @@ class Stats:
             f"zipvl: {'sparse' if self.active else 'NOT sparse'}, {self.prefills} prefill(s), "
             f"mean ratio {self.mean_ratio:.3f}, cache {self.cache_bytes:,} of {self.full_cache_bytes:,} bytes"
         ]
+        if self.decodings:
+            last = self.decodings[-1]
+            lines.append(f"  decoded by {last.how}" + (f": {last.reason}" if last.reason else ""))
         for layer in sorted(self.layers):
             entry = self.layers[layer]
             note = f" ({entry.reason})" if entry.reason else ""

@@ -77,6 +77,10 @@ def attention_forward(
             refuse_unsupported(module, kwargs, dropout)
             return _prefill(module, call, layer, dense_below, query, key, value, attention_mask, scaling), None
         call.record(module, layer, query, attention_mask, dense_below, dense=dense)
+        whole = layer is not None and not dense.always and (attention_mask is None or attention_mask.dim() == 2)
+        if layer is not None and whole and call.captures:
+            layer.keep_whole(attention_mask)
+            layer = None
     if layer is not None:
         layer.keep_all()
     out = _dense(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -46,6 +48,7 @@ class ZipVLCache(DynamicCache):
     Attributes:
         candidates: how many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt.
         assisted: the cache is that of an assisted generation.
+        plan: how the ``generate()`` that runs decodes (``decode.Plan``); None outside of one.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ZipVLCache(DynamicCache):
         self.layer_class_to_replicate = None
         self.config, self.cost_key = config, policy.cost_key(config) if cost_key is None else cost_key
         self.candidates, self.assisted = 0, False
+        self.plan: Any = None
 
     @property
     def cache_bytes(self) -> int:

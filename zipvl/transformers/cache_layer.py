@@ -90,6 +90,11 @@ class ZipVLCacheLayer(DynamicLayer):
         self.lazy_initialization(key_states, value_states)
         super().update(key_states, value_states)
 
+    def keep_whole(self, token_mask: torch.Tensor | None) -> None:
+        """The prefill was dense, and is packed whole for a captured step; ``token_mask [B, N]`` or None: all real."""
+        keys, values = self._take()
+        self.packed = RaggedKV.real(keys, values, token_mask)
+
     def keep_packed(
         self,
         keys: torch.Tensor,
@@ -202,6 +207,21 @@ class ZipVLCacheLayer(DynamicLayer):
         among those at full precision."""
         if isinstance(self.packed, QuantizedKV):
             self.packed.make_room(tokens)
+
+    def counts(self) -> tuple[int, int]:
+        """What the host counts and a captured step changes: tokens seen, and those of the longest packed row."""
+        return self._seen, 0 if self.packed is None else self.packed.longest
+
+    def withdraw(self, seen: int, longest: int) -> None:
+        """Takes back, on the host alone, what a step did that was captured and not run: ``counts`` was this."""
+        self._pending = self.returned = None
+        self._seen = seen
+        if self.packed is not None:
+            self.packed.advance(longest - self.packed.longest)
+
+    def storage(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor that a captured step reads or writes; none where nothing is packed."""
+        return () if self.packed is None else self.packed.tensors()
 
     def advance(self, tokens: int) -> None:
         """Notes ``tokens`` that a replayed CUDA graph appended."""

@@ -106,6 +106,11 @@ class Call:
             )
         return layer
 
+    @property
+    def captures(self) -> bool:
+        """Whether this is a forward of a ``generate()`` that captures its steps; dense prefills are packed for it."""
+        return isinstance(self.cache, ZipVLCache) and self.cache.plan is not None and self.cache.plan.captures
+
     # The decision
 
     def dense_below(self, query_heads: int, head_dim: int, states: torch.Tensor) -> int:

@@ -2,18 +2,114 @@
 
 A step of a 7B model takes the GPU a few milliseconds and Python a few tens: with a small cache the launches are what is
 left to save. The cache's lengths live on the device and its storage is reserved beforehand, so one captured step serves
-every later one.
+every later one. ``generate()`` does it by itself (``Replaying``); ``DecodeGraph`` is for loops of one's own.
 """
 
 from __future__ import annotations
 
+import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMode
 
+from zipvl.stats import Decoding
 from zipvl.transformers import cache_names
+from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
+from zipvl.transformers.target import KEYWORD
+
+FEWEST_STEPS = 16
+"""Fewer steps are decoded eagerly unless ``ZipVLConfig.decode`` is ``"graph"``: a capture takes as long as one."""
+
+ROOM = 512
+"""Steps that a graph has room for; then the next is captured."""
+
+DEVICES = ("cuda",)
+"""Types of devices whose steps can be captured."""
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class Captured:
+    """One decode step behind a packed cache, captured in a CUDA graph.
+
+    Args:
+        layers: the cache's, all packed, on ``device``.
+        device: one GPU.
+        step: runs the step on tensors that stay where they are; its result is kept.
+        steps: how many may be replayed.
+        warm_up: run the step once before, outside the capture; what it appends is taken back.
+    """
+
+    def __init__(
+        self,
+        layers: list[ZipVLCacheLayer],
+        device: torch.device,
+        step: Callable[[], Any],
+        steps: int,
+        *,
+        warm_up: bool = False,
+    ) -> None:
+        self._layers, self._device, self.left = layers, device, steps
+        for layer in layers:
+            layer.reserve(steps + 1)
+            layer.make_room(2 if warm_up else 1)  # for the step that is taken back and the one that is captured
+        before = [layer.counts() for layer in layers]
+        try:
+            self._replay, self.result = self._capture(step, warm_up)
+        finally:
+            for layer, counts in zip(layers, before, strict=True):
+                layer.withdraw(*counts)  # captured, not run
+        self._storage = [tensor for layer in layers for tensor in layer.storage()]
+
+    def _capture(self, step: Callable[[], Any], warm_up: bool) -> tuple[Callable[[], None], Any]:
+        """What runs ``step`` again, and what it returned."""
+        with torch.cuda.device(self._device):  # a graph is captured on a stream of the current device
+            graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                if warm_up:
+                    step()  # libraries set themselves up outside the capture
+                    self._take_back()
+                # torch.cuda.graph would collect garbage and empty the allocator's cache first, and its own stream is of
+                # the device that captured first. Other threads may go on.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    result = step()
+                finally:
+                    graph.capture_end()
+            main.wait_stream(side)
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
+        return replay, result
+
+    def _take_back(self) -> None:
+        for layer in self._layers:
+            layer.crop(-1)
+
+    def is_current(self) -> bool:
+        """Whether the cache's storage is still what was captured."""
+        now = [tensor for layer in self._layers for tensor in layer.storage()]
+        return len(now) == len(self._storage) and all(a is b for a, b in zip(now, self._storage, strict=True))
+
+    def replay(self) -> Any:
+        """The step again, on what its tensors hold now; the result is overwritten by the next replay."""
+        self.left -= 1
+        for layer in self._layers:
+            layer.make_room(1)
+        self._replay()
+        for layer in self._layers:
+            layer.advance(1)
+        return self.result
 
 
 class DecodeGraph:
@@ -34,79 +130,229 @@ class DecodeGraph:
     """
 
     def __init__(
-        self, model: Any, cache: DynamicCache, *, steps: int, positions: torch.Tensor | None = None, **kwargs: Any
+        self, model: Any, cache: DynamicCache, *, steps: int, positions: Tensor | None = None, **kwargs: Any
     ) -> None:
-        self._layers = [_capturable(layer, index) for index, layer in enumerate(cache.layers)]
-        batch, device = self._layers[0].rows, _one_device(self._layers)
-        for layer in self._layers:
-            layer.reserve(steps + 1)
-        self._left = steps
-        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        layers: list[Any] = list(cache.layers)
+        for index, layer in enumerate(layers):
+            if (problem := why_not_layer(layer)) is not None:
+                raise ValueError(f"DecodeGraph: {problem.format(f'layer {index}')}")
+        devices = sorted({str(layer.device) for layer in layers})
+        if len(devices) > 1:
+            raise ValueError(
+                f"DecodeGraph: a CUDA graph is of one GPU, the layers of the cache are on {', '.join(devices)}"
+            )
+        device = layers[0].device
+        self._ids = torch.zeros(layers[0].rows, 1, dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._ids, cache.get_seq_length())
         if positions is not None:
-            self._positions.copy_(positions.reshape(batch, 1))
-
-        for layer in self._layers:
-            layer.make_room(2)  # for the step that is taken back and the one that is captured
-
+            self._positions.copy_(positions.reshape(self._ids.shape))
         name = cache_names.name_for(type(model).forward)
 
-        def step() -> torch.Tensor:
+        def step() -> Tensor:
             inputs = {"input_ids": self._ids, "position_ids": self._positions, name: cache}
-            logits: torch.Tensor = model(**inputs, use_cache=True, **kwargs).logits
+            logits: Tensor = model(**inputs, use_cache=True, **kwargs).logits
             return logits
 
-        with torch.cuda.device(device):  # a graph belongs to the current device, and is captured on its stream
-            self._graph = torch.cuda.CUDAGraph()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step()  # libraries set themselves up outside the capture; the token it appends is taken back
-                for layer in self._layers:
-                    layer.crop(-1)
-            torch.cuda.current_stream().wait_stream(side)
-            # Not torch's own stream for captures, which is of the device that captured first.
-            with torch.cuda.graph(self._graph, stream=side):
-                self._logits = step()
-        for layer in self._layers:
-            layer.advance(-1)  # captured, not run
+        self._captured = Captured(layers, device, step, steps, warm_up=True)
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tokens: Tensor) -> Tensor:
         """The logits ``[B, 1, vocabulary]`` after ``tokens [B, 1]``, overwritten by the next call.
 
         Raises:
             RuntimeError: no room is left.
         """
-        if self._left == 0:
+        if self._captured.left == 0:
             raise RuntimeError("DecodeGraph: all reserved steps were taken; make another with more steps")
-        self._left -= 1
-        for layer in self._layers:
-            layer.make_room(1)
         self._ids.copy_(tokens)
-        with torch.cuda.device(self._ids.device):
-            self._graph.replay()
+        logits: Tensor = self._captured.replay()
         self._positions.add_(1)
-        for layer in self._layers:
-            layer.advance(1)
-        return self._logits
+        return logits
 
 
-def _capturable(layer: Any, index: int) -> ZipVLCacheLayer:
+def why_not_layer(layer: Any) -> str | None:
+    """Why a step through this layer of a cache cannot be captured, with ``{}`` where its name goes; None if it can."""
     if not isinstance(layer, ZipVLCacheLayer):
-        raise ValueError(f"DecodeGraph: layer {index} of the cache is a {type(layer).__name__}, not a ZipVLCacheLayer")
+        return "{} of the cache is a " + type(layer).__name__ + ", not a ZipVLCacheLayer"
     if layer.packed is None:
-        raise ValueError(
-            f"DecodeGraph: the prefill of layer {index} was dense, or there was none; its cache is not packed"
-        )
-    if layer.device.type != "cuda":
-        raise ValueError(f"DecodeGraph: the cache must be on a GPU, layer {index} is on {layer.device}")
-    return layer
+        return "the prefill of {} was dense, or there was none; its cache is not packed"
+    if layer.device is None or layer.device.type not in DEVICES:
+        return "the cache must be on a GPU, {} is on " + str(layer.device)
+    return None
 
 
-def _one_device(layers: list[ZipVLCacheLayer]) -> torch.device:
-    devices = sorted({str(layer.device) for layer in layers})
+class Plan:
+    """How one ``generate()`` decodes: made where ``generate()`` makes its cache, and carried by that.
+
+    Args:
+        decoding: what the statistics say of it; eager where it has a reason.
+        generation_config: the copy that ``generate()`` made: when it is gone, so is the call, and with it the graph.
+        longest: tokens that the cache will hold at most, seen ones.
+        forced: by a graph however few steps there are.
+    """
+
+    def __init__(self, decoding: Decoding, generation_config: Any, longest: int, *, forced: bool) -> None:
+        self.decoding, self.longest, self.forced = decoding, longest, forced
+        self._generating = weakref.ref(generation_config, lambda _: self.drop())
+        self.captured: Captured | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.others: dict[str, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()  # a copy of a cache decodes eagerly
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are to be captured: the call of ``generate()`` goes on, and there is no reason against it."""
+        return self.decoding.reason is None and self._generating() is not None
+
+    def give_up(self, reason: str) -> None:
+        """Decodes the rest eagerly."""
+        self.decoding.reason = reason
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets what was captured."""
+        self.captured, self.inputs, self.others = None, {}, {}
+
+
+def _nothing() -> None:
+    return None
+
+
+def plan(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any, longest: int, decoding: Decoding) -> Plan:
+    """How ``generate()`` will decode behind ``cache``, as far as is known before the prompt has run."""
+    how = cache.config.decode
+    reason = None
+    if how == "eager":
+        reason = 'ZipVLConfig.decode is "eager"'
+    elif mode not in _MODES:
+        reason = f"{mode.value.replace('_', ' ')} changes the cache between steps"
+    elif decoder.training or generation_config.output_attentions or generation_config.output_hidden_states:
+        reason = "training mode, or hidden states or attentions are asked for"
+    else:
+        reason = _why_not_decoder(decoder) or next(
+            (f"layer {i}'s cache is a {type(x).__name__}" for i, x in enumerate(cache.layers)
+             if not isinstance(x, ZipVLCacheLayer)), None
+        )  # fmt: skip
+    decoding.reason = reason
+    return Plan(decoding, generation_config, longest, forced=how == "graph")
+
+
+def _why_not_decoder(decoder: Any) -> str | None:
+    """Why a step of this decoder cannot be captured; None if it can."""
+    devices = {parameter.device for parameter in decoder.parameters()}
+    if any(device.type not in DEVICES for device in devices):
+        return "not on a GPU"
     if len(devices) > 1:
-        raise ValueError(
-            f"DecodeGraph: a CUDA graph is of one GPU, the layers of the cache are on {', '.join(devices)}"
-        )
-    return layers[0].device
+        return "layers on several GPUs"
+    if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
+        return "tensor parallelism"
+    if any(hasattr(module, "_hf_hook") for module in decoder.modules()):
+        return "offloaded, or under accelerate's hooks"
+    if not isinstance(decoder.__dict__.get("forward"), Replaying):
+        return "the decoder's forward is another's"
+    if "position_ids" not in inspect.signature(inspect.unwrap(type(decoder).forward)).parameters:
+        return f"{type(decoder).__name__} takes no position_ids"
+    return None
+
+
+class Replaying:
+    """A decoder's forward, on the instance: inside ``generate()`` its steps are replays of one that was captured."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+
+    @classmethod
+    def install(cls, decoder: Any) -> None:
+        """Gives ``decoder`` this forward, unless it has one of its own."""
+        if "forward" not in decoder.__dict__:
+            decoder.__dict__["forward"] = cls(decoder)
+
+    @classmethod
+    def remove(cls, decoder: Any) -> None:
+        """Undoes ``install``."""
+        if isinstance(decoder.__dict__.get("forward"), cls):
+            del decoder.__dict__["forward"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.get(KEYWORD)
+        if call is not None and call.captures and not torch.compiler.is_compiling():
+            result = self._step(call.cache, call.cache.plan, args, kwargs)
+            if result is not None:
+                call.reached = True
+                return result
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.decoder).forward(self.decoder, *args, **kwargs)
+
+    def _step(self, cache: ZipVLCache, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of one step; None: this forward is none, or has to run as it is."""
+        tokens, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        tokens = kwargs.get("input_ids") if tokens is None else tokens
+        seen = cache.get_seq_length()
+        if args or tokens is None or tokens.shape[1] != 1 or seen == 0:
+            return None
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            plan.give_up("the mask is not plain causal")
+            return None
+        # New tokens of generate() are real, so the mask says nothing; it would grow with every step.
+        inputs = {name: x for name, x in kwargs.items() if isinstance(x, Tensor) and name != "attention_mask"}
+        others = {name: x for name, x in kwargs.items() if not isinstance(x, Tensor) and name != KEYWORD}
+        if any(x.device != tokens.device for x in inputs.values()):
+            plan.give_up("an input of the decoder is on another device")
+            return None
+        if "position_ids" not in inputs:
+            inputs["position_ids"] = torch.full((tokens.shape[0], 1), seen, device=tokens.device)
+        if not self._is_captured(plan, inputs, others):
+            problem = self._capture(cache, plan, inputs, others, kwargs[KEYWORD], plan.longest - seen)
+            if problem is not None:
+                plan.give_up(problem)
+                return None
+            if plan.captured is None:
+                return None
+        for name, tensor in inputs.items():
+            plan.inputs[name].copy_(tensor)
+        assert plan.captured is not None
+        plan.decoding.replayed += 1
+        return plan.captured.replay()
+
+    @staticmethod
+    def _is_captured(plan: Plan, inputs: dict[str, Tensor], others: dict[str, Any]) -> bool:
+        captured = plan.captured
+        if captured is None or captured.left == 0 or not captured.is_current():
+            return False
+        same = plan.inputs.keys() == inputs.keys() and all(plan.inputs[n].shape == x.shape for n, x in inputs.items())
+        kept = plan.others
+        return same and kept.keys() == others.keys() and all(kept[n] is x or kept[n] == x for n, x in others.items())
+
+    def _capture(
+        self,
+        cache: ZipVLCache,
+        plan: Plan,
+        inputs: dict[str, Tensor],
+        others: dict[str, Any],
+        call: Any,
+        remaining: int,
+    ) -> str | None:
+        """Captures a step on copies of ``inputs``, unless it is the first, which runs as it is and sets libraries up.
+
+        Returns:
+            why the rest has to be decoded eagerly; None: captured, or the first step.
+        """
+        for index, layer in enumerate(cache.layers):
+            if (problem := why_not_layer(layer)) is not None:
+                return problem.format(f"layer {index}")
+        if plan.captured is None and not plan.decoding.steps:
+            plan.decoding.steps += 1
+            few = remaining < FEWEST_STEPS and not plan.forced
+            return f"{max(remaining, 0)} tokens to come do not pay for the capture" if few else None
+        plan.captured, plan.inputs, plan.others = None, {n: x.clone() for n, x in inputs.items()}, others
+        given = plan.inputs | others | {KEYWORD: call}
+        steps = min(max(remaining, 1), ROOM) + 1  # transformers may run a step too many before it sees the end
+        layers: Any = cache.layers
+        try:
+            plan.captured = Captured(layers, layers[0].device, lambda: self._forward(**given), steps)
+        except RuntimeError as error:  # what a model does between its layers may need the host
+            return f"the step could not be captured: {str(error).splitlines()[0]}"
+        return None

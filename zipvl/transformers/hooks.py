@@ -18,10 +18,13 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.utils.import_utils import is_tracing
 
-from zipvl.transformers import cache_names, projections
+from zipvl.stats import Decoding
+from zipvl.transformers import cache_names, projections, vision
 from zipvl.transformers.cache import ZipVLCache, adopt
 from zipvl.transformers.call import Call, Run
+from zipvl.transformers.decode import Replaying, plan
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
+from zipvl.transformers.vision import VISION
 
 _PREPARE = "_prepare_cache_for_generation"
 
@@ -39,7 +42,7 @@ class DecoderHook:
 
     def __init__(self, target: Target) -> None:
         self.target, self.runs, self.stays = target, list[Run](), False
-        self._configured: tuple[Run, list[Any]] | None = None
+        self._configured: tuple[Run, list[tuple[Any, Any]]] | None = None
         self.cache_name = cache_names.name_for(type(target.decoder).forward)
         self._handles: list[Any] = []
 
@@ -62,6 +65,7 @@ class DecoderHook:
                 if _PREPARE not in generator.__dict__:
                     generator.__dict__[_PREPARE] = _PrepareCache(generator, self)
             projections.install(target.attention)
+            Replaying.install(target.decoder)
         except BaseException:
             self.detach()
             raise
@@ -75,6 +79,7 @@ class DecoderHook:
             if isinstance(generator.__dict__.get(_PREPARE), _PrepareCache):
                 del generator.__dict__[_PREPARE]
         projections.remove(self.target.attention)
+        Replaying.remove(self.target.decoder)
 
     def detach_if_idle(self) -> None:
         """Detaches, unless a run is in force or the hook stays."""
@@ -84,37 +89,40 @@ class DecoderHook:
     @contextmanager
     def block(self, run: Run) -> Iterator[None]:
         """Has ``run`` in force for the length of a block, in which the attention implementation is ours."""
-        configs = self.target.configs
-        before = [config._attn_implementation_internal for config in configs]
+        before = []
         try:
             self.attach()
             self.runs.append(run)
-            for config in configs:
-                config._attn_implementation_internal = IN_BLOCK
+            before = self._name(run, IN_BLOCK)
             yield
         finally:
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation_internal = implementation
+            _restore(before)
             self.runs = [other for other in self.runs if other is not run]
             self.detach_if_idle()
+
+    def _name(self, run: Run, implementation: str) -> list[tuple[Any, Any]]:
+        """Gives configurations their attention implementation; returns them with what they had."""
+        names = [(config, implementation) for config in self.target.configs]
+        if run.config.vision_attention:
+            names += [(config, VISION) for config in vision.configs_of(self.target.outer, self.target.configs)]
+        before = [(config, config._attn_implementation_internal) for config, _ in names]
+        for config, name in names:
+            config._attn_implementation_internal = name
+        return before
 
     def configure(self, run: Run) -> None:
         """Has ``run`` in force from now on, outside of every block."""
         self.unconfigure()
-        configs = self.target.configs
-        self._configured = run, [config._attn_implementation_internal for config in configs]
         self.runs.insert(0, run)
         self.attach()
-        for config in configs:
-            config._attn_implementation_internal = IMPLEMENTATION
+        self._configured = run, self._name(run, IMPLEMENTATION)
 
     def unconfigure(self) -> None:
         """Undoes ``configure``, if it was called."""
         if self._configured is None:
             return
         (run, before), self._configured = self._configured, None
-        for config, implementation in zip(self.target.configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+        _restore(before)
         self.runs = [other for other in self.runs if other is not run]
         self.detach_if_idle()
 
@@ -145,6 +153,11 @@ class DecoderHook:
         elif is_tracing():
             kwargs = kwargs | _all_real(args, kwargs)
         return args, kwargs | {KEYWORD: Call(run, cache)}
+
+
+def _restore(before: list[tuple[Any, Any]]) -> None:
+    for config, implementation in before:
+        config._attn_implementation_internal = implementation
 
 
 def hand_on(model: PreTrainedModel) -> None:
@@ -208,23 +221,32 @@ class _PrepareCache:
         self.generator, self.hook = generator, hook
 
     def __call__(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         run = self.hook.runs[-1] if self.hook.runs else None
+        sizes = batch_size, max_cache_length
         given = cache_names.given(model_kwargs)
         if run is None and not isinstance(given, ZipVLCache):
             ordinary = type(self.generator)._prepare_cache_for_generation
-            return ordinary(self.generator, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+            return ordinary(self.generator, generation_config, model_kwargs, generation_mode, *sizes)
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted:
             _check_assisted(self.generator, generation_config)
         ordinary = type(self.generator)._prepare_cache_for_generation
-        result = ordinary(self.generator, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        result = ordinary(self.generator, generation_config, model_kwargs, generation_mode, *sizes)
         cache = cache_names.given(model_kwargs)
         if cache is not None and run is not None:
             adopt(cache, self.hook.target.decoder.config, run.config, run.cost_key)
         if isinstance(cache, ZipVLCache):
             cache.assisted = assisted
+            decoding = Decoding() if run is None or run.stats is None else run.stats.decodes()
+            decoder, longest = self.hook.target.decoder, max_cache_length
+            cache.plan = plan(decoder, cache, generation_config, generation_mode, longest, decoding)
         return result
 
 

@@ -169,6 +169,11 @@ class QuantizedKV:
         return self.window.dtype
 
     @property
+    def longest(self) -> int:
+        """A host number that no row's tokens at full precision exceed."""
+        return self.window.longest
+
+    @property
     def tail(self) -> int:
         """How many last tokens ``crop`` may remove: those added since the last compression."""
         return self.window.tail

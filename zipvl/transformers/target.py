@@ -28,12 +28,14 @@ class Target:
     """The language part of a model.
 
     Args:
+        outer: the outermost transformers model.
         decoder: the innermost model that holds the attention layers, and makes the cache if none is given.
         attention: its attention modules.
         configs: the configuration objects that decide their attention implementation.
         generators: the models around it that have ``generate``.
     """
 
+    outer: PreTrainedModel
     decoder: PreTrainedModel
     attention: list[nn.Module]
     configs: list[PretrainedConfig]
@@ -65,7 +67,7 @@ def find(model: nn.Module) -> Target:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
     configs: dict[int, Any] = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
     generators = [m for m in outer.modules() if hasattr(m, "_prepare_cache_for_generation")]
-    return Target(decoder, attention, list(configs.values()), generators)
+    return Target(outer, decoder, attention, list(configs.values()), generators)
 
 
 def _why_not(decoder: PreTrainedModel) -> str | None:
