@@ -149,7 +149,7 @@ def test_many_layers_are_never_untrimmed_at_once() -> None:
     def counting(self: Trimmer, *args: Any) -> None:
         nonlocal most
         add(self, *args)
-        most = max(most, len(self._waiting))
+        most = max(most, len(self.waiting))
 
     model = make(layers=12)
     with pytest.MonkeyPatch.context() as patch, sparse(model, ratio=0.25):

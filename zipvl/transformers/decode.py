@@ -7,7 +7,9 @@ every later one. ``generate()`` does it by itself (``Replaying``); ``DecodeGraph
 
 from __future__ import annotations
 
+import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -70,8 +72,8 @@ class Captured:
 
     def _capture(self, step: Callable[[], Any], warm_up: bool) -> tuple[Callable[[], None], Any]:
         """What runs ``step`` again, and what it returned."""
-        with torch.cuda.device(self._device):  # a graph is captured on a stream of the current device
-            graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        with _capturing, torch.cuda.device(self._device):  # a graph is captured on a stream of the current device
+            graph, side, main = torch.cuda.CUDAGraph(), _capture_stream(self._device), torch.cuda.current_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 if warm_up:
@@ -110,6 +112,22 @@ class Captured:
         for layer in self._layers:
             layer.advance(1)
         return self.result
+
+
+_capturing = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a GPU. cuBLAS keeps a workspace of 32 MB for each stream that it has seen. It is made
+    here: made in a capture it would be part of that graph's memory."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        square = torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
+        torch.nn.functional.linear(square, square)
+        torch.nn.functional.linear(square, square, square[0])
+    stream.synchronize()
+    return stream
 
 
 class DecodeGraph:
@@ -240,15 +258,19 @@ def plan(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any, lon
 
 def _why_not_decoder(decoder: Any) -> str | None:
     """Why a step of this decoder cannot be captured; None if it can."""
-    devices = {parameter.device for parameter in decoder.parameters()}
+    devices = set()
+    for module in decoder.modules():
+        if "_hf_hook" in module.__dict__:
+            return "offloaded, or under accelerate's hooks"
+        for parameter in module._parameters.values():
+            if isinstance(parameter, DTensor):
+                return "tensor parallelism"
+            if parameter is not None:
+                devices.add(parameter.device)
     if any(device.type not in DEVICES for device in devices):
         return "not on a GPU"
     if len(devices) > 1:
         return "layers on several GPUs"
-    if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
-        return "tensor parallelism"
-    if any(hasattr(module, "_hf_hook") for module in decoder.modules()):
-        return "offloaded, or under accelerate's hooks"
     if not isinstance(decoder.__dict__.get("forward"), Replaying):
         return "the decoder's forward is another's"
     if "position_ids" not in inspect.signature(inspect.unwrap(type(decoder).forward)).parameters:
