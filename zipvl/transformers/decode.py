@@ -119,8 +119,11 @@ _capturing = threading.Lock()
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures on a GPU. cuBLAS keeps a workspace of 32 MB for each stream that it has seen; it is made
-    here, because one made in a capture is part of that graph's memory."""
+    """The stream of all captures on a GPU.
+
+    cuBLAS keeps a workspace of 32 MB for each stream that it has seen. It is made here, because one made in a capture is
+    part of that graph's memory.
+    """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         square = torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
