@@ -121,8 +121,8 @@ _capturing = threading.Lock()
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of all captures on a GPU.
 
-    cuBLAS keeps a workspace of 32 MB for each stream that it has seen. It is made here, because one made in a capture is
-    part of that graph's memory.
+    cuBLAS keeps a workspace of 32 MB for each stream that it has seen. It is made here, because one made in a capture
+    is part of that graph's memory.
     """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
