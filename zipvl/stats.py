@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 Mode = Literal["sparse", "dense"]
+LATEST = 1000
 
 
 class Holder(Protocol):
@@ -189,8 +191,8 @@ class Stats:
             self._rows: dict[int, int] = {}
             self._prefill_counts: dict[int, int] = {}
             self._sparse_prefills = 0
-            self.decodings: list[Decoding] = []
-            """How each ``generate()`` decoded, in order."""
+            self.decodings: deque[Decoding] = deque(maxlen=LATEST)
+            """How each ``generate()`` decoded, in order: the latest ``LATEST``."""
 
     def add(
         self,

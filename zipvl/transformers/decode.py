@@ -35,6 +35,7 @@ ROOM = 512
 DEVICES = ("cuda",)
 """Types of devices whose steps can be captured."""
 
+_STATES = ("attentions", "hidden_states")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -248,8 +249,10 @@ def plan(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any, lon
         reason = 'ZipVLConfig.decode is "eager"'
     elif mode not in _MODES:
         reason = f"{mode.value.replace('_', ' ')} changes the cache between steps"
-    elif decoder.training or generation_config.output_attentions or generation_config.output_hidden_states:
-        reason = "training mode, or hidden states or attentions are asked for"
+    elif decoder.training:
+        reason = "training mode"
+    elif any(getattr(c, f"output_{x}", False) for c in (generation_config, decoder.config) for x in _STATES):
+        reason = "hidden states or attentions are asked for"
     else:
         reason = _why_not_decoder(decoder) or next(
             (f"layer {i}'s cache is a {type(x).__name__}" for i, x in enumerate(cache.layers)
@@ -374,7 +377,7 @@ class Replaying:
             return f"{max(remaining, 0)} tokens to come do not pay for the capture" if few else None
         plan.captured, plan.inputs, plan.others = None, {n: x.clone() for n, x in inputs.items()}, others
         given = plan.inputs | others | {KEYWORD: call}
-        steps = min(max(remaining, 1), ROOM) + 1  # transformers may run a step too many before it sees the end
+        steps = min(max(remaining, 1), ROOM)
         layers: Any = cache.layers
         try:
             plan.captured = Captured(layers, layers[0].device, lambda: self._forward(**given), steps)

@@ -57,16 +57,17 @@ def find(model: nn.Module) -> Target:
         raise ValueError(f"zipvl.sparse: {name} is an encoder-decoder, which is not supported; use a decoder model")
     check_model(outer.config)
     text = outer.config.get_text_config(decoder=True)
-    attention = [m for m in outer.modules() if layer_index(m) is not None and _decodes(m, text)]
+    modules = list(outer.modules())
+    attention = [m for m in modules if layer_index(m) is not None and _decodes(m, text)]
     if not attention:
         raise ValueError(f"zipvl.sparse: {name} has no causal attention layers")
-    holders = [m for m in outer.modules() if isinstance(m, PreTrainedModel) and set(attention) <= set(m.modules())]
-    decoder = min(holders, key=lambda m: sum(1 for _ in m.modules()))
+    models = [(m, set(m.modules())) for m in modules if isinstance(m, PreTrainedModel)]
+    decoder, _ = min((pair for pair in models if pair[1].issuperset(attention)), key=lambda pair: len(pair[1]))
     problem = _why_not(decoder)
     if problem is not None:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
     configs: dict[int, Any] = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
-    generators = [m for m in outer.modules() if hasattr(m, "_prepare_cache_for_generation")]
+    generators = [m for m, _ in models if hasattr(m, "_prepare_cache_for_generation")]
     return Target(outer, decoder, attention, list(configs.values()), generators)
 
 

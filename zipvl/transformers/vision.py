@@ -8,6 +8,7 @@ takes the bounds and gives them to PyTorch's attention over sequences of any len
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -41,16 +42,18 @@ def configs_of(model: nn.Module, others: Iterable[PretrainedConfig]) -> list[Pre
     found: dict[int, Any] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if id(config) in taken or getattr(config, "_attn_implementation", None) != "sdpa" or not _splits(module):
+        kind: Any = type(module)
+        if id(config) in taken or getattr(config, "_attn_implementation", None) != "sdpa" or not _splits(kind):
             continue
         if all(parameter.device.type in DEVICES for parameter in module.parameters()):
             found[id(config)] = config
     return list(found.values())
 
 
-def _splits(module: nn.Module) -> bool:
-    """Whether an attention module is given the bounds of its windows, and hands them on where it may."""
-    forward = inspect.unwrap(type(module).forward)
+@functools.cache
+def _splits(kind: type[nn.Module]) -> bool:
+    """Whether attention modules of this class are given the bounds of their windows, and hand them on if they may."""
+    forward = inspect.unwrap(kind.forward)
     names = forward.__code__.co_names
     return "cu_seqlens" in inspect.signature(forward).parameters and "is_flash_attention_requested" in names
 
