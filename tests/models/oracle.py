@@ -1,5 +1,5 @@
 """What a sparse model computes, from one dense forward without a cache: a mask a layer, and of zipvl the
-reference alone."""
+reference alone, beside the constants and the stored bytes of a quantised cache, whose tokens it dequantises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""ZipVLCache: what is kept, how rows move, further turns, and that nothing is ever kept silently in full."""
+"""ZipVLCache: what is kept, how rows move, further turns, and that nothing is ever kept silently in full.
+
+``ZipVLCacheLayer`` and ``RaggedKV`` are asked themselves for what no model shows: how storage grows, and that an update
+without an answer is an error.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The cache is called ``cache`` from transformers 5.24 on and ``past_key_values`` before: both are understood."""
+"""The cache is called ``cache`` from transformers 5.24 on and ``past_key_values`` before: both are understood.
+
+``cache_names`` is asked itself, because one installation has one of the names.
+"""
 
 from __future__ import annotations
 

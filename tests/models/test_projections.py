@@ -1,4 +1,7 @@
-"""Skipped projections: the same model, and only where it applies."""
+"""Skipped projections: the same model, and only where it applies.
+
+``projections`` is imported for what it says of modules that no model here has.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``cache="quantize"``: what is held, what it takes, and generation from it against the oracle."""
+"""``cache="quantize"``: what is held, what it takes, and generation from it against the oracle.
+
+The segments and the window are read where they are stored: what the quantised bytes stand for is what the oracle needs.
+"""
 
 from __future__ import annotations
 
