@@ -30,7 +30,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
-        yield value
+        if not value.is_meta:  # a shape without memory
+            yield value
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item, seen)

@@ -248,7 +248,7 @@ def _dense(
 ) -> Tensor:
     """transformers' SDPA attention with the mask it would have been given; ``[B, n, Hq, D]``."""
     new, length = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if attention_mask is None and causal and 1 < new < length:  # all real; to SDPA None would mean the first columns
         attention_mask = query.new_ones(query.shape[0], length, dtype=torch.bool)
     if attention_mask is not None and attention_mask.dim() == 2:

@@ -11,7 +11,7 @@ from zipvl import policy
 from zipvl.config import ZipVLConfig
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.storage import Trimmer
-from zipvl.transformers.target import check_model
+from zipvl.transformers.target import check_model, layer_configs
 
 CHANNEL_MULTIPLE = 32
 """A quantised block holds codes of so many channels in a word (``csrc/common/quantized_block.h``)."""
@@ -23,12 +23,16 @@ def check_bits(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
     Raises:
         ValueError: naming the head dimension and the remedy.
     """
+    if config.cache != "quantize":
+        return
     text = model_config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if config.cache == "quantize" and head_dim % CHANNEL_MULTIPLE:
+    dims = set()
+    for layer in layer_configs(text):
+        dims.add(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    if any(dim % CHANNEL_MULTIPLE for dim in dims):
         raise ValueError(
             f'ZipVLCache: cache="quantize" needs a head dimension that is a multiple of {CHANNEL_MULTIPLE}, and '
-            f'{text.model_type} has {head_dim}; use cache="drop"'
+            f'{text.model_type} has {", ".join(map(str, sorted(dims)))}; use cache="drop"'
         )
 
 

@@ -17,8 +17,8 @@ class ZipVLCacheLayer(DynamicLayer):
     """One full-attention layer of a ``ZipVLCache``.
 
     After a sparse prefill it is *packed*: ``packed`` holds the kept tokens (``drop``), all real ones at few bits
-    (``quantize``) or as they are (``full``), each row at its own length; ``keys`` and ``values`` are None, and only
-    zipvl's attention function can read it.
+    (``quantize``) or as they are (``full``), each row at its own length; ``keys`` and ``values`` are placeholders on
+    the meta device, and only zipvl's attention function can read it.
     After a dense prefill it is an ordinary ``DynamicLayer`` in every respect.
 
     Args:
@@ -73,10 +73,11 @@ class ZipVLCacheLayer(DynamicLayer):
             self.settle()
         self._thaw()
         self._pending = (key_states, value_states)
-        # The shape without the data: an attention function that does not know the packed layout fails at once.
+        # The shape without the data: what does not know the packed layout fails at once, and finds the layer filled.
         batch, heads, _, dim = key_states.shape
-        self.returned = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
-        return self.returned, self.returned
+        self.keys = self.values = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
+        self.returned = self.keys
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding positions included, whatever was kept."""
@@ -92,7 +93,8 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def keep_whole(self, token_mask: torch.Tensor | None) -> None:
         """The prefill was dense, and is packed whole for a captured step; ``token_mask [B, N]`` or None: all real."""
-        keys, values = self._take()
+        keys, values = self.pending()
+        self._take_prompt(candidates=0)
         self.packed = RaggedKV.real(keys, values, token_mask)
 
     def keep_packed(
@@ -163,6 +165,7 @@ class ZipVLCacheLayer(DynamicLayer):
     def _take_prompt(self, candidates: int) -> None:
         """Answers for the states of the prompt; those of candidates behind it stay pending."""
         keys, values = self._take()
+        self.keys = self.values = torch.empty_like(keys, device="meta")  # a packed layer is filled, for who looks
         if candidates:
             self._pending = (keys[:, :, -candidates:], values[:, :, -candidates:])
 

@@ -14,7 +14,7 @@ NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 
 # Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
 _PAGED = ("cache", "block_table", "read_index")
-_REFUSED = ("output_attentions", "softcap", "s_aux", "position_bias", "head_mask", *_PAGED)
+_REFUSED = ("output_attentions", "softcap", "s_aux", "sinks", "position_bias", "head_mask", *_PAGED)
 _REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
 
 
@@ -65,7 +65,7 @@ def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None,
     """Why layers of this kind are never sparse; None if they can be."""
     if layer_index(module) is None:
         return "not a decoder layer"
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if not causal or getattr(getattr(module, "config", None), "is_causal", True) is False:
         return "attention is not causal"
     if getattr(module, "is_cross_attention", False):
@@ -102,10 +102,10 @@ def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float
         found, other = "output_attentions=True (the probabilities are never formed)", "eager"
     elif kwargs.get("softcap") is not None:
         found, other = f"logit softcapping (softcap={kwargs['softcap']})", "eager"
-    elif kwargs.get("s_aux") is not None:
+    elif kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None:
         found, other = "attention sinks (s_aux)", "eager"
     elif kwargs.get("position_bias") is not None:
-        found = "a position bias"
+        found, other = "a position bias", "eager"
     elif kwargs.get("head_mask") is not None:
         found, other = "a head mask", "eager"
     elif any(kwargs.get(name) is not None for name in _PAGED):

@@ -94,14 +94,21 @@ def check_model(model_config: PretrainedConfig) -> None:
     """
     text = model_config.get_text_config(decoder=True)
     problem = None
-    if getattr(text, "num_kv_shared_layers", None) or getattr(text, "kv_sharing_modes", None):
+    modes = getattr(text, "kv_sharing_modes", None) or ()
+    if getattr(text, "num_kv_shared_layers", None) or any(mode and mode.startswith("reuse") for mode in modes):
         problem = "shares keys and values between layers"
-    elif getattr(text, "kv_lora_rank", None):
+    elif any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(text)):
         problem = "caches latents in place of keys and values (multi-head latent attention)"
     if problem is not None:
         raise ValueError(
             f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
         )
+
+
+def layer_configs(text: PretrainedConfig) -> list[Any]:
+    """The configuration of each layer, where layers differ; else the text configuration alone."""
+    layers: Any = getattr(text, "per_layer_config", None)
+    return [layers[i] for i in range(text.num_hidden_layers)] if getattr(text, "is_heterogeneous", False) else [text]
 
 
 def layer_index(module: nn.Module) -> int | None:
