@@ -54,7 +54,7 @@ def attention_forward(
             )
         call = Call(DEFAULT_RUN, None)
     call.reached = True
-    layer = call.layer_of(module, key)
+    layer = call.layer_of(module, key, value)
     if layer is not None and layer.packed is not None:
         if dropout > 0:
             refuse_unsupported(module, kwargs, dropout)

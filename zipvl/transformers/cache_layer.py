@@ -31,8 +31,8 @@ class ZipVLCacheLayer(DynamicLayer):
         self.config = config
         self.trimmer = trimmer or Trimmer()
         self.packed: RaggedKV | QuantizedKV | None = None
-        self.returned: torch.Tensor | None = None
-        """The keys that the last update returned, until the attention function has answered for it."""
+        self.returned: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The keys and values that the last update returned, until the attention function has answered for it."""
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._record: LayerStats | None = None
         self._untrimmed = False
@@ -67,7 +67,7 @@ class ZipVLCacheLayer(DynamicLayer):
                 return super().update(key_states, value_states)
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
-            self._pending, self.returned = (key_states, value_states), key_states
+            self._pending = self.returned = (key_states, value_states)
             return key_states, value_states
         if self.trimmer.waiting or self._untrimmed:
             self.settle()
@@ -76,8 +76,8 @@ class ZipVLCacheLayer(DynamicLayer):
         # The shape without the data: what does not know the packed layout fails at once, and finds the layer filled.
         batch, heads, _, dim = key_states.shape
         self.keys = self.values = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
-        self.returned = self.keys
-        return self.keys, self.values
+        self.returned = (self.keys, self.values)
+        return self.returned
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding positions included, whatever was kept."""

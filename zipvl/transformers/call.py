@@ -82,27 +82,23 @@ class Call:
 
     # The cache
 
-    def layer_of(self, module: nn.Module, keys: torch.Tensor | None = None) -> ZipVLCacheLayer | None:
-        """The ``ZipVLCacheLayer`` of a module; None in another cache, or without one.
+    def layer_of(self, module: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> ZipVLCacheLayer | None:
+        """The ``ZipVLCacheLayer`` of a module that has just been updated; None in another cache, or without one.
 
         Args:
-            keys: what the module's attention function is given: the layer counts if it has just been updated.
+            keys, values: what the module's attention function is given.
 
         Raises:
-            RuntimeError: these are not the keys that the layer returned.
+            RuntimeError: these are not what the layer returned.
         """
         layers, index = [] if self.cache is None else self.cache.layers, layer_index(module)
-        layer = layers[index] if index is not None and index < len(layers) else None
-        if not isinstance(layer, ZipVLCacheLayer):
+        layer = layers[index] if index is not None and 0 <= index < len(layers) else None
+        if not isinstance(layer, ZipVLCacheLayer) or layer.returned is None:
             return None
-        if keys is None:
-            return layer
-        if layer.returned is None:
-            return None
-        if layer.returned is not keys:
+        if layer.returned[0] is not keys or layer.returned[1] is not values:
             raise RuntimeError(
-                f"zipvl attention ({type(module).__name__}): the keys of a ZipVLCache were altered between the cache "
-                "and the attention function, so this model's attention is not supported with ZipVLCache"
+                f"zipvl attention ({type(module).__name__}): the keys or values of a ZipVLCache were altered between "
+                "the cache and the attention function, so this model's attention is not supported with ZipVLCache"
             )
         return layer
 

@@ -204,7 +204,7 @@ def _sparse_forward(
     return run_layer(
         module,
         call,
-        call.layer_of(module, keys),
+        call.layer_of(module, keys, values),
         dense_below,
         None,
         keys,

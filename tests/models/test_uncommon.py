@@ -1,0 +1,109 @@
+"""Models with a shape of their own: each is sparse and right, or an error that says why, never another number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import zipvl
+import zipvl.transformers
+from tests.models.tiny_models import TEXT, build, ids, text_inputs
+
+GENERATE: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+
+
+def test_cross_attention_layers_beside_sparse_ones() -> None:
+    """Llama 3.2 Vision asks every cache layer whether it is filled; as many image tokens as text ones are no prefill."""
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 56, "patch_size": 14, "vision_output_dim": 192}
+    vision |= {"intermediate_layers_indices": [0, 1], "max_num_tiles": 4}
+    text = TEXT | {"num_hidden_layers": 5, "cross_attention_layers": [1, 3]}
+    config = tf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=TEXT["vocab_size"])
+    model = build(tf.MllamaForConditionalGeneration, config)
+    tiles = torch.tensor([[[1, 1, 0, 0]]])
+    for tokens in (300, 4 * 17):
+        inputs = {
+            **text_inputs(tokens),
+            "pixel_values": torch.randn(1, 1, 4, 3, 56, 56),
+            "aspect_ratio_ids": torch.tensor([[2]]),
+            "aspect_ratio_mask": tiles,
+            "cross_attention_mask": tiles[:, None].expand(1, tokens, 1, 4),
+        }
+        expected = model.generate(**inputs, **GENERATE)
+        with zipvl.sparse(model, tau=1.0, dense_below=0) as stats:
+            assert torch.equal(model.generate(**inputs, **GENERATE), expected)
+        assert {i: layer.mode for i, layer in stats.layers.items()} == dict.fromkeys((0, 2, 4), "sparse")
+
+
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_head_dimensions_that_differ_by_layer(cache: Any) -> None:
+    """Gemma 4 without shared keys and values."""
+    config = tf.Gemma4TextConfig(
+        **(TEXT | {"num_hidden_layers": 4, "head_dim": 32}),
+        global_head_dim=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=64,
+        vocab_size_per_layer_input=TEXT["vocab_size"],
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=0,
+    )
+    model, inputs = build(tf.Gemma4ForCausalLM, config), text_inputs(300)
+    expected = model.generate(**inputs, **GENERATE)
+    with zipvl.sparse(model, tau=1.0, cache=cache) as stats:
+        assert torch.equal(model.generate(**inputs, **GENERATE), expected)
+    assert [stats.layers[i].mode for i in range(4)] == ["dense", "sparse"] * 2
+
+
+def test_bits_are_checked_layer_by_layer() -> None:
+    config = tf.Gemma4TextConfig(
+        **(TEXT | {"num_hidden_layers": 2, "head_dim": 16}),
+        global_head_dim=64,
+        layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0,
+    )
+    with pytest.raises(ValueError, match="gemma4_text has 16, 64"):
+        zipvl.ZipVLCache(config, zipvl.ZipVLConfig(cache="quantize"))
+
+
+def test_a_model_that_splits_its_values_is_an_error() -> None:
+    """DiffLlama calls its attention twice, with halves of the values."""
+    model = build(tf.DiffLlamaForCausalLM, tf.DiffLlamaConfig(**TEXT))
+    with zipvl.sparse(model), pytest.raises(RuntimeError, match="keys or values of a ZipVLCache were altered"):
+        model(**text_inputs(300))
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "softcap"])
+def test_layers_that_stay_dense_lose_no_argument(name: str) -> None:
+    """A sliding layer runs SDPA, which knows none of these."""
+    model = build(tf.MistralForCausalLM, tf.MistralConfig(**TEXT, sliding_window=64))
+    module, q, kv = model.model.layers[1].self_attn, torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
+    given: Any = {name: torch.zeros(1)}
+    with pytest.raises(
+        ValueError, match=r'MistralAttention, layer 1\).*is not supported. Use attn_implementation="eager"'
+    ):
+        ALL_ATTENTION_FUNCTIONS["zipvl"](module, q, kv, kv, None, sliding_window=64, **given)
+
+
+def test_one_attention_module_for_several_layers() -> None:
+    """Zamba 2's shared attention has the layer index -1, and a forward without a cache."""
+    config = tf.Zamba2Config(
+        vocab_size=TEXT["vocab_size"],
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        n_mamba_heads=4,
+        mamba_headdim=32,
+        mamba_d_state=16,
+        num_mem_blocks=1,
+        layers_block_type=["mamba", "mamba", "hybrid"],
+        pad_token_id=0,
+    )
+    model = build(tf.Zamba2ForCausalLM, config)
+    expected = model(ids(300, 1), use_cache=False).logits
+    with zipvl.sparse(model, tau=0.5), pytest.warns(UserWarning, match="no layer of Zamba2Model was sparse"):
+        assert torch.equal(model(ids(300, 1), use_cache=False).logits, expected)
