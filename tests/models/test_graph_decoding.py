@@ -1,8 +1,8 @@
 """generate() decodes by replays of a captured step, and says so; tokens are those of eager decoding.
 
 A CPU has no graphs, so a stand-in for the capture runs the step again at each replay, on the tensors that the step was
-captured on and with the host's counts put back: what a step reads elsewhere is what it was at the capture. It replaces
-``Captured._capture``, which is private.
+captured on. The cache says that it has seen as many tokens as at the capture, as a captured step would believe, and the
+host's counts are put back after it. It replaces ``Captured._capture``, which is private.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def capture(self: decode.Captured, step: Callable[[], Any], warm_up: bool) -> tuple[Callable[[], None], Any]:
         found.append(self.left)
         lengths = [[tensor.clone() for tensor in layer.storage()] for layer in self._layers]
+        seen = [layer.get_seq_length() for layer in self._layers]
         result = step()
         for layer, kept in zip(self._layers, lengths, strict=True):  # captured, not run
             for tensor, before in zip(layer.storage(), kept, strict=True):
@@ -38,6 +39,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         def replay() -> None:
             counts = [layer.counts() for layer in self._layers]
+            for layer, (_, longest), then in zip(self._layers, counts, seen, strict=True):
+                layer.withdraw(then, longest)
             again = step()
             for layer, before in zip(self._layers, counts, strict=True):
                 layer.withdraw(*before)
@@ -214,6 +217,26 @@ def test_configured_models_and_forwards_of_ones_own(captures: list[int]) -> None
     output.past_key_values.crop(-1)
     assert torch.equal(model(ids(1, 5), past_key_values=output.past_key_values).logits, expected)
     assert len(captures) == 1
+
+
+def test_a_decoder_that_is_given_no_positions(captures: list[int]) -> None:
+    """It would count them on the host, where a captured step stands still."""
+    model, inputs = make_llama(), text_inputs(300)
+    expected, _ = both(model, inputs)
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+    )
+    output, stats = both(model, inputs)
+    assert stats.decodings[0].how == "graph"
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+def test_arguments_that_no_captured_step_can_follow(captures: list[int]) -> None:
+    model, inputs = make_llama(), text_inputs(300)
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"extra": [1]}), with_kwargs=True)
+    _, stats = both(model, inputs)
+    assert stats.decodings[0].reason == "the decoder is given extra, which no captured step can follow"
+    assert captures == []
 
 
 def test_not_on_a_gpu() -> None:

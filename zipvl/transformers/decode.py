@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
 
 from zipvl.stats import Decoding
@@ -35,6 +35,7 @@ ROOM = 512
 DEVICES = ("cuda",)
 """Types of devices whose steps can be captured."""
 
+_PLAIN = (bool, int, float, str, Cache)  # values that a step may be given beside tensors, compared before a replay
 _STATES = ("attentions", "hidden_states")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -326,12 +327,15 @@ class Replaying:
             return None
         # New tokens of generate() are real, so the mask says nothing; it would grow with every step.
         inputs = {name: x for name, x in kwargs.items() if isinstance(x, Tensor) and name != "attention_mask"}
-        others = {name: x for name, x in kwargs.items() if not isinstance(x, Tensor) and name != KEYWORD}
-        if any(x.device != tokens.device for x in inputs.values()):
-            plan.give_up("an input of the decoder is on another device")
-            return None
-        if "position_ids" not in inputs:
+        if "position_ids" not in inputs:  # the decoder would count them on the host
             inputs["position_ids"] = torch.full((tokens.shape[0], 1), seen, device=tokens.device)
+        taken = (KEYWORD, "attention_mask", *inputs)
+        others = {name: x for name, x in kwargs.items() if name not in taken}
+        strange = [name for name, x in others.items() if x is not None and not isinstance(x, _PLAIN)]
+        strange += [name for name, x in inputs.items() if x.device != tokens.device]
+        if strange:
+            plan.give_up(f"the decoder is given {', '.join(strange)}, which no captured step can follow")
+            return None
         if not self._is_captured(plan, inputs, others):
             problem = self._capture(cache, plan, inputs, others, kwargs[KEYWORD], plan.longest - seen)
             if problem is not None:
@@ -351,8 +355,7 @@ class Replaying:
         if captured is None or captured.left == 0 or not captured.is_current():
             return False
         same = plan.inputs.keys() == inputs.keys() and all(plan.inputs[n].shape == x.shape for n, x in inputs.items())
-        kept = plan.others
-        return same and kept.keys() == others.keys() and all(kept[n] is x or kept[n] == x for n, x in others.items())
+        return same and plan.others == others
 
     def _capture(
         self,
