@@ -13,6 +13,4 @@ def manifest() -> ModelManifest:
     from lmms_eval.models.registry_v2 import ModelManifest  # which looks for entry points when it is imported
 
     plugin = f"{__name__}.plugin"
-    return ModelManifest(
-        model_id="zipvl", chat_class_path=f"{plugin}.ZipVL", simple_class_path=f"{plugin}.ZipVLSimple"
-    )
+    return ModelManifest(model_id="zipvl", chat_class_path=f"{plugin}.ZipVL", simple_class_path=f"{plugin}.ZipVLSimple")
