@@ -75,8 +75,9 @@ class ZipVLCacheLayer(DynamicLayer):
         self._pending = (key_states, value_states)
         # The shape without the data: what does not know the packed layout fails at once, and finds the layer filled.
         batch, heads, _, dim = key_states.shape
-        self.keys = self.values = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
-        self.returned = (self.keys, self.values)
+        cached = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
+        self._show(cached)
+        self.returned = (cached, cached)
         return self.returned
 
     def get_seq_length(self) -> int:
@@ -162,10 +163,16 @@ class ZipVLCacheLayer(DynamicLayer):
             self._untrimmed = False
             self._trim(*(int(count.max()) for count in self.packed.counts()))
 
+    def _show(self, cached: torch.Tensor) -> None:
+        """Has who looks at a packed layer find it filled; not in a compiled graph, whose result that would be."""
+        if not torch.compiler.is_compiling():
+            self.keys = self.values = cached
+
     def _take_prompt(self, candidates: int) -> None:
         """Answers for the states of the prompt; those of candidates behind it stay pending."""
         keys, values = self._take()
-        self.keys = self.values = torch.empty_like(keys, device="meta")  # a packed layer is filled, for who looks
+        if not torch.compiler.is_compiling():
+            self._show(torch.empty_like(keys, device="meta"))
         if candidates:
             self._pending = (keys[:, :, -candidates:], values[:, :, -candidates:])
 
