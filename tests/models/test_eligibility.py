@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zipvl import ZipVLConfig
+from zipvl.transformers.call import Call, Run
 from zipvl.transformers.reasons import reason_dense
 
 
@@ -63,3 +64,14 @@ def test_situations() -> None:
         dense = reason_dense(module, config, 256, tokens, mask, **facts)
         assert dense is not None and (dense.words, dense.always) == (expected, False)
     assert reason_dense(module, ZipVLConfig(layers=(1,)), 256, 256, torch.ones(1, 256), **facts) is None
+
+
+def test_layers_of_one_index_are_asked_one_by_one() -> None:
+    """A decoder's cross-attention may have the index of its self-attention."""
+    call, facts = Call(Run(ZipVLConfig()), None), {"sliding_window": None, "is_causal": None, "same_head_dims": True}
+    found = []
+    for causal in (True, False):
+        module = nn.Module()
+        module.layer_idx, module.is_causal = 1, causal  # type: ignore[assignment]
+        found.append(call.reason_dense(module, 256, 300, None, **facts))
+    assert found[0] is None and found[1] is not None and found[1].words == "attention is not causal"

@@ -180,8 +180,6 @@ def test_what_decodes_eagerly_says_why(given: dict[str, Any], reason: str, captu
 
 
 def test_few_tokens_where_a_graph_is_asked_for(captures: list[int]) -> None:
-    with zipvl.sparse(make_llama(), tau=0.7, decode="graph") as stats:
-        pass
     model = make_llama()
     with zipvl.sparse(model, tau=0.7, decode="graph") as stats:
         model.generate(**text_inputs(300), max_new_tokens=4, do_sample=False)

@@ -73,10 +73,7 @@ class ZipVLCacheLayer(DynamicLayer):
             self.settle()
         self._thaw()
         self._pending = (key_states, value_states)
-        # The shape without the data: what does not know the packed layout fails at once, and finds the layer filled.
-        batch, heads, _, dim = key_states.shape
-        cached = torch.empty((batch, heads, self._seen, dim), dtype=key_states.dtype, device="meta")
-        self._show(cached)
+        cached = self._placeholder(key_states)
         self.returned = (cached, cached)
         return self.returned
 
@@ -163,16 +160,20 @@ class ZipVLCacheLayer(DynamicLayer):
             self._untrimmed = False
             self._trim(*(int(count.max()) for count in self.packed.counts()))
 
-    def _show(self, cached: torch.Tensor) -> None:
-        """Has who looks at a packed layer find it filled; not in a compiled graph, whose result that would be."""
+    def _placeholder(self, states: torch.Tensor) -> torch.Tensor:
+        """The shape ``[B, Hkv, seen, D]`` of a packed layer's keys, without data: an attention function that does not
+        know the packed layout fails on it at once. Models that look at ``keys`` find it there and the layer filled;
+        not in a compiled graph, whose result it would be."""
+        batch, heads, _, dim = states.shape
+        made = torch.empty((batch, heads, self._seen, dim), dtype=states.dtype, device="meta")
         if not torch.compiler.is_compiling():
-            self.keys = self.values = cached
+            self.keys = self.values = made
+        return made
 
     def _take_prompt(self, candidates: int) -> None:
         """Answers for the states of the prompt; those of candidates behind it stay pending."""
         keys, values = self._take()
-        if not torch.compiler.is_compiling():
-            self._show(torch.empty_like(keys, device="meta"))
+        self._placeholder(keys)
         if candidates:
             self._pending = (keys[:, :, -candidates:], values[:, :, -candidates:])
 

@@ -45,10 +45,12 @@ class Run:
         return self.__dict__
 
     def warn_once(self, text: str) -> None:
-        """Warns, the first time in this run; not while a graph is traced, where a warning would end it."""
-        if not torch.compiler.is_compiling() and text not in self._warned:
+        """Warns, the first time in a run that records; not while a graph is traced, where a warning would end it."""
+        if torch.compiler.is_compiling() or text in self._warned:
+            return
+        if self.stats is not None:
             self._warned.add(text)
-            warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=3)
 
 
 DEFAULT_RUN = Run(ZipVLConfig())
@@ -75,7 +77,7 @@ class Call:
             self.config, self.cost_key = cache.config, cache.cost_key
             self.candidates, cache.candidates = cache.candidates, 0
         self.reached = self.saw_prefill = False
-        self._answers: dict[int | None, Dense | None] = {}
+        self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
         self._new: list[torch.Tensor | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
@@ -121,13 +123,13 @@ class Call:
         Raises:
             ValueError: the layer is named in ``config.layers``, and is dense for more than its length.
         """
-        index = layer_index(module)
-        if index not in self._answers:
+        key = layer_index(module), bool(getattr(module, "is_causal", False))  # cross-attention may share the index
+        if key not in self._answers:
             answer = reason_dense(module, self.config, dense_below, tokens, attention_mask, **facts)
-            self._answers[index] = answer
+            self._answers[key] = answer
             if answer is not None:
                 self._tell(module, answer)
-        return self._answers[index]
+        return self._answers[key]
 
     def _tell(self, module: nn.Module, dense: Dense) -> None:
         """An error if a layer that has to be sparse is dense, a warning if only this prompt makes it so."""

@@ -242,25 +242,28 @@ def _nothing() -> None:
     return None
 
 
-def plan(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any, longest: int, decoding: Decoding) -> Plan:
+def plan_decoding(
+    decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any, longest: int, decoding: Decoding
+) -> Plan:
     """How ``generate()`` will decode behind ``cache``, as far as is known before the prompt has run."""
-    how = cache.config.decode
-    reason = None
-    if how == "eager":
-        reason = 'ZipVLConfig.decode is "eager"'
-    elif mode not in _MODES:
-        reason = f"{mode.value.replace('_', ' ')} changes the cache between steps"
-    elif decoder.training:
-        reason = "training mode"
-    elif any(getattr(c, f"output_{x}", False) for c in (generation_config, decoder.config) for x in _STATES):
-        reason = "hidden states or attentions are asked for"
-    else:
-        reason = _why_not_decoder(decoder) or next(
-            (f"layer {i}'s cache is a {type(x).__name__}" for i, x in enumerate(cache.layers)
-             if not isinstance(x, ZipVLCacheLayer)), None
-        )  # fmt: skip
-    decoding.reason = reason
-    return Plan(decoding, generation_config, longest, forced=how == "graph")
+    decoding.reason = _why_not(decoder, cache, generation_config, mode)
+    return Plan(decoding, generation_config, longest, forced=cache.config.decode == "graph")
+
+
+def _why_not(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any) -> str | None:
+    """Why this ``generate()`` decodes eagerly; None if its steps can be captured for all that is known."""
+    if cache.config.decode == "eager":
+        return 'ZipVLConfig.decode is "eager"'
+    if mode not in _MODES:
+        return f"{mode.value.replace('_', ' ')} changes the cache between steps"
+    if decoder.training:
+        return "training mode"
+    if any(getattr(c, f"output_{x}", False) for c in (generation_config, decoder.config) for x in _STATES):
+        return "hidden states or attentions are asked for"
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, ZipVLCacheLayer):
+            return f"layer {index}'s cache is a {type(layer).__name__}"
+    return _why_not_decoder(decoder)
 
 
 def _why_not_decoder(decoder: Any) -> str | None:

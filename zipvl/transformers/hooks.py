@@ -22,7 +22,7 @@ from zipvl.stats import Decoding
 from zipvl.transformers import cache_names, projections, vision
 from zipvl.transformers.cache import ZipVLCache, adopt
 from zipvl.transformers.call import Call, Run
-from zipvl.transformers.decode import Replaying, plan
+from zipvl.transformers.decode import Replaying, plan_decoding
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
 from zipvl.transformers.vision import VISION
 
@@ -228,25 +228,21 @@ class _PrepareCache:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        run = self.hook.runs[-1] if self.hook.runs else None
-        sizes = batch_size, max_cache_length
-        given = cache_names.given(model_kwargs)
-        if run is None and not isinstance(given, ZipVLCache):
-            ordinary = type(self.generator)._prepare_cache_for_generation
-            return ordinary(self.generator, generation_config, model_kwargs, generation_mode, *sizes)
+        run, decoder = self.hook.runs[-1] if self.hook.runs else None, self.hook.target.decoder
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted:
+        if assisted and (run is not None or isinstance(cache_names.given(model_kwargs), ZipVLCache)):
             _check_assisted(self.generator, generation_config)
         ordinary = type(self.generator)._prepare_cache_for_generation
-        result = ordinary(self.generator, generation_config, model_kwargs, generation_mode, *sizes)
+        result = ordinary(
+            self.generator, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         cache = cache_names.given(model_kwargs)
         if cache is not None and run is not None:
-            adopt(cache, self.hook.target.decoder.config, run.config, run.cost_key)
+            adopt(cache, decoder.config, run.config, run.cost_key)
         if isinstance(cache, ZipVLCache):
             cache.assisted = assisted
             decoding = Decoding() if run is None or run.stats is None else run.stats.decodes()
-            decoder, longest = self.hook.target.decoder, max_cache_length
-            cache.plan = plan(decoder, cache, generation_config, generation_mode, longest, decoding)
+            cache.plan = plan_decoding(decoder, cache, generation_config, generation_mode, max_cache_length, decoding)
         return result
 
 
