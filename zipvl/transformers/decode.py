@@ -260,10 +260,12 @@ def _why_not(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any)
         return "training mode"
     if any(getattr(c, f"output_{x}", False) for c in (generation_config, decoder.config) for x in _STATES):
         return "hidden states or attentions are asked for"
+    if (problem := _why_not_decoder(decoder)) is not None:
+        return problem
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, ZipVLCacheLayer):
             return f"layer {index}'s cache is a {type(layer).__name__}"
-    return _why_not_decoder(decoder)
+    return None
 
 
 def _why_not_decoder(decoder: Any) -> str | None:
