@@ -4,12 +4,13 @@
 #   make test        build, then every test that this machine can run
 #   make gpu-check   on a GPU: all of tests/kernels, then compute-sanitizer's four tools over small shapes; both are recorded
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
+#   make fidelity    are answers of pretrained weights kept? fetches a model of 98 MB (15 minutes on two cores)
 #   make lint        formatting, lint, types, and which module imports which
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo check test gpu-check paper lint format cuda-check wheel clean
+.PHONY: demo check test gpu-check paper fidelity lint format cuda-check wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -87,6 +88,10 @@ gpu-check: $(VENV)/build.stamp
 paper: $(VENV)/build.stamp
 	$(BIN)/python -m benchmarks.paper all $(PAPER_ARGS)
 	$(BIN)/python -m benchmarks.paper report
+
+fidelity: $(VENV)/build.stamp
+	$(BIN)/python -m benchmarks.fidelity $(FIDELITY_ARGS)
+	$(BIN)/python -m benchmarks.readme
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/clang-format --dry-run --Werror $(CPP)

@@ -185,7 +185,7 @@ class Subject:
         if key not in self._batches:
             items = self.items(task, count, first)
             steps = tqdm(range(0, count, self.batch), desc=f"features, {task}", leave=False)
-            self._batches[key] = [self._encode(items[i : i + self.batch]) for i in steps]
+            self._batches[key] = [self.encoded(items[i : i + self.batch]) for i in steps]
         return self._batches[key]
 
     def inputs(self, items: list[Item]) -> dict[str, Tensor]:
@@ -203,7 +203,9 @@ class Subject:
             "image_sizes": torch.tensor([[height, width]] * len(pictures), device=self.device),
         }
 
-    def _encode(self, items: list[Item]) -> Batch:
+    @torch.inference_mode()
+    def encoded(self, items: list[Item]) -> Batch:
+        """These prompts with their picture features."""
         inputs, tower = self.inputs(items), TowerAttention()
         with observed_tower(self.model, tower):
             features = self.model.model.get_image_features(

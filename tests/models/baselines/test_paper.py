@@ -60,7 +60,7 @@ def test_shared_features_change_nothing(subject: Subject) -> None:
     items = subject.items("easy", 1)
     alone = subject.model(**subject.inputs(items)).logits[:, -1]
     shared: list[torch.Tensor] = []
-    batches = [subject._encode(items)]
+    batches = [subject.encoded(items)]
     with subject._shared():
         subject._use(batches[0])
         shared.append(subject.model(**batches[0].inputs).logits[:, -1])

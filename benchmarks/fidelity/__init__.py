@@ -1,0 +1,1 @@
+"""Does ZipVL keep the answers of pretrained models? ``python -m benchmarks.fidelity``."""

@@ -1,0 +1,99 @@
+"""Settings by name: a name says everything that differs from the paper's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from zipvl import ZipVLConfig
+
+__all__ = ["DEFAULT", "DENSE", "FULL", "SettingError", "changes", "config"]
+
+DENSE = "dense"
+
+PAPER: dict[str, Any] = {"local_window": 0, "num_sinks": 0, "keep_text": False, "cache": "drop"}
+"""What a word of a name changes: no window, no sinks, text not kept, forgotten tokens gone."""
+ALWAYS: dict[str, Any] = {"text_prompts": "sparse"}
+
+WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    r"tau (0?\.\d+|1)": lambda share: {"tau": float(share)},
+    r"ratio (0?\.\d+|1)": lambda share: {"ratio": float(share)},
+    r"window (\d+)": lambda tokens: {"local_window": int(tokens), "num_sinks": 4},
+    r"(\d+) sinks": lambda tokens: {"num_sinks": int(tokens)},
+    r"(all) queries": lambda _: {"all_queries": True},
+    r"first (\d+) dense": lambda layers: {"dense_first_layers": int(layers)},
+    r"(text) kept": lambda _: {"keep_text": True},
+    r"(drop|full)": lambda cache: {"cache": cache},
+    r"quantize( \d/\d)?": lambda bits: {"cache": "quantize"} | _bits(bits),
+}
+
+DEFAULT = (
+    "tau 0.975, drop",
+    "tau 0.975, all queries, full",
+    "tau 0.975, window 128, drop, text kept",
+    "tau 0.975, window 128, all queries, drop, text kept",
+    "tau 0.95, window 128, all queries, first 2 dense, full, text kept",
+)
+"""What a CPU measures in a quarter of an hour beside dense."""
+
+FULL = (
+    *DEFAULT,
+    "tau 0.99, drop",
+    "tau 0.99, all queries, drop",
+    "tau 0.975, full",
+    "tau 0.975, quantize",
+    "tau 0.99, window 128, drop, text kept",
+    "tau 0.975, window 128, full, text kept",
+    "tau 0.975, window 128, quantize, text kept",
+    "tau 0.975, window 128, all queries, full, text kept",
+    "tau 0.975, window 128, all queries, quantize, text kept",
+    "tau 0.975, window 512, full, text kept",
+    "tau 0.95, window 128, full, text kept",
+    "tau 0.95, window 128, all queries, first 2 dense, drop, text kept",
+    "tau 0.9, window 128, all queries, first 2 dense, full, text kept",
+    "tau 0.9, window 128, all queries, first 2 dense, drop, text kept",
+)
+
+
+class SettingError(ValueError):
+    """A name that says nothing, or something that this zipvl cannot do."""
+
+
+def _bits(text: str | None) -> dict[str, Any]:
+    high, low = (int(digit) for digit in (text or " 4/2").strip().split("/"))
+    return {"high_bits": high, "low_bits": low}
+
+
+def changes(name: str) -> dict[str, Any]:
+    """The fields of ``ZipVLConfig`` that a name sets, such as ``tau 0.95, window 128, all queries, full``.
+
+    Raises:
+        SettingError: a part of it is none of the words.
+    """
+    found: dict[str, Any] = {}
+    for part in name.split(","):
+        for pattern, meaning in WORDS.items():
+            if match := re.fullmatch(pattern, part.strip()):
+                found |= meaning(match[1])
+                break
+        else:
+            raise SettingError(f"{part.strip()!r} in {name!r} is none of {', '.join(WORDS)}")
+    return found
+
+
+def config(name: str) -> ZipVLConfig | None:
+    """The configuration of a name, every token sparse from 256 on; None: dense.
+
+    Raises:
+        SettingError: as for ``changes``; or the name asks for a field that this zipvl does not have.
+    """
+    if name == DENSE:
+        return None
+    asked = changes(name)
+    fields = {field.name for field in dataclasses.fields(ZipVLConfig)}
+    if missing := asked.keys() - fields:
+        raise SettingError(f"{name}: ZipVLConfig has no {', '.join(sorted(missing))}")
+    base = {field: value for field, value in (PAPER | ALWAYS).items() if field in fields}
+    return ZipVLConfig(dense_below=256, **(base | asked))
