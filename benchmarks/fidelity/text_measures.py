@@ -18,8 +18,8 @@ from zipvl.transformers import cache_names
 __all__ = ["Run", "compare", "find_key", "next_tokens"]
 
 CHUNK = 20
-"""Tokens that one forward adds behind a prompt. They attend to what the cache kept and causally to themselves, as one by
-one; and 100, after which the quantised cache compresses what is new, is a multiple."""
+"""Tokens that one forward adds behind a prompt. They attend to what the cache kept and causally to themselves, as they
+would one by one; and 100, after which the quantised cache compresses what is new, is a multiple."""
 
 
 @dataclass
