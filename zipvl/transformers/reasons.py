@@ -54,6 +54,9 @@ def reason_dense(
         return Dense(kind, always=True)
     if config.layers is not None and layer_index(module) not in config.layers:
         return Dense("not among ZipVLConfig.layers", always=False)
+    index = layer_index(module)
+    if index is not None and index < config.dense_first_layers:
+        return Dense(f"among the first dense_first_layers={config.dense_first_layers}", always=False)
     if tokens < dense_below:
         return Dense(f"prompt shorter than dense_below={dense_below}", always=False)
     if attention_mask is not None and attention_mask.dim() != 2:
