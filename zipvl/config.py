@@ -48,8 +48,8 @@ class ZipVLConfig:
         layers: indices of the layers that must be sparse. ``None``: every layer that can be. A layer named
             here that cannot be sparse is an error.
         dense_first_layers: that many first layers of the model stay dense (ours).
-        keep_text: keep every text token of a row that has visual tokens, on top of what ``tau`` or ``ratio`` keep (ours).
-            Visual are the image and video tokens; separators and audio are text.
+        keep_text: keep every text token of a row that has visual tokens, on top of what ``tau`` or ``ratio`` keep
+            (ours). Visual are the image and video tokens; separators and audio are text.
         text_prompts: what becomes of a row without a visual token, those in the cache included: ``dense`` attention, or
             ``sparse``, as the paper's method would (ours).
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that

@@ -20,8 +20,8 @@ __all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "ma
 # change less than the times.
 DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
-# Keys beyond its window that the tiles of a query's window hold, and what a pair of the window costs, over a pair of the
-# N * N of a causal prompt, of which half are computed. Not measured yet.
+# Keys beyond its window that the tiles of a query's window hold, and what a pair of the window costs, over a pair of
+# the N * N of a causal prompt, of which half are computed. Not measured yet.
 WINDOW_TILE, WINDOW_PAIR = 128, 2.0
 
 MAX_FACTOR, MAX_EXTRA_US = 1.03, 10.0  # what ZipVL may cost beyond dense attention where tau decides

@@ -166,8 +166,9 @@ def run_layer(
     call.saw_prefill = True
     config = call.config
     packs = layer is not None and config.cache == "drop"
-    # Rows with fewer than dense_below real tokens keep them all, as they do alone.
-    short = None if token_mask is None else token_mask & (token_mask.sum(-1, keepdim=True) < dense_below)
+    keep_mask = call.keep_mask(token_mask, dense_below, key)
+    text = call.visual.text(key.shape[2], key.device) if config.keep_text else None
+    added = {} if text is None else {"extra_mask": text}
     out, chosen, count, keys, values = ops.zipvl_layer(
         query,
         key,
@@ -175,12 +176,13 @@ def run_layer(
         **projections,
         **config.attention_kwargs(),
         scale=scaling,
-        keep_mask=short,
+        **added,
+        keep_mask=keep_mask,
         token_mask=token_mask,
         pack=packs,
     )
     if layer is not None and packs:
-        max_kept = policy.max_kept(config, key.shape[2], dense_below, token_mask is not None)
+        max_kept = policy.max_kept(config, key.shape[2], dense_below, token_mask is not None, call.keeps_more())
         layer.keep_packed(keys, values, count, max_kept, call.candidates)
     elif layer is not None:
         query_heads = out.shape[1] if query is not None else projections["q_weight"].shape[0] // key.shape[3]

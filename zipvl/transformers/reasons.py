@@ -11,6 +11,7 @@ from zipvl.config import ZipVLConfig
 from zipvl.transformers.target import layer_index, layer_type
 
 NOT_PLAIN_CAUSAL = "the mask is not plain causal"
+TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 
 # Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
 _PAGED = ("cache", "block_table", "read_index")
