@@ -153,10 +153,8 @@ class ZipVLConfig:
 
     def attention_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.ops.zipvl.zipvl_attn`` that this configuration decides."""
-        names = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "all_queries")
-        values = {name: getattr(self, name) for name in names}
-        without = {"local_window": 0, "num_sinks": 0, "max_ratio": 1.0}
-        return values | {name: getattr(self, name) for name, none in without.items() if getattr(self, name) != none}
+        selection = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "max_ratio")
+        return {name: getattr(self, name) for name in (*selection, "all_queries", "local_window", "num_sinks")}
 
 
 def _error(name: str, expected: str, got: Any) -> ValueError:
