@@ -190,8 +190,16 @@ def pays_from(
 
     def pays(tokens: int) -> bool:
         new = tokens if queries is None else min(queries, tokens)
-        settings = {"all_queries": all_queries, "window": window, "queries": new}
-        cost = layer_cost(query_heads, head_dim, tokens, share=share, by_tau=by_tau, **settings)
+        cost = layer_cost(
+            query_heads,
+            head_dim,
+            tokens,
+            share=share,
+            by_tau=by_tau,
+            all_queries=all_queries,
+            window=window,
+            queries=new,
+        )
         return cost.zipvl_us <= (MAX_FACTOR * cost.dense_us + MAX_EXTRA_US if by_tau else cost.dense_us)
 
     if not pays(_MAX_TOKENS):

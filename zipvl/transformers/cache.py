@@ -90,7 +90,7 @@ class ZipVLCache(DynamicCache):
         self.plan: Any = None
         self.visual: torch.Tensor | None = None
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
         super().reorder_cache(beam_idx)
         self._take_rows(beam_idx)

@@ -114,6 +114,13 @@ class Call:
             )
         return layer
 
+    def stored_in(self, module: nn.Module, keys: torch.Tensor) -> ZipVLCacheLayer | None:
+        """The ``ZipVLCacheLayer`` whose storage ``keys`` is: one that holds tokens as they came; None: there is
+        none."""
+        layers, index = [] if self.cache is None else self.cache.layers, layer_index(module)
+        layer = layers[index] if index is not None and 0 <= index < len(layers) else None
+        return layer if isinstance(layer, ZipVLCacheLayer) and layer.packed is None and layer.keys is keys else None
+
     @property
     def captures(self) -> bool:
         """Whether this is a forward of a ``generate()`` that captures its steps; dense prefills are packed for it."""
@@ -121,9 +128,22 @@ class Call:
 
     # The decision
 
-    def dense_below(self, query_heads: int, head_dim: int, states: torch.Tensor) -> int:
-        """``policy.dense_below`` of a layer with so many heads; ``states`` has its dtype and device."""
-        return policy.dense_below(self.config, query_heads, head_dim, states, self.cost_key)
+    def is_chunk(self, new: int, tokens: int) -> bool:
+        """Whether ``new`` of ``tokens`` tokens are a chunk of a prompt, behind a filled cache, that may be sparse.
+
+        Not so few that their probes would be all of them, which costs what dense attention does: decoded tokens, a
+        short turn. Nor candidates of assisted generation, nor what comes behind a quantised cache.
+        """
+        if self.config.cache == "quantize" or getattr(self.cache, "assisted", False):
+            return False
+        return self.config.num_recent + self.config.num_random < new < tokens
+
+    def dense_below(self, query_heads: int, head_dim: int, states: torch.Tensor, queries: int | None = None) -> int:
+        """``policy.dense_below`` of a layer with so many heads; ``states`` has its dtype and device. ``queries`` is the
+        length of a chunk, or None: all tokens are new."""
+        if torch.compiler.is_compiling():
+            queries = None  # it may be a symbol, and the answer is a constant
+        return policy.dense_below(self.config, query_heads, head_dim, states, self.cost_key, queries)
 
     def reason_dense(
         self, module: nn.Module, dense_below: int, tokens: int, attention_mask: torch.Tensor | None, **facts: Any
@@ -217,6 +237,25 @@ class Call:
         """Whether tokens that the device alone knows may be kept on top of a selection: text, or rows of text."""
         config, kind = self.config, self.visual.kind
         return (config.keep_text and kind() != "text") or (config.text_prompts == "dense" and kind() == "mixed")
+
+    def extra_mask(self, visual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+        """``[B, S]`` bool: the text to keep on top, in rows with visual tokens; None: none. Padding counts as text.
+
+        Args:
+            visual: ``[B, S]``, which of the tokens are visual; None: none.
+            like: ``[B, H, S, D]``, gives sizes and the device.
+        """
+        if not self.config.keep_text or self.visual.kind() == "text":
+            return None
+        rows = self.visual.rows(like.device)[:, None]
+        return rows.repeat(1, like.shape[2]) if visual is None else ~visual & rows
+
+    def visual_of(self, tokens: int, device: torch.device, *, new: bool = False) -> torch.Tensor | None:
+        """``[B, tokens]`` bool: which of the first ``tokens`` so far, with ``new`` of this forward, are visual. None:
+        none is, or it makes no difference."""
+        if not self.config.keep_text or self.visual.kind() == "text":
+            return None
+        return self.visual.of(tokens, device, new=new)
 
     def keep_mask(self, token_mask: torch.Tensor | None, dense_below: int, like: torch.Tensor) -> torch.Tensor | None:
         """``[B, S]`` bool: the tokens of rows that keep them all, as they do alone; None: there are no such rows.

@@ -170,9 +170,8 @@ class DecoderHook:
         noted, embeds = self.noted.take(), kwargs.get("inputs_embeds")
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
         tokens = ids if embeds is None else embeds
-        remembers = isinstance(cache, ZipVLCache)
-        seen = cache.get_seq_length() if remembers else 0
-        before = cache.visual if remembers else None
+        ours = cache if isinstance(cache, ZipVLCache) else None
+        seen, before = (0, None) if ours is None else (ours.get_seq_length(), ours.visual)
         if tokens is None or tokens.shape[1] <= 1:  # a decoded token is text
             return Visual(None, before, seen)
         if ids is None and noted is not None and noted.shape == tokens.shape[:2]:
@@ -182,8 +181,8 @@ class DecoderHook:
         else:
             new = None if ids is None else is_visual(ids, self.visual_ids)
         visual = Visual(new, before, seen)
-        if remembers and new is not None:
-            cache.visual = visual.all()
+        if ours is not None and new is not None:
+            ours.visual = visual.all()
         return visual
 
 

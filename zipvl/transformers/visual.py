@@ -127,7 +127,7 @@ class Visual:
         self.before = before[:, :seen] if before is not None and seen > 0 else None
         self._kind: Kind | None = None
         self._rows: dict[torch.device, Tensor] = {}
-        self._text: dict[tuple[int, torch.device], Tensor] = {}
+        self._of: dict[tuple[int, torch.device, bool], Tensor | None] = {}
 
     def all(self) -> Tensor | None:
         """``[B, m]`` bool of all tokens so far, those beyond ``m`` being text; None: none is visual."""
@@ -160,22 +160,14 @@ class Visual:
             self._rows[device] = known.any(-1).to(device)
         return self._rows[device]
 
-    def of(self, tokens: int, device: torch.device) -> Tensor | None:
-        """``[B, tokens]`` bool of the first ``tokens`` so far; None: none is visual."""
-        known = self.all()
-        return None if known is None else to_length(known, tokens).to(device)
-
-    def text(self, tokens: int, device: torch.device) -> Tensor | None:
-        """``[B, tokens]`` bool: the text among the first ``tokens`` so far, in rows with visual tokens; None: there are
-        no such rows. Padding counts as text. Made once a forward."""
-        if self.kind() == "text":
-            return None
-        key = tokens, device
-        if key not in self._text:
-            visual = self.of(tokens, device)
-            assert visual is not None
-            self._text[key] = ~visual & self.rows(device)[:, None]
-        return self._text[key]
+    def of(self, tokens: int, device: torch.device, *, new: bool = False) -> Tensor | None:
+        """``[B, tokens]`` bool of the first ``tokens`` so far, with ``new`` of this forward alone; None: none is
+        visual. Made once a forward."""
+        key = tokens, device, new
+        if key not in self._of:
+            known = self.new if new else self.all()
+            self._of[key] = None if known is None else to_length(known, tokens).to(device)
+        return self._of[key]
 
 
 def to_length(mask: Tensor, tokens: int) -> Tensor:
