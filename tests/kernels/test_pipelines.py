@@ -20,6 +20,8 @@ from zipvl import ops
 
 from .test_ops import cuda, no_host_sync
 
+PAPER = zipvl.ZipVLConfig.paper()
+
 BF16 = torch.bfloat16
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,7 +149,10 @@ def agree(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_prefill_never_waits(skip: bool) -> None:
     model, tokens = make_model(), prompt(3000)
-    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=skip) as stats:
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=256, ratio=0.4, skip_projections=skip) as stats,
+    ):
         model(tokens, logits_to_keep=1)
         with no_host_sync():
             model(tokens, logits_to_keep=1)
@@ -158,7 +163,10 @@ def test_a_prefill_never_waits(skip: bool) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prefill_in_a_cuda_graph(use_cache: bool, skip: bool) -> None:
     model, tokens = make_model(), prompt(3000)
-    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=skip):
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=256, ratio=0.4, skip_projections=skip),
+    ):
         graph, output = captured(lambda: model(tokens, use_cache=use_cache, logits_to_keep=1))
         for seed in (1, 2):
             tokens.copy_(prompt(3000, seed))
@@ -178,7 +186,10 @@ def test_compiled_whole(dynamic: bool, skip: bool) -> None:
     model = make_model(layers=1)  # the compiler's time grows with them
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     dense_below: Any = "auto" if dynamic else 256
-    with torch.no_grad(), zipvl.sparse(model, dense_below=dense_below, ratio=0.4, skip_projections=skip) as stats:
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=dense_below, ratio=0.4, skip_projections=skip) as stats,
+    ):
         for tokens in (7000, 8100) if dynamic else (3000,):
             actual = compiled(prompt(tokens), logits_to_keep=1)
             kept = -(-4 * tokens // 10)
@@ -192,7 +203,10 @@ def test_reduce_overhead() -> None:
     model = make_model("Llama", layers=1)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     torch._dynamo.utils.counters.clear()
-    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=True) as stats:
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=256, ratio=0.4, skip_projections=True) as stats,
+    ):
         for seed in range(4):
             tokens = prompt(3000, seed)
             torch.compiler.cudagraph_mark_step_begin()
