@@ -1,4 +1,5 @@
-"""Writes the README's tables from benchmarks/results: ``python -m benchmarks.readme`` (``--check`` only compares).
+"""Writes the tables of README.md and docs/fidelity.md from benchmarks/results: ``python -m benchmarks.readme``
+(``--check`` only compares).
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` and shows the newest result of its kind.
 """
@@ -15,8 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.fidelity import show
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "fidelity.md")
 RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = ROOT / "models" / "tiny-llava-next" / "model.safetensors"
 
@@ -323,6 +327,29 @@ def decode() -> list[str]:
     return [title, "", *head, *rows]
 
 
+def fidelity() -> list[str]:
+    """What pretrained weights lose: the newest run over reported samples, and the newest of all settings."""
+    if not (RESULTS / "fidelity.jsonl").exists():
+        return ["No run of `python -m benchmarks.fidelity` is recorded yet."]
+    newest: dict[tuple[bool, str], Result] = {}
+    for run in results("fidelity"):
+        if run["split"] == "report" and set(run["samples"]) == {"text", "key", "page"}:
+            newest[run["full"], run["device"]["name"]] = run
+    lines = []
+    for (full, _), run in sorted(newest.items(), key=lambda item: item[0]):
+        samples = run["samples"]
+        lines += [
+            *([""] if lines else []),
+            f"{samples['text']} texts, {samples['key']} keys, {samples['page']:,} pages, {run['dtype']}"
+            f"{', `--full`' if full else ''} ({source(run)}):",
+            "",
+            "| " + " | ".join(show.HEADER) + " |",
+            "| --- |" + " ---: |" * (len(show.HEADER) - 1),
+            *("| " + " | ".join(show.cells(row)) + " |" for row in run["rows"]),
+        ]
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "cpu_prefill": cpu_prefill,
     "tiny_llava_next": tiny_llava_next,
@@ -333,6 +360,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "layer": layer,
     "ttft": ttft,
     "answer": answer,
+    "fidelity": fidelity,
 }
 
 
@@ -353,13 +381,15 @@ def rendered(text: str) -> str:
 def main(
     check: Annotated[bool, typer.Option(help="Change nothing; exit 1 where a table is not current.")] = False,
 ) -> None:
-    """Makes the README's tables from the recorded results."""
-    before = README.read_text()
-    after = rendered(before)
-    if check and before != after:
-        sys.exit("README.md is not what benchmarks/results say: run 'python -m benchmarks.readme'")
-    if not check:
-        README.write_text(after)
+    """Makes the tables of all pages from the recorded results."""
+    for page in PAGES:
+        before = page.read_text()
+        after = rendered(before)
+        if check and before != after:
+            name = page.relative_to(ROOT)
+            sys.exit(f"{name} is not what benchmarks/results say: run 'python -m benchmarks.readme'")
+        if not check:
+            page.write_text(after)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +11,6 @@ from zipvl import ZipVLConfig
 __all__ = ["DEFAULT", "DENSE", "FULL", "SettingError", "changes", "config"]
 
 DENSE = "dense"
-
-PAPER: dict[str, Any] = {"local_window": 0, "num_sinks": 0, "keep_text": False, "cache": "drop"}
-"""What a word of a name changes: no window, no sinks, text not kept, forgotten tokens gone."""
-ALWAYS: dict[str, Any] = {"text_prompts": "sparse"}
 
 WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     r"tau (0?\.\d+|1)": lambda share: {"tau": float(share)},
@@ -58,7 +53,7 @@ FULL = (
 
 
 class SettingError(ValueError):
-    """A name that says nothing, or something that this zipvl cannot do."""
+    """A name that says nothing."""
 
 
 def _bits(text: str | None) -> dict[str, Any]:
@@ -84,16 +79,11 @@ def changes(name: str) -> dict[str, Any]:
 
 
 def config(name: str) -> ZipVLConfig | None:
-    """The configuration of a name, every token sparse from 256 on; None: dense.
+    """The configuration of a name: the paper's with what the name changes, sparse from 256 tokens on; None: dense.
 
     Raises:
-        SettingError: as for ``changes``; or the name asks for a field that this zipvl does not have.
+        SettingError: as for ``changes``.
     """
     if name == DENSE:
         return None
-    asked = changes(name)
-    fields = {field.name for field in dataclasses.fields(ZipVLConfig)}
-    if missing := asked.keys() - fields:
-        raise SettingError(f"{name}: ZipVLConfig has no {', '.join(sorted(missing))}")
-    base = {field: value for field, value in (PAPER | ALWAYS).items() if field in fields}
-    return ZipVLConfig(dense_below=256, **(base | asked))
+    return ZipVLConfig.paper(dense_below=256, **changes(name))
