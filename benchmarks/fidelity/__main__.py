@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -61,7 +61,7 @@ def main(
     except settings.SettingError as error:
         sys.exit(f"--setting: {error}")
     sizes = {part: min(SIZES[part][full], count or SIZES[part][full]) for part in parts}
-    run = _Run(split, names, sizes, torch.device(device), dtype, cache_dir, work)
+    run = _Run(cast(texts.Split, split), names, sizes, torch.device(device), dtype, cache_dir, work)
     started = time.perf_counter()
     try:
         run.measure()
@@ -81,7 +81,7 @@ class _Run:
 
     def __init__(
         self,
-        split: str,
+        split: texts.Split,
         names: list[str],
         sizes: dict[str, int],
         device: torch.device,
@@ -117,15 +117,17 @@ class _Run:
     def _measure_text(self) -> None:
         model, tokenizer, digest = smollm.load(self.cache_dir, self.device, self.dtype)
         self.facts["text_model"] = {"name": "SmolLM2-135M-Instruct Q4_1", "sha256": digest}
-        text = texts.texts(tokenizer, self.split, self.sizes["text"]) if "text" in self.sizes else []
-        key = texts.keys(tokenizer, self.split, self.sizes["key"]) if "key" in self.sizes else []
-        for part, samples, run in (("text", text, measure.texts), ("key", key, measure.keys)):
-            if samples:
-                self.facts[f"{part}_samples_sha256"] = texts.digest(samples)
-                self.samples[part] = [sample.name for sample in samples]
-                everything = getattr(texts, f"{part}s")(tokenizer, self.split, SIZES[part][1])
-                self.journals[part] = self._journal(part, weights=digest, samples=texts.digest(everything))
-                run(model, samples, self.names, self.journals[part])
+        every: dict[str, Any] = {
+            "text": texts.texts(tokenizer, self.split, SIZES["text"][1]),
+            "key": texts.keys(tokenizer, self.split, SIZES["key"][1]),
+        }
+        runs: dict[str, Any] = {"text": measure.texts, "key": measure.keys}
+        for part in [part for part in runs if part in self.sizes]:
+            samples = every[part][: self.sizes[part]]
+            self.facts[f"{part}_samples_sha256"] = texts.digest(samples)
+            self.samples[part] = [sample.name for sample in samples]
+            self.journals[part] = self._journal(part, weights=digest, samples=texts.digest(every[part]))
+            runs[part](model, samples, self.names, self.journals[part])
 
     def _measure_pages(self) -> None:
         from benchmarks.paper.subject import Subject  # imports transformers, which must not be earlier than gguf

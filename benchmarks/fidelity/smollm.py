@@ -82,6 +82,7 @@ def load(cache: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
     file = fetch(cache)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(**where), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    folder, given = file.parent, {"gguf_file": file.name, "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, **given), digest
