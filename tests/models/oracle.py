@@ -221,8 +221,8 @@ def chunk_masks(
 
 @contextmanager
 def masked(model: Any, masks: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Makes ``model(whole sequence, use_cache=False)`` attend, in the layers of ``masks``, where ``may [N, N]``, and give 0
-    in rows that are not ``computed [N]``; other layers are dense."""
+    """Makes ``model(whole sequence, use_cache=False)`` attend, in the layers of ``masks``, where ``may [N, N]``, and
+    give 0 in rows that are not ``computed [N]``; other layers are dense."""
 
     def attention(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: Any = None, **_: Any
