@@ -48,11 +48,14 @@ def real_selection(B: int, S: int, token_mask: Tensor | None, share: float = 0.4
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, **keywords: Any) -> Tensor:
-    """The op, with NaN in every key and value that no row sees and in queries of padding, against float64."""
+    """The op, with NaN in queries of padding and in every key and value that no row sees (without a window: outside of
+    ``T``), against float64."""
     B, _, n, _ = q.shape
     S = k.shape[2]
     seen = seen_keys(index, count, n, **{name: kw for name, kw in keywords.items() if name != "scale"})
     unseen, idle = ~seen.any(dim=1), torch.zeros(B, n, dtype=torch.bool)
+    if keywords.get("local_window", 0) == 0:
+        unseen = ~selected_mask(index, count)
     if keywords.get("token_mask") is not None:
         idle = ~keywords["token_mask"][:, S - n :]
     out: Tensor = ops.sparse_attn(poison(q, idle), poison(k, unseen), poison(v, unseen), index, count, **keywords)
