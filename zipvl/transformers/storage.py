@@ -347,7 +347,8 @@ class RaggedKV:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything held."""
-        return self.keys, self.values, self.lengths
+        held = self.keys, self.values, self.lengths
+        return held if self.visual is None else (*held, self.visual)
 
     def token_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``keys`` and ``values`` at full precision, whatever their number: what a token would take."""
