@@ -374,3 +374,23 @@ def test_what_is_cropped_is_no_longer_visual() -> None:
     held.append(states[:, :, :2], states[:, :, :2], None)
     tokens = held.with_new(states, states, None, None, store=False)
     assert tokens.visual is not None and tokens.visual.int().tolist() == [[0, 0, 0, 0, 0, 1, *[0] * 6]]
+
+
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_a_compiled_chunk(cache: Any) -> None:
+    """One graph a chunk, behind what an eager prompt or another compiled chunk left."""
+    model, parts = make_llama(), ids(420, 1).split(140, dim=1)
+    config = CHUNKS.replace(cache=cache, local_window=12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with zipvl.sparse(model, config) as stats:
+        expected_cache, found_cache = zipvl.ZipVLCache(model.config, config), zipvl.ZipVLCache(model.config, config)
+        expected = [forward(model, part, expected_cache) for part in parts]
+        kept = [layer.kept for layer in stats.layers.values()]
+        found = [forward(model, parts[0], found_cache), *(forward(compiled, part, found_cache) for part in parts[1:])]
+        assert [layer.kept for layer in stats.layers.values()] == kept
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, **TOLERANCE)
+        step = torch.tensor([[5]])
+        torch.testing.assert_close(forward(model, step, found_cache), forward(model, step, expected_cache), **TOLERANCE)
+    lengths = [[layer.packed.lengths.tolist() for layer in c.layers] for c in (found_cache, expected_cache)]
+    assert lengths[0] == lengths[1]
