@@ -165,7 +165,9 @@ def test_a_chunk_never_waits(cache: Any) -> None:
     """A chunk behind a filled cache: no layer waits for the counts of another."""
     model, tokens = make_model(layers=6), prompt(6000)
     settings = PAPER.replace(cache=cache, dense_below=256, ratio=0.4, local_window=64)
-    name = zipvl.transformers.cache_names.name_for(type(model).forward)
+    from zipvl.transformers import cache_names
+
+    name = cache_names.name_for(type(model).forward)
     with torch.no_grad(), zipvl.sparse(model, settings) as stats:
         for _ in range(2):  # the first time for what libraries set up
             held = zipvl.ZipVLCache(model.config, settings)
