@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,24 @@ def test_a_prefill_never_waits(skip: bool) -> None:
         with no_host_sync():
             model(tokens, logits_to_keep=1)
         assert stats.layers[1].kept == [1200]
+
+
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_a_chunk_never_waits(cache: Any) -> None:
+    """A chunk behind a filled cache: no layer waits for the counts of another."""
+    model, tokens = make_model(layers=6), prompt(6000)
+    settings = PAPER.replace(cache=cache, dense_below=256, ratio=0.4, local_window=64)
+    from zipvl.transformers import cache_names
+
+    name = cache_names.name_for(type(model).forward)
+    with torch.no_grad(), zipvl.sparse(model, settings) as stats:
+        for _ in range(2):  # the first time for what libraries set up
+            held = zipvl.ZipVLCache(model.config, settings)
+            model(tokens[:, :3000], logits_to_keep=1, **{name: held})
+            torch.cuda.synchronize()
+            with no_host_sync() if stats.prefills > 2 else nullcontext():
+                model(tokens[:, 3000:], logits_to_keep=1, **{name: held})
+        assert stats.layers[5].mode == "sparse" and stats.prefills == 4
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -232,7 +232,7 @@ def seen_keys(
     num_sinks: int = 0,
     last_key: Tensor | None = None,
 ) -> Tensor:
-    """``[B, n, S]`` bool: the keys that each of the last ``n`` tokens attends to, set by set (docs/ops.md, 5b to 5d)."""
+    """``[B, n, S]`` bool: the keys that each of the last ``n`` tokens attends to, set by set (steps 5b to 5d)."""
     B, S = index.shape
     seen = torch.zeros(B, n, S, dtype=torch.bool)
     for b in range(B):

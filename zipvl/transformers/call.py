@@ -89,6 +89,7 @@ class Call:
         self.reached = self.saw_prefill = False
         self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
+        self._extra: tuple[torch.Tensor, torch.Tensor] | None = None
         self._new: list[torch.Tensor | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
@@ -248,7 +249,13 @@ class Call:
         if not self.config.keep_text or self.visual.kind() == "text":
             return None
         rows = self.visual.rows(like.device)[:, None]
-        return rows.repeat(1, like.shape[2]) if visual is None else ~visual & rows
+        if visual is None:
+            return rows.repeat(1, like.shape[2])
+        if (
+            self._extra is None or self._extra[0] is not visual
+        ):  # one mask for all layers, unless they hold other tokens
+            self._extra = visual, ~visual & rows
+        return self._extra[1]
 
     def visual_of(self, tokens: int, device: torch.device, *, new: bool = False) -> torch.Tensor | None:
         """``[B, tokens]`` bool: which of the first ``tokens`` so far, with ``new`` of this forward, are visual. None:

@@ -172,7 +172,9 @@ class DecoderHook:
         tokens = ids if embeds is None else embeds
         ours = cache if isinstance(cache, ZipVLCache) else None
         seen, before = (0, None) if ours is None else (ours.get_seq_length(), ours.visual)
-        if tokens is None or tokens.shape[1] <= 1:  # a decoded token is text
+        config = run.config if ours is None else ours.config
+        matters = config.keep_text or config.text_prompts == "dense"
+        if not matters or tokens is None or tokens.shape[1] <= 1:  # a decoded token is text
             return Visual(None, before, seen)
         if ids is None and noted is not None and noted.shape == tokens.shape[:2]:
             ids = noted

@@ -247,7 +247,7 @@ class RaggedKV:
         *,
         store: bool,
     ) -> Tokens:
-        """What is held, and ``k``, ``v [B, Hkv, n, D]`` behind it, each row's tokens without a gap and the new ones in
+        """What is held, and ``k``, ``v [B, Hkv, n, D]`` behind it, right-aligned, and the new ones in
         the last ``n`` places.
 
         Args:
@@ -282,13 +282,11 @@ class RaggedKV:
             visual = torch.cat([known, visual], dim=1)
         if self.even and token_mask is None:
             return Tokens(keys, values, None, visual)
-        # What is held moves up to the first real new token: past padding in front of that, and its own free slots.
+        # What is held moves up to the new tokens. It stays behind padding in front of them: those places are queries.
         real = keys.new_ones(keys.shape[0], new, dtype=torch.bool) if token_mask is None else token_mask
-        lead = real.to(torch.uint8).argmax(-1, keepdim=True)
-        shift, slot = held - self.lengths[:, None].to(torch.int64) + lead, torch.arange(held + new, device=k.device)
-        past = slot < held + lead
-        source = torch.where(past, (slot - shift).clamp(min=0), slot)
-        there = torch.where(past, slot >= shift, torch.nn.functional.pad(real, (held, 0)))
+        free, slot = held - self.lengths[:, None].to(torch.int64), torch.arange(held + new, device=k.device)
+        source = torch.where(slot < held, (slot - free).clamp(min=0), slot)
+        there = (slot >= free) & torch.nn.functional.pad(real, (held, 0), value=True)
         visual = None if visual is None else visual.gather(1, source) & there
         return Tokens(_gather(keys, source), _gather(values, source), there, visual)
 
@@ -349,7 +347,8 @@ class RaggedKV:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything held."""
-        return self.keys, self.values, self.lengths
+        held = self.keys, self.values, self.lengths
+        return held if self.visual is None else (*held, self.visual)
 
     def token_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``keys`` and ``values`` at full precision, whatever their number: what a token would take."""

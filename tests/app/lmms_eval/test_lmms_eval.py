@@ -31,6 +31,9 @@ def docs(pages: list[Image.Image]) -> Docs:
     return [{"page": page, "question": f"K{number}"} for number, page in enumerate(pages)]
 
 
+PAPER = "keep_text=False,local_window=0,num_sinks=0,text_prompts=sparse,cache=drop"  # ZipVLConfig.paper()
+
+
 def make(folder: Path, docs: Docs, arguments: str = "", simple: bool = False, **extra: Any) -> Any:
     """The model as lmms-eval makes it."""
     cls = plugin.ZipVLSimple if simple else plugin.ZipVL
@@ -163,11 +166,11 @@ def test_beams(llava_next: Path, docs: Docs) -> None:
 def test_the_meter_counts_what_the_method_kept(
     llava_next: Path, docs: Docs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make(llava_next, docs, f"ratio=0.4,cache=drop,stats={tmp_path / 'stats.json'}")
+    model = make(llava_next, docs, f"{PAPER},ratio=0.4,stats={tmp_path / 'stats.json'}")
     model.generate_until([ask(number) for number in range(3)])
     ratios, held, full = [], [], []
     for doc in docs[:3]:
-        sparse = zipvl.sparse(model.model, ratio=0.4)
+        sparse = zipvl.sparse(model.model, zipvl.ZipVLConfig.paper(ratio=0.4))
         with sparse as stats:
             _, output = plain(model, doc)
         ratios.append(stats.mean_ratio)
@@ -306,7 +309,7 @@ def test_a_baselines_arguments_are_checked_first(llava_next: Path, docs: Docs, a
 
 def test_variants_of_zipvl_run(llava_next: Path, docs: Docs) -> None:
     """Table D's metric pairs; the pair that is ZipVL's own gives ZipVL's answer from as many tokens."""
-    own = make(llava_next, docs, "tau=0.8,dense_below=0")
+    own = make(llava_next, docs, f"{PAPER},tau=0.8,dense_below=0")
     answers = {}
     for budget in ("accumulated", "normalized"):
         for rank in ("accumulated", "normalized"):
