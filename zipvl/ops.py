@@ -4,7 +4,8 @@ The ops themselves are C++ (``csrc/ops``): argument checks, CPU and CUDA impleme
 module and calling ``torch.ops.zipvl.<name>`` are the same thing. Everything is inference only. Shapes: ``B`` batch,
 ``Hq`` query heads, ``Hkv`` key/value heads, ``N`` tokens, ``D`` head dim, ``P`` probes, ``S`` cache slots. ``q``,
 ``k``, ``v`` are float16, bfloat16 or float32 of any strides with a unit last stride. ``token_mask`` is bool
-``[B, N]``, true for real tokens; without it every token is real. All tensors of one call share a device.
+``[B, N]``, true for real tokens; without it every token is real. All tensors of one call share a device. Queries may be
+those of the last ``n`` tokens alone, row ``i`` at position ``N - n + i``, under ``causal``: a prompt in chunks.
 """
 
 from __future__ import annotations
@@ -22,21 +23,28 @@ _library.load()
 
 
 def probe_index(
-    q: Tensor, *, num_recent: int = 64, num_random: int = 64, seed: int = 0, token_mask: Tensor | None = None
+    q: Tensor,
+    *,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    token_mask: Tensor | None = None,
+    k: Tensor | None = None,
 ) -> Tensor:
     """The probe tokens of each row (ZipVL Sec. A): the most recent real tokens and random earlier ones.
 
     Args:
-        q: ``[B, Hq, N, D]``; gives ``B``, ``N`` and the device.
+        q: ``[B, Hq, n, D]``; gives ``B``, ``n`` and the device. Probes are drawn among these ``n``.
         num_recent: most recent real tokens taken.
         num_random: one token is drawn from each of this many strata of the earlier real tokens; all of them where there
             are no more. A pure function of ``(seed, stratum, number of earlier real tokens)``: see docs/ops.md.
+        k: ``[B, Hkv, N, D]``; gives ``N``, which is ``n`` without it.
 
     Returns:
         ``[B, num_recent + num_random]`` int32, ascending, padded at the end with -1.
     """
     return torch.ops.zipvl.probe_index(
-        q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask
+        q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask, k=k
     )
 
 
@@ -48,20 +56,24 @@ def probe_scores(
     scale: float | None = None,
     causal: bool = True,
     token_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention mass that the probes give each token (ZipVL Eq. A).
 
     Args:
-        q: ``[B, Hq, N, D]``.
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens.
         k: ``[B, Hkv, N, D]``.
-        probe_index: ``[B, P]`` int32 from :func:`probe_index`; entries outside ``[0, N)`` are skipped.
+        probe_index: ``[B, P]`` int32 from :func:`probe_index`; entries outside ``[N - n, N)`` are skipped.
         scale: of the scores; ``D ** -0.5`` by default.
+        last_key: int32 ``[B, n]``, the last position that each row of ``q`` sees, its own by default; needs ``causal``.
 
     Returns:
         ``accumulated`` and ``normalized``, float32 ``[B, N]``: the mean over heads of the summed softmax rows, and the
         same divided by the number of probes that may attend to the token (0 where none may).
     """
-    return torch.ops.zipvl.probe_scores(q, k, probe_index, scale=scale, causal=causal, token_mask=token_mask)
+    return torch.ops.zipvl.probe_scores(
+        q, k, probe_index, scale=scale, causal=causal, token_mask=token_mask, last_key=last_key
+    )
 
 
 def select_tokens(
@@ -73,6 +85,10 @@ def select_tokens(
     min_tokens: int = 1,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """How many tokens matter and which (ZipVL Sec. 3).
 
@@ -84,6 +100,11 @@ def select_tokens(
         ratio: in ``(0, 1]``; if given the budget is ``ceil(ratio * real tokens)`` instead.
         min_tokens: fewest tokens selected (as far as there are real ones).
         keep_mask: bool ``[B, N]``; real tokens set here are selected first.
+        local_window, num_sinks: so many last and first real tokens are added to what was selected, where decoded tokens
+            find their neighbourhood; ``num_sinks`` needs a ``local_window``.
+        extra_mask: bool ``[B, N]``; real tokens set here are added too.
+        max_ratio: in ``(0, 1]``: the budget is at most ``ceil(max_ratio * real tokens)``. What is kept or added comes
+            on top.
 
     Returns:
         ``index`` int32 ``[B, N]``, the selected positions ascending in the first ``count[b]`` places and ``N`` in the
@@ -98,6 +119,10 @@ def select_tokens(
         min_tokens=min_tokens,
         keep_mask=keep_mask,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        max_ratio=max_ratio,
     )
 
 
@@ -120,18 +145,41 @@ def sparse_attn(
     scale: float | None = None,
     causal: bool = True,
     all_queries: bool = False,
+    token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    last_key: Tensor | None = None,
 ) -> Tensor:
     """Attention among the selected tokens, causal by original position (ZipVL Algorithm 1).
 
     Args:
-        q: ``[B, Hq, N, D]``; ``k``, ``v``: ``[B, Hkv, N, D]``.
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens; ``k``, ``v``: ``[B, Hkv, N, D]``.
         index, count: from :func:`select_tokens`.
         all_queries: compute every row against the selected keys, not the selected rows alone.
+        token_mask: rows of padding are 0, and no row's neighbourhood has padding.
+        local_window: with ``w > 0`` every real row ``t`` sees the real tokens of the positions ``t - w < s <= t`` too,
+            whether or not it is selected; needs ``causal``.
+        num_sinks: and so many first real tokens; needs a ``local_window``.
+        last_key: int32 ``[B, n]``, the last position that each row sees, its own by default; -1 is none. Needs
+            ``causal``.
 
     Returns:
-        ``[B, Hq, N, D]``, the transposed view of a contiguous ``[B, N, Hq, D]``; rows not computed are 0.
+        ``[B, Hq, n, D]``, the transposed view of a contiguous ``[B, n, Hq, D]``; rows not computed are 0.
     """
-    return torch.ops.zipvl.sparse_attn(q, k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
+    return torch.ops.zipvl.sparse_attn(
+        q,
+        k,
+        v,
+        index,
+        count,
+        scale=scale,
+        causal=causal,
+        all_queries=all_queries,
+        token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        last_key=last_key,
+    )
 
 
 def zipvl_attn(
@@ -151,6 +199,11 @@ def zipvl_attn(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
+    max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The attention of one layer, ZipVL's way: :func:`probe_index` to :func:`sparse_attn` in one call.
 
@@ -176,6 +229,11 @@ def zipvl_attn(
         causal=causal,
         keep_mask=keep_mask,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        last_key=last_key,
+        max_ratio=max_ratio,
     )
 
 
@@ -196,6 +254,11 @@ def zipvl_prefill(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
+    max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`zipvl_attn`, and the packed keys and values it attended to: under the ``drop`` cache, the cache.
 
@@ -218,6 +281,11 @@ def zipvl_prefill(
         causal=causal,
         keep_mask=keep_mask,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        last_key=last_key,
+        max_ratio=max_ratio,
     )
 
 
@@ -248,15 +316,20 @@ def zipvl_layer(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
+    max_ratio: float = 1.0,
     pack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The prefill of one layer in one call: :func:`probe_index` to :func:`sparse_attn`, with projections and packing.
 
     Args:
-        q: ``[B, Hq, N, D]``; None where ``hidden`` is given.
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens; None where ``hidden`` is given.
         k, v: ``[B, Hkv, N, D]``.
-        hidden: ``[B, N, C]``, the attention layer's input, from which the queries that are read are projected: those of
-            the probes and of the selected tokens, with ``all_queries`` all.
+        hidden: ``[B, n, C]``, the attention layer's input, from which the queries that are read are projected: those of
+            the probes and of the selected tokens; with ``all_queries``, a window or ``n < N`` all.
         q_weight, q_bias, q_norm_weight, q_norm_eps, cos, sin: of that projection, as in :func:`project_queries`.
         o_weight: ``[O, Hq * D]``, of the output projection.
         budget_score, rank_score: float32 ``[B, N]``, both or neither. Given ones decide, and no probes are drawn: under
@@ -267,8 +340,8 @@ def zipvl_layer(
     The other arguments are those of the steps.
 
     Returns:
-        ``out``, ``index``, ``count``, ``k_packed``, ``v_packed``. ``out`` is ``[B, Hq, N, D]`` as :func:`sparse_attn`
-        returns it, or with ``o_weight`` ``[B, N, O]`` as :func:`project_outputs` does. Without ``pack`` the packed
+        ``out``, ``index``, ``count``, ``k_packed``, ``v_packed``. ``out`` is ``[B, Hq, n, D]`` as :func:`sparse_attn`
+        returns it, or with ``o_weight`` ``[B, n, O]`` as :func:`project_outputs` does. Without ``pack`` the packed
         tensors are empty, of shape ``[0]``.
     """
     return torch.ops.zipvl.zipvl_layer(
@@ -297,6 +370,11 @@ def zipvl_layer(
         causal=causal,
         keep_mask=keep_mask,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        last_key=last_key,
+        max_ratio=max_ratio,
         pack=pack,
     )
 
@@ -465,9 +543,7 @@ def _attention_output(q: Tensor) -> Tensor:
 
 
 @_fake("probe_index")
-def _(
-    q: Tensor, *, num_recent: int = 64, num_random: int = 64, seed: int = 0, token_mask: Tensor | None = None
-) -> Tensor:
+def _(q: Tensor, *, num_recent: int = 64, num_random: int = 64, **_: Any) -> Tensor:
     return q.new_empty((q.shape[0], num_recent + num_random), dtype=torch.int32)
 
 
@@ -495,13 +571,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, **_: Any) -
 
 @_fake("zipvl_attn")
 def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    B, N = q.shape[0], q.shape[2]
+    B, N = k.shape[0], k.shape[2]
     return _attention_output(q), q.new_empty((B, N), dtype=torch.int32), q.new_empty((B,), dtype=torch.int32)
 
 
 @_fake("zipvl_prefill")
 def _(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, N = q.shape[0], q.shape[2]
+    B, N = k.shape[0], k.shape[2]
     index, count = q.new_empty((B, N), dtype=torch.int32), q.new_empty((B,), dtype=torch.int32)
     return _attention_output(q), index, count, k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -512,6 +588,7 @@ def _(
     k: Tensor,
     v: Tensor,
     *,
+    hidden: Tensor | None = None,
     q_weight: Tensor | None = None,
     o_weight: Tensor | None = None,
     pack: bool = False,
@@ -519,13 +596,18 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, N, D = k.shape[0], k.shape[2], k.shape[3]
     index, count = k.new_empty((B, N), dtype=torch.int32), k.new_empty((B,), dtype=torch.int32)
+    if q is not None:
+        n = q.shape[2]
+    else:
+        assert hidden is not None
+        n = hidden.shape[1]
     if o_weight is not None:
-        out = k.new_empty((B, N, o_weight.shape[0]))
+        out = k.new_empty((B, n, o_weight.shape[0]))
     elif q is not None:
         out = _attention_output(q)
     else:
         assert q_weight is not None
-        out = k.new_empty((B, N, q_weight.shape[0] // D, D)).transpose(1, 2)
+        out = k.new_empty((B, n, q_weight.shape[0] // D, D)).transpose(1, 2)
     packed = (k.new_empty(k.shape), v.new_empty(v.shape)) if pack else (k.new_empty((0,)), v.new_empty((0,)))
     return out, index, count, *packed
 

@@ -8,7 +8,8 @@ heads are looped over, and attention weights are materialised.
 Inputs are trusted here (shapes are asserted); the ops hold the checks that users meet.
 
 Symbols, as in the paper (arXiv 2410.08584): ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value heads, ``G = Hq / Hkv``,
-``N`` tokens, ``D`` head dim, ``P`` probe tokens, ``S`` cache slots, ``T`` the important tokens of a batch row.
+``N`` tokens, ``D`` head dim, ``P`` probe tokens, ``S`` cache slots, ``T`` the important tokens of a batch row. Queries
+may be those of the last ``n`` of the ``S`` tokens alone (docs/ops.md, step 5c): ``n = S = N`` otherwise.
 """
 
 from __future__ import annotations
@@ -81,23 +82,28 @@ def probe_index(
     num_random: int = 64,
     seed: int = 0,
     token_mask: Tensor | None = None,
+    k: Tensor | None = None,
 ) -> Tensor:
     """Positions of the probe tokens: the most recent real tokens, and random earlier ones (docs/ops.md, step 1).
 
     Args:
-        q: ``[B, Hq, N, D]``, any dtype; only its ``B``, ``N`` and device are used.
+        q: ``[B, Hq, n, D]``, any dtype; only its ``B``, ``n`` and device are used. Probes are drawn among these.
         num_recent: most recent real tokens to probe; all of them where a row has fewer.
         num_random: earlier real tokens to probe, one from each of so many strata; all of them where a row has fewer.
         seed: of the draw, see :func:`hash32`.
-        token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
+        token_mask: ``[B, S]`` bool, true for real tokens; None: all are real.
+        k: ``[B, Hkv, S, D]``, of which only ``S`` is used; None: ``S = n``.
 
     Returns:
-        ``[B, num_recent + num_random]`` int32, ascending, padded at the end with -1.
+        ``[B, num_recent + num_random]`` int32 positions in ``[0, S)``, ascending, padded at the end with -1.
     """
-    B, _, N, _ = q.shape
+    B, _, n, _ = q.shape
+    S = n if k is None else k.shape[2]
+    assert n <= S
     index = torch.full((B, num_recent + num_random), -1, dtype=torch.int32, device=q.device)
     for b in range(B):
-        real = _real_tokens(token_mask, b, N, q.device)
+        real = _real_tokens(token_mask, b, S, q.device)
+        real = real[real >= S - n]
         R = max(len(real) - num_recent, 0)
         earlier, recent = real[:R], real[R:]
         drawn = earlier[torch.tensor(_drawn_ranks(R, num_random, seed), dtype=torch.int64, device=q.device)]
@@ -119,6 +125,7 @@ def probe_scores(
     scale: float | None = None,
     causal: bool = True,
     token_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that the probe tokens pay to every token, summed and normalised (docs/ops.md, step 2).
 
@@ -127,32 +134,34 @@ def probe_scores(
     probes that may attend to ``j``. Tokens that no probe may attend to score 0.
 
     Args:
-        q: ``[B, Hq, N, D]``.
-        k: ``[B, Hkv, N, D]``, of q's dtype.
-        probe_index: ``[B, P]`` int32 positions; entries outside ``[0, N)`` are no probes.
+        q: ``[B, Hq, n, D]``, the queries of the last ``n`` tokens; ``n < S`` under ``causal`` alone.
+        k: ``[B, Hkv, S, D]``, of q's dtype.
+        probe_index: ``[B, P]`` int32 positions; entries outside ``[S - n, S)`` are no probes.
         scale: of the logits; None: ``D ** -0.5``.
         causal: probes attend to positions at or before their own.
-        token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
+        token_mask: ``[B, S]`` bool, true for real tokens; None: all are real.
+        last_key: ``[B, n]`` int32, the last position that a probe at each query row attends to, under ``causal`` alone;
+            None: its own.
 
     Returns:
-        ``(accumulated, normalized)``, each ``[B, N]`` float32 (float64 for float64 inputs).
+        ``(accumulated, normalized)``, each ``[B, S]`` float32 (float64 for float64 inputs).
     """
-    B, Hq, N, D = q.shape
-    Hkv = k.shape[1]
+    B, Hq, n, D = q.shape
+    Hkv, N = k.shape[1:3]
     assert k.shape == (B, Hkv, N, D) and Hq % Hkv == 0 and probe_index.shape[0] == B
+    assert n == N or (n < N and causal)
+    ends = _row_ends(n, N, causal, last_key, B, q.device)
     dtype = _compute_dtype(q)
     scale = D**-0.5 if scale is None else scale
     accumulated = torch.zeros(B, N, dtype=dtype, device=q.device)
     normalized = torch.zeros(B, N, dtype=dtype, device=q.device)
     for b in range(B):
-        probes = _valid_positions(probe_index[b], N)
+        rows = _valid_positions(probe_index[b] - (N - n), n)
         real = _real_tokens(token_mask, b, N, q.device)
-        may_attend = torch.ones(len(probes), len(real), dtype=torch.bool, device=q.device)
-        if causal:
-            may_attend = real[None, :] <= probes[:, None]
+        may_attend = real[None, :] <= ends[b, rows, None]
         total = torch.zeros(len(real), dtype=dtype, device=q.device)
         for h in range(Hq):
-            q_probe = q[b, h, probes].to(dtype)
+            q_probe = q[b, h, rows].to(dtype)
             k_real = k[b, h // (Hq // Hkv), real].to(dtype)
             total += _masked_softmax(scale * (q_probe @ k_real.T), may_attend).sum(dim=0)
         num_probes = may_attend.sum(dim=0)
@@ -175,6 +184,10 @@ def select_tokens(
     min_tokens: int = 1,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The important tokens ``T`` of every batch row (docs/ops.md, steps 3 and 4).
 
@@ -183,7 +196,8 @@ def select_tokens(
     then real tokens by descending rank score, ties to the lower position, until it has
     ``max(p, |keep|, min_tokens)`` tokens, or all real ones. ``T`` is every real token where a score of a real token is
     not finite, where the budget or the rank scores of the row's real tokens sum to 0, and, unless ``ratio`` is given,
-    where the budget scores sum to less: a share of that is no bound.
+    where the budget scores sum to less: a share of that is no bound. Then ``T`` gains, on top of its count, the first
+    ``num_sinks`` and the last ``local_window`` real tokens and the real tokens of ``extra_mask``.
 
     Args:
         budget_score: ``[B, N]`` floating (``accumulated`` in the paper); decides ``p``. Summed in float64.
@@ -193,6 +207,9 @@ def select_tokens(
         min_tokens: least number of tokens to select.
         keep_mask: ``[B, N]`` bool, tokens to select whatever their scores; None: none.
         token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
+        local_window, num_sinks: as in :func:`sparse_attn`: decoded tokens find their neighbourhood in ``T``.
+        extra_mask: ``[B, N]`` bool, tokens to add to what was selected; None: none.
+        max_ratio: in ``(0, 1]``: ``p`` is at most ``ceil(max_ratio * real tokens)``.
 
     Returns:
         ``index``: ``[B, N]`` int32, ``T`` ascending in the first ``count[b]`` places and ``N`` in the others;
@@ -208,13 +225,20 @@ def select_tokens(
         rank = rank_score[b, real].double()
         keep = torch.zeros_like(real, dtype=torch.bool) if keep_mask is None else keep_mask[b, real]
         if _scores_are_usable(budget) and _scores_are_usable(rank):
-            p = _num_important(budget, tau, ratio)
+            p = min(_num_important(budget, tau, ratio), math.ceil(max_ratio * len(real)))
             size = min(max(p, int(keep.sum()), min_tokens), len(real))
             by_rank = torch.sort(rank, descending=True, stable=True).indices
             kept_first = torch.cat([by_rank[keep[by_rank]], by_rank[~keep[by_rank]]])
             T = real[kept_first[:size].sort().values]
         else:
             T = real
+        chosen = torch.zeros(N, dtype=torch.bool, device=budget_score.device)
+        chosen[T] = True
+        chosen[real[:num_sinks]] = True
+        chosen[real[max(len(real) - local_window, 0) :]] = True
+        if extra_mask is not None:
+            chosen[real[extra_mask[b, real]]] = True
+        T = chosen.nonzero()[:, 0]
         index[b, : len(T)] = T.to(torch.int32)
         count[b] = len(T)
     return index, count
@@ -273,43 +297,64 @@ def sparse_attn(
     scale: float | None = None,
     causal: bool = True,
     all_queries: bool = False,
+    token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    last_key: Tensor | None = None,
 ) -> Tensor:
     """Attention among the selected tokens ``T``; rows outside ``T`` are exactly 0 (docs/ops.md, step 5).
 
     Row ``t`` is ``softmax(scale * q[t] . k[T'])`` applied to ``v[T']``, with ``T'`` the tokens of ``T`` at or before
-    ``t`` (all of ``T`` if not causal), and 0 where ``T'`` is empty. Keys and values outside ``T`` are not read.
+    the row's end ``e`` (all of ``T`` if not causal), and 0 where ``T'`` is empty. The end is ``t``, or what
+    ``last_key`` says. Keys and values that no row attends to are not read.
+
+    With ``local_window`` every real row attends to its neighbourhood as well: the real tokens ``s`` with
+    ``t - local_window < s <= e`` and, as far as they are at or before ``e``, the first ``num_sinks`` real tokens
+    (docs/ops.md, step 5b). Rows outside ``T`` attend to that alone.
 
     Args:
-        q: ``[B, Hq, N, D]``.
-        k, v: ``[B, Hkv, N, D]``, of q's dtype.
-        index: ``[B, N]`` int32, ``T`` ascending in the first ``count[b]`` places; entries outside ``[0, N)`` are
+        q: ``[B, Hq, n, D]``, the queries of the last ``n`` tokens; ``n < S`` under ``causal`` alone.
+        k, v: ``[B, Hkv, S, D]``, of q's dtype.
+        index: ``[B, S]`` int32, ``T`` ascending in the first ``count[b]`` places; entries outside ``[0, S)`` are
             skipped.
-        count: ``[B]`` int32, clamped to ``[0, N]``.
+        count: ``[B]`` int32, clamped to ``[0, S]``.
         scale: of the logits; None: ``D ** -0.5``.
         causal: tokens attend to positions at or before their own (original positions, not packed ones).
-        all_queries: compute every row, not only those of ``T``.
+        all_queries: attend to ``T'`` in every row, not only in those of ``T``.
+        token_mask: ``[B, S]`` bool, true for real tokens; rows of the others are 0; None: all are real.
+        local_window, num_sinks: of the neighbourhood; 0: there is none, and no sinks without a window.
+        last_key: ``[B, n]`` int32, the last position that each row sees, under ``causal`` alone; -1: none.
 
     Returns:
-        ``[B, Hq, N, D]`` of q's dtype, a transposed view of a contiguous ``[B, N, Hq, D]``.
+        ``[B, Hq, n, D]`` of q's dtype, a transposed view of a contiguous ``[B, n, Hq, D]``.
     """
-    B, Hq, N, D = q.shape
-    Hkv = k.shape[1]
-    assert k.shape == v.shape == (B, Hkv, N, D) and Hq % Hkv == 0 and index.shape == (B, N) and count.shape == (B,)
+    B, Hq, n, D = q.shape
+    Hkv, S = k.shape[1:3]
+    assert k.shape == v.shape == (B, Hkv, S, D) and Hq % Hkv == 0 and index.shape == (B, S) and count.shape == (B,)
+    assert (n == S or (n < S and causal)) and (local_window > 0 or num_sinks == 0) and (local_window == 0 or causal)
     dtype = _compute_dtype(q)
     scale = D**-0.5 if scale is None else scale
-    out = torch.zeros(B, N, Hq, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    ends = _row_ends(n, S, causal, last_key, B, q.device)
+    key = torch.arange(S, device=q.device)
+    query = key[S - n :]
+    out = torch.zeros(B, n, Hq, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     for b in range(B):
-        T = _valid_positions(index[b, : _clamped(count[b], N)], N)
-        rows = torch.arange(N, device=q.device) if all_queries else T
-        may_attend = torch.ones(len(rows), len(T), dtype=torch.bool, device=q.device)
-        if causal:
-            may_attend = T[None, :] <= rows[:, None]
+        in_T = torch.zeros(S, dtype=torch.bool, device=q.device)
+        in_T[_valid_positions(index[b, : _clamped(count[b], S)], S)] = True
+        real = torch.zeros_like(in_T)
+        real[_real_tokens(token_mask, b, S, q.device)] = True
+        may_attend = in_T[None, :] & (in_T[query, None] | all_queries)
+        if local_window > 0:
+            sink = real & (real.cumsum(dim=0) <= num_sinks)
+            may_attend |= real[None, :] & (key[None, :] > query[:, None] - local_window) | sink[None, :]
+        may_attend &= (key[None, :] <= ends[b, :, None]) & real[query, None]
+        rows, keys = (may_attend.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
         for h in range(Hq):
             q_rows = q[b, h, rows].to(dtype)
-            k_T = k[b, h // (Hq // Hkv), T].to(dtype)
-            v_T = v[b, h // (Hq // Hkv), T].to(dtype)
-            attention = _masked_softmax(scale * (q_rows @ k_T.T), may_attend)
-            out[b, h, rows] = (attention @ v_T).to(q.dtype)
+            k_seen = k[b, h // (Hq // Hkv), keys].to(dtype)
+            v_seen = v[b, h // (Hq // Hkv), keys].to(dtype)
+            attention = _masked_softmax(scale * (q_rows @ k_seen.T), may_attend[rows][:, keys])
+            out[b, h, rows] = (attention @ v_seen).to(q.dtype)
     return out
 
 
@@ -345,37 +390,50 @@ def zipvl_layer(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
+    max_ratio: float = 1.0,
     pack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ZipVL's prefill of one layer: probe, score, select, attend (docs/ops.md, steps 1 to 5 and "zipvl_layer").
 
     Args:
-        q: ``[B, Hq, N, D]``; None where ``hidden`` is given.
-        k, v: ``[B, Hkv, N, D]``, of q's dtype.
-        hidden: ``[B, N, C]``, the attention layer's input. The queries that the layer reads are projected from it:
-            those of the probes and of ``T``, with ``all_queries`` those of every token.
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens (``n < S`` under ``causal`` alone); None where ``hidden`` is
+            given.
+        k, v: ``[B, Hkv, S, D]``, of q's dtype.
+        hidden: ``[B, n, C]``, the attention layer's input. The queries that the layer reads are projected from it:
+            those of the probes and of ``T``, with ``all_queries``, a window or ``n < S`` those of every row.
         q_weight, q_bias, cos, sin, q_norm_weight, q_norm_eps: as ``weight``, ``bias``, ``cos``, ``sin``,
             ``norm_weight`` and ``norm_eps`` of :func:`project_queries`; with ``hidden`` alone.
         o_weight: ``[O, Hq * D]``, of the output projection; None: none.
-        budget_score, rank_score: ``[B, N]`` as in :func:`select_tokens`, both or neither; None: ``accumulated`` and
+        budget_score, rank_score: ``[B, S]`` as in :func:`select_tokens`, both or neither; None: ``accumulated`` and
             ``normalized`` of :func:`probe_scores`. Given ones are used as they are, and no probes are drawn.
-        tau, ratio, min_tokens, keep_mask, token_mask: as in :func:`select_tokens`.
+        tau, ratio, min_tokens, keep_mask, token_mask, extra_mask, max_ratio: as in :func:`select_tokens`.
         num_recent, num_random, seed: as in :func:`probe_index`.
         keep_recent: so many last real tokens are selected whatever their scores.
-        scale, causal: of probe scores and attention alike.
-        all_queries: compute every real row (the others are 0), not only those of ``T``.
+        scale, causal, last_key: of probe scores and attention alike.
+        all_queries: attend to ``T`` in every real row (the others are 0), not only in those of ``T``.
+        local_window, num_sinks: of :func:`select_tokens` and :func:`sparse_attn` alike.
         pack: return the keys and values of ``T`` too.
 
     Returns:
-        ``out``: ``[B, Hq, N, D]`` as :func:`sparse_attn` returns it, or with ``o_weight`` ``[B, N, O]``, 0 for rows
+        ``out``: ``[B, Hq, n, D]`` as :func:`sparse_attn` returns it, or with ``o_weight`` ``[B, n, O]``, 0 for rows
         that are not computed; ``index`` and ``count`` as :func:`select_tokens`; ``k_packed``, ``v_packed`` as
         :func:`pack_kv`, or empty tensors of shape ``[0]`` without ``pack``.
     """
     B, _, N, _ = k.shape
     assert (q is None) != (hidden is None) and (budget_score is None) == (rank_score is None)
+    n = N
+    if q is not None:
+        n = q.shape[2]
+    elif hidden is not None:
+        n = hidden.shape[1]
+    every_row = all_queries or local_window > 0 or n < N
 
     def queries(index: Tensor, count: Tensor | None = None) -> Tensor:
-        """``[B, Hq, N, D]``, in which the rows of these tokens may be read."""
+        """``[B, Hq, n, D]``, in which these rows may be read."""
         if q is not None:
             return q
         assert hidden is not None and q_weight is not None and cos is not None and sin is not None
@@ -384,9 +442,11 @@ def zipvl_layer(
         )
 
     if budget_score is None or rank_score is None:
-        probes = probe_index(k, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask)
+        probes = probe_index(
+            k[:, :, N - n :], num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask, k=k
+        )
         budget_score, rank_score = probe_scores(
-            queries(probes), k, probes, scale=scale, causal=causal, token_mask=token_mask
+            queries(probes - (N - n)), k, probes, scale=scale, causal=causal, token_mask=token_mask, last_key=last_key
         )
     keep = torch.zeros(B, N, dtype=torch.bool, device=k.device) if keep_mask is None else keep_mask.clone()
     for b in range(B):
@@ -400,14 +460,29 @@ def zipvl_layer(
         min_tokens=min_tokens,
         keep_mask=keep,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        max_ratio=max_ratio,
     )
     rows, num_rows = index, count
-    if all_queries:
-        rows = torch.arange(N, dtype=torch.int32, device=k.device).repeat(B, 1)
-        num_rows = torch.full_like(count, N)
-    out = sparse_attn(queries(rows, num_rows), k, v, index, count, scale=scale, causal=causal, all_queries=all_queries)
-    if token_mask is not None:
-        out.masked_fill_(~token_mask[:, None, :, None], 0.0)
+    if every_row:
+        rows = torch.arange(n, dtype=torch.int32, device=k.device).repeat(B, 1)
+        num_rows = torch.full_like(count, n)
+    out = sparse_attn(
+        queries(rows, num_rows),
+        k,
+        v,
+        index,
+        count,
+        scale=scale,
+        causal=causal,
+        all_queries=all_queries,
+        token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        last_key=last_key,
+    )
     if o_weight is not None:
         out = project_outputs(out.transpose(1, 2).flatten(2), o_weight, rows, num_rows)
     k_packed, v_packed = pack_kv(k, v, index, count) if pack else (k.new_empty(0), v.new_empty(0))
@@ -431,21 +506,27 @@ def zipvl_attn(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
+    max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`zipvl_layer` of queries, without packing (docs/ops.md, "zipvl_attn").
 
     Args:
-        q: ``[B, Hq, N, D]``.
-        k, v: ``[B, Hkv, N, D]``, of q's dtype.
-        tau, ratio, min_tokens, keep_mask, token_mask: as in :func:`select_tokens`; ``accumulated`` is the budget score
-            and ``normalized`` the rank score.
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens (``n < S`` under ``causal`` alone).
+        k, v: ``[B, Hkv, S, D]``, of q's dtype.
+        tau, ratio, min_tokens, keep_mask, token_mask, extra_mask, max_ratio: as in :func:`select_tokens`;
+            ``accumulated`` is the budget score and ``normalized`` the rank score.
         num_recent, num_random, seed: as in :func:`probe_index`.
         keep_recent: so many last real tokens are selected whatever their scores.
-        scale, causal: of probe scores and attention alike.
-        all_queries: compute every real row (the others are 0), not only those of ``T``.
+        scale, causal, last_key: of probe scores and attention alike.
+        all_queries: attend to ``T`` in every real row (the others are 0), not only in those of ``T``.
+        local_window, num_sinks: of :func:`select_tokens` and :func:`sparse_attn` alike.
 
     Returns:
-        ``out``: ``[B, Hq, N, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`.
+        ``out``: ``[B, Hq, n, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`.
     """
     out, index, count, _, _ = zipvl_layer(
         q,
@@ -463,6 +544,11 @@ def zipvl_attn(
         causal=causal,
         keep_mask=keep_mask,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        last_key=last_key,
+        max_ratio=max_ratio,
     )
     return out, index, count
 
@@ -484,6 +570,11 @@ def zipvl_prefill(
     causal: bool = True,
     keep_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    extra_mask: Tensor | None = None,
+    last_key: Tensor | None = None,
+    max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`zipvl_attn`, and the keys and values of ``T``: the ``drop`` cache (docs/ops.md, "zipvl_prefill").
 
@@ -508,6 +599,11 @@ def zipvl_prefill(
         causal=causal,
         keep_mask=keep_mask,
         token_mask=token_mask,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        extra_mask=extra_mask,
+        last_key=last_key,
+        max_ratio=max_ratio,
         pack=True,
     )
 
@@ -648,6 +744,17 @@ def _valid_positions(index: Tensor, N: int) -> Tensor:
     """``index`` without its entries outside ``[0, N)``: int64."""
     index = index.long()
     return index[(index >= 0) & (index < N)]
+
+
+def _row_ends(n: int, S: int, causal: bool, last_key: Tensor | None, B: int, device: torch.device) -> Tensor:
+    """``[B, n]`` int64: the last position that each query row sees, -1 where it sees none (docs/ops.md, step 5d)."""
+    assert causal or last_key is None
+    if last_key is not None:
+        assert last_key.shape == (B, n)
+        return last_key.long().clamp(-1, S - 1)
+    if causal:
+        return torch.arange(S - n, S, device=device).repeat(B, 1)
+    return torch.full((B, n), S - 1, device=device)
 
 
 def _clamped(count: Tensor, limit: int) -> int:

@@ -24,8 +24,8 @@ Tensor gather_rows(const Tensor& x, const Positions& selection) {
   return rows;
 }
 
-// The selected keys that a block of queries sees; rows [n]: the queries' positions, ascending.
-Columns columns_of(const Positions& keys, const Tensor& rows, bool causal) {
+// The selected keys that a block of queries sees; ends [n]: the last position that each sees.
+Columns columns_of(const Positions& keys, const Tensor& ends, bool causal) {
   const std::int64_t count = keys.position.size(0);
   if (keys.valid) {
     return {0, count};
@@ -34,18 +34,19 @@ Columns columns_of(const Positions& keys, const Tensor& rows, bool causal) {
     return {count, count};
   }
   const std::int64_t* begin = keys.position.const_data_ptr<std::int64_t>();
-  const std::int64_t* row = rows.const_data_ptr<std::int64_t>();
-  const std::int64_t first = std::upper_bound(begin, begin + count, row[0]) - begin;
-  const std::int64_t last = std::upper_bound(begin, begin + count, row[rows.size(0) - 1]) - begin;
+  const std::int64_t* end = ends.const_data_ptr<std::int64_t>();
+  const auto [least, most] = std::minmax_element(end, end + ends.size(0));
+  const std::int64_t first = std::upper_bound(begin, begin + count, *least) - begin;
+  const std::int64_t last = std::upper_bound(begin, begin + count, *most) - begin;
   return {std::min(first, last), std::max(first, last)};
 }
 
 // [n, seen - clear] bool: the columns from `clear` on that each query must not see.
-Tensor hidden_columns(const Positions& keys, const Tensor& rows, const Columns& columns, bool causal) {
+Tensor hidden_columns(const Positions& keys, const Tensor& ends, const Columns& columns, bool causal) {
   const std::int64_t width = columns.seen - columns.clear;
   const Tensor position = unsqueeze(slice(keys.position, 0, columns.clear, width), 0);
   Tensor hidden =
-      causal ? less(unsqueeze(rows, 1), position) : zeros({rows.size(0), width}, ScalarType::Bool, rows.device());
+      causal ? less(unsqueeze(ends, 1), position) : zeros({ends.size(0), width}, ScalarType::Bool, ends.device());
   if (keys.valid) {
     hidden = logical_or(hidden, unsqueeze(logical_not(slice(*keys.valid, 0, columns.clear, width)), 0));
   }
@@ -59,10 +60,10 @@ struct Block {
   std::optional<Tensor> blind;   // [1, n, 1] bool: queries that see no key; absent when there are none
 };
 
-Block block_of(const Positions& keys, const Tensor& rows, bool causal) {
-  Block block{columns_of(keys, rows, causal), std::nullopt, std::nullopt};
+Block block_of(const Positions& keys, const Tensor& ends, bool causal) {
+  Block block{columns_of(keys, ends, causal), std::nullopt, std::nullopt};
   if (block.columns.clear < block.columns.seen) {
-    const Tensor hidden = hidden_columns(keys, rows, block.columns, causal);
+    const Tensor hidden = hidden_columns(keys, ends, block.columns, causal);
     block.hidden = unsqueeze(hidden, 0);
     if (block.columns.clear == 0) {
       block.blind = unsqueeze(all(hidden, 1, /*keepdim=*/true), 0);
@@ -98,8 +99,8 @@ Tensor head_part(const Tensor& x, std::int64_t task, std::int64_t tasks) {
   return slice(x, 0, task * heads, heads);
 }
 
-// rows [n, Hq, D], results of the selected queries -> out [N, Hq, D], other rows 0; where only the device knows which
-// places of the selection count.
+// rows [places, Hq, D], results of the selected queries -> out [n, Hq, D], other rows 0; where only the device knows
+// which places of the selection count.
 void scatter_valid(const Tensor& rows, const Positions& selection, const Tensor& places, const Tensor& out) {
   // Which place of the selection each token took; the extra last entry takes the places that do not count.
   const std::int64_t tokens = out.size(0);
@@ -128,26 +129,34 @@ std::int64_t max_keys(const Tensor& count, std::int64_t tokens) {
 }  // namespace
 
 Tensor sparse_attn(const ops::SparseAttnArgs& args) {
-  const auto& [q, k, v, index, count, scale, causal, all_queries] = args;
-  const std::int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
+  if (args.local_window > 0) {
+    return window_attn(args);
+  }
+  const auto& [q, k, v, index, count, scale, causal, all_queries, token_mask, window, sinks, last_key] = args;
+  const std::int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
+  const std::int64_t tokens = k.size(2), first = tokens - queries;
   const Tensor places = iota(tokens, ScalarType::Long, q.device());
   const Tensor factor = scalar(ops::scale_or_default(scale, head_dim), ScalarType::Float);
   const plan::SparseAttnPlan plan =
-      plan::plan_sparse_attn({batch, heads, k.size(1), tokens, head_dim, max_keys(count, tokens), causal, all_queries,
+      plan::plan_sparse_attn({batch, heads, k.size(1), queries, head_dim, max_keys(count, tokens), causal, all_queries,
                               host_may_read(q), ops::host_threads(q)});
-  const Tensor out = zeros({batch, tokens, heads, head_dim}, q.scalar_type(), q.device());
+  const Tensor out = zeros({batch, queries, heads, head_dim}, q.scalar_type(), q.device());
   for (std::int64_t b = 0; b < batch; ++b) {
     const Positions keys = positions_of(select(index, 0, b), select(count, 0, b), tokens);
     const Tensor q_row = select(q, 0, b), out_row = select(out, 0, b);
     const Tensor k_rows = gather_rows(select(k, 0, b), keys), v_rows = gather_rows(select(v, 0, b), keys);
-    const Tensor& queries = all_queries ? places : keys.position;
+    // The tokens that have a query which is computed: their positions, the rows of q, and the last keys they see.
+    const Positions chosen = first > 0 ? positions_of(select(index, 0, b), select(count, 0, b), tokens, first) : keys;
+    const Tensor positions = all_queries ? slice(places, 0, first, queries) : chosen.position;
+    const Tensor query_rows = first > 0 ? shifted(positions, -first) : positions;
+    const Tensor ends = last_key ? index_select(row_ends(select(*last_key, 0, b), tokens), 0, query_rows) : positions;
     // With places that do not count, results wait here until it is known where they belong.
     const bool waits = keys.valid && !all_queries;
     const Tensor results = waits ? empty({tokens, heads, head_dim}, q.scalar_type(), q.device()) : out_row;
-    for (std::int64_t begin = 0, total = queries.size(0); begin < total; begin += plan.rows_per_block) {
+    for (std::int64_t begin = 0, total = positions.size(0); begin < total; begin += plan.rows_per_block) {
       const std::int64_t n = std::min(plan.rows_per_block, total - begin);
-      const Tensor rows = slice(queries, 0, begin, n);
-      const Block block = block_of(keys, rows, causal);
+      const Tensor rows = slice(query_rows, 0, begin, n);
+      const Block block = block_of(keys, slice(ends, 0, begin, n), causal);
       if (block.columns.seen == 0) {
         continue;  // no query of the block sees a key, and `out` is 0 already
       }
@@ -169,8 +178,12 @@ Tensor sparse_attn(const ops::SparseAttnArgs& args) {
       }
     }
     if (waits) {
-      scatter_valid(results, keys, places, out_row);
+      scatter_valid(results, {query_rows, chosen.valid}, places, out_row);
     }
+  }
+  if (token_mask) {
+    const Tensor padding = logical_not(slice(*token_mask, 1, first, queries));
+    masked_fill_(out, unsqueeze(unsqueeze(padding, 2), 3), 0.0);
   }
   return transpose(out, 1, 2);
 }

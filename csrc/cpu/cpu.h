@@ -17,13 +17,14 @@ using ops::OptionalTensor;
 using ops::TensorPair;
 using torch::stable::Tensor;
 
-// CPU tensors alone.
+// CPU tensors alone; among all of q's tokens.
 Tensor probe_index(const ops::ProbeIndexArgs& args);
 
 TensorPair probe_scores(const ops::ProbeScoresArgs& args);
 TensorPair select_tokens(const ops::SelectTokensArgs& args);
 TensorPair pack_kv(const ops::PackKvArgs& args);
 Tensor sparse_attn(const ops::SparseAttnArgs& args);
+Tensor window_attn(const ops::SparseAttnArgs& args);  // sparse_attn with local_window > 0
 Tensor project_queries(const ops::ProjectQueriesArgs& args);
 Tensor project_outputs(const ops::ProjectOutputsArgs& args);
 

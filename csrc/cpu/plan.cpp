@@ -25,6 +25,10 @@ constexpr std::int64_t kDeviceScores = std::int64_t{1} << 24;
 // on two cores: 38 ms with 32 or 64 queries a block, 59 with 128, 80 with 256; one fused causal call takes 46.
 constexpr std::int64_t kMaxHostRows = 64;
 constexpr std::int64_t kMaxDeviceRows = 512;
+// With a window a thread has a block of its own, so of half the size. The rows of a block are seen to by one slice of
+// keys: rows far apart would compute many scores that are then hidden.
+constexpr std::int64_t kWindowScores = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxWindowSpan = 256;
 // A block holds its scores and their softmax in float32; the mask is one byte a query and key, for all heads.
 constexpr std::int64_t kBytesPerScore = 8;
 
@@ -68,6 +72,12 @@ SparseAttnPlan plan_sparse_attn(const SparseAttnProblem& problem) {
   plan.flops = 4.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.query_heads) *
                static_cast<double>(problem.head_dim) * pairs;
   return plan;
+}
+
+WindowAttnPlan plan_window_attn(std::int64_t query_heads, std::int64_t window, std::int64_t keys) {
+  const std::int64_t columns = keys + window + kMaxWindowSpan;
+  const std::int64_t rows = std::clamp<std::int64_t>(kWindowScores / (query_heads * columns), 1, kMaxHostRows);
+  return {rows, kMaxWindowSpan};
 }
 
 std::string SparseAttnPlan::describe() const {

@@ -52,4 +52,13 @@ struct SparseAttnPlan {
 
 SparseAttnPlan plan_sparse_attn(const SparseAttnProblem& problem);
 
+// Attention with a window on the CPU: blocks of rows that lie close together, one thread a block.
+struct WindowAttnPlan {
+  std::int64_t rows_per_block;  // queries of a block, all heads
+  std::int64_t span;            // most positions from the first to the last of them
+};
+
+// `keys`: most keys that a row can see outside its window.
+WindowAttnPlan plan_window_attn(std::int64_t query_heads, std::int64_t window, std::int64_t keys);
+
 }  // namespace zipvl::plan

@@ -14,23 +14,24 @@ namespace zipvl::cpu {
 using namespace aten;
 namespace {
 
-Columns columns_of(const Positions& probes, std::int64_t tokens, bool causal, bool masked) {
+// ends [P]: the last token that each probe sees, its own unless a caller says otherwise.
+Columns columns_of(const Positions& probes, const Tensor& ends, std::int64_t tokens, bool causal, bool masked) {
   if (probes.valid || !causal) {
     return {probes.valid || masked ? 0 : tokens, tokens};
   }
-  const std::int64_t* position = probes.position.const_data_ptr<std::int64_t>();
-  const auto [first, last] = std::minmax_element(position, position + probes.position.size(0));
+  const std::int64_t* end = ends.const_data_ptr<std::int64_t>();
+  const auto [first, last] = std::minmax_element(end, end + ends.size(0));
   return {masked ? 0 : *first + 1, *last + 1};
 }
 
 // [P, seen - clear] bool: the tokens from `clear` on that each probe may attend to. real [N] bool, positions [N].
-Tensor visible(const Positions& probes, const Tensor& real, const Tensor& positions, const Columns& columns,
-               bool causal) {
+Tensor visible(const Positions& probes, const Tensor& ends, const Tensor& real, const Tensor& positions,
+               const Columns& columns, bool causal) {
   const std::int64_t width = columns.seen - columns.clear;
   Tensor allowed = expand(unsqueeze(slice(real, 0, columns.clear, width), 0), {probes.position.size(0), width});
   if (causal) {
     const Tensor position = unsqueeze(slice(positions, 0, columns.clear, width), 0);
-    allowed = logical_and(allowed, less_equal(position, unsqueeze(probes.position, 1)));
+    allowed = logical_and(allowed, less_equal(position, unsqueeze(ends, 1)));
   }
   if (probes.valid) {
     allowed = logical_and(allowed, unsqueeze(*probes.valid, 1));
@@ -77,8 +78,8 @@ void add_into(const Tensor& total, std::int64_t begin, const Tensor& part) {
 }  // namespace
 
 TensorPair probe_scores(const ops::ProbeScoresArgs& args) {
-  const auto& [q, k, probe_index, scale, causal, token_mask] = args;
-  const std::int64_t batch = q.size(0), query_heads = q.size(1), tokens = q.size(2);
+  const auto& [q, k, probe_index, scale, causal, token_mask, last_key] = args;
+  const std::int64_t batch = q.size(0), query_heads = q.size(1), tokens = k.size(2), first = tokens - q.size(2);
   const std::int64_t kv_heads = k.size(1), group = query_heads / kv_heads;
   const Tensor real = real_tokens(token_mask, batch, tokens, q.device());
   const Tensor positions = iota(tokens, ScalarType::Long, q.device());
@@ -89,7 +90,10 @@ TensorPair probe_scores(const ops::ProbeScoresArgs& args) {
   const Tensor normalized = zeros({batch, tokens}, ScalarType::Float, q.device());
 
   for (std::int64_t b = 0; b < batch; ++b) {
-    const Positions probes = positions_of(select(probe_index, 0, b), std::nullopt, tokens);
+    const Positions probes = positions_of(select(probe_index, 0, b), std::nullopt, tokens, first);
+    const Tensor query_rows = first > 0 ? shifted(probes.position, -first) : probes.position;
+    const Tensor ends =
+        last_key ? index_select(row_ends(select(*last_key, 0, b), tokens), 0, query_rows) : probes.position;
     const std::int64_t count = probes.position.size(0);
     const Tensor real_row = select(real, 0, b);
     const Tensor sums = zeros({tokens}, ScalarType::Float, q.device());
@@ -100,8 +104,13 @@ TensorPair probe_scores(const ops::ProbeScoresArgs& args) {
       if (probes.valid) {
         block.valid = slice(*probes.valid, 0, p, rows);
       }
-      const Columns columns = columns_of(block, tokens, causal, token_mask.has_value());
-      const Tensor allowed = visible(block, real_row, positions, columns, causal);
+      const Tensor block_ends = slice(ends, 0, p, rows);
+      const Columns columns = columns_of(block, block_ends, tokens, causal, token_mask.has_value());
+      if (columns.seen == 0) {
+        continue;
+      }
+      const Tensor block_rows = slice(query_rows, 0, p, rows);
+      const Tensor allowed = visible(block, block_ends, real_row, positions, columns, causal);
       const Tensor hidden = logical_not(allowed);
       const std::optional<Tensor> blind = blind_probes(hidden, columns);
       add_into(viewers, 0, full({columns.clear}, static_cast<double>(rows), ScalarType::Float, q.device()));
@@ -114,7 +123,7 @@ TensorPair probe_scores(const ops::ProbeScoresArgs& args) {
           const Tensor k_transposed = transpose(to(k_seen, ScalarType::Float), 0, 1);
           for (std::int64_t h = 0; h < group; h += plan.heads_per_block) {
             const Tensor heads = slice(select(q, 0, b), 0, g * group + h, std::min(plan.heads_per_block, group - h));
-            const Tensor q_block = to(take_rows(heads, block.position), ScalarType::Float);
+            const Tensor q_block = to(take_rows(heads, block_rows), ScalarType::Float);
             part = plus(part, column_sums(q_block, k_transposed, hidden, blind, columns, factor));
           }
         }

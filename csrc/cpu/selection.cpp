@@ -76,7 +76,7 @@ void pack_rows(const Tensor& x, const Tensor& position, const Tensor& target) {
 }  // namespace
 
 Tensor probe_index(const ops::ProbeIndexArgs& args) {
-  const auto& [q, num_recent, num_random, seed, token_mask] = args;
+  const auto& [q, num_recent, num_random, seed, token_mask, k] = args;
   const std::int64_t batch = q.size(0), tokens = q.size(2);
   const std::int64_t probes = num_recent + num_random;
   const Tensor out = empty({batch, probes}, ScalarType::Int, q.device());
@@ -99,7 +99,8 @@ Tensor probe_index(const ops::ProbeIndexArgs& args) {
 }
 
 TensorPair select_tokens(const ops::SelectTokensArgs& args) {
-  const auto& [budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask] = args;
+  const auto& [budget_score, rank_score, tau, ratio, min_tokens, keep_mask, token_mask, local_window, num_sinks,
+               extra_mask, max_ratio] = args;
   const std::int64_t batch = budget_score.size(0), tokens = budget_score.size(1);
   const auto device = budget_score.device();
   const Tensor real = real_tokens(token_mask, batch, tokens, device);
@@ -109,6 +110,9 @@ TensorPair select_tokens(const ops::SelectTokensArgs& args) {
   const Tensor bad = logical_or(unusable(budget), unusable(where(real, rank_score, zero)));
 
   Tensor target = ratio ? budget_by_ratio(real_count, *ratio) : budget_by_mass(budget, real_count, tau);
+  if (max_ratio < 1.0) {
+    target = minimum(target, budget_by_ratio(real_count, max_ratio));
+  }
   Tensor key = where(real, rank_score, scalar(-kInfinity, ScalarType::Float, device));
   if (keep_mask) {
     const Tensor kept = logical_and(*keep_mask, real);
@@ -120,7 +124,16 @@ TensorPair select_tokens(const ops::SelectTokensArgs& args) {
   const Tensor order = std::get<1>(sort(key, 1, /*descending=*/true));
   const Tensor positions = positions_like(real);
   const Tensor chosen = scatter(zeros({batch, tokens}, ScalarType::Bool, device), 1, order, less(positions, target));
-  const Tensor selected = where(bad, real, chosen);
+  Tensor selected = where(bad, real, chosen);
+  if (num_sinks > 0) {
+    selected = logical_or(selected, first_real_tokens(real, num_sinks));
+  }
+  if (local_window > 0) {
+    selected = logical_or(selected, last_real_tokens(real, local_window));
+  }
+  if (extra_mask) {
+    selected = logical_or(selected, logical_and(real, *extra_mask));
+  }
 
   return {indices(selected), sum(selected, 1, false, ScalarType::Int)};
 }

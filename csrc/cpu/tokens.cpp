@@ -10,39 +10,54 @@ namespace zipvl::cpu {
 using namespace aten;
 namespace {
 
-Positions host_positions(const Tensor& row, std::int64_t count, std::int64_t tokens) {
+Positions host_positions(const Tensor& row, std::int64_t count, std::int64_t tokens, std::int64_t first) {
   const std::int32_t* entries = row.const_data_ptr<std::int32_t>();
   std::vector<std::int64_t> kept;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t position = entries[i * row.stride(0)];
-    if (position >= 0 && position < tokens) {
+    if (position >= first && position < tokens) {
       kept.push_back(position);
     }
   }
-  const Tensor position = empty({static_cast<std::int64_t>(kept.size())}, ScalarType::Long, row.device());
-  std::copy(kept.begin(), kept.end(), position.mutable_data_ptr<std::int64_t>());
-  return {position, std::nullopt};
+  return {long_tensor(kept), std::nullopt};
 }
 
 }  // namespace
 
-Positions positions_of(const Tensor& row, const std::optional<Tensor>& count, std::int64_t tokens) {
+Tensor long_tensor(const std::vector<std::int64_t>& values) {
+  const Tensor tensor =
+      empty({static_cast<std::int64_t>(values.size())}, ScalarType::Long, Device(torch::headeronly::DeviceType::CPU));
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<std::int64_t>());
+  return tensor;
+}
+
+Positions positions_of(const Tensor& row, const std::optional<Tensor>& count, std::int64_t tokens, std::int64_t first) {
   const std::int64_t places = row.size(0);
   if (host_may_read(row)) {
-    return host_positions(row, count ? host_count(unsqueeze(*count, 0), 0, places) : places, tokens);
+    return host_positions(row, count ? host_count(unsqueeze(*count, 0), 0, places) : places, tokens, first);
   }
   const Tensor wide = to(row, ScalarType::Long);
-  const Tensor first = scalar(0, ScalarType::Long, row.device());
+  const Tensor least = scalar(static_cast<double>(first), ScalarType::Long, row.device());
   const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
-  Tensor valid = logical_and(less_equal(first, wide), less_equal(wide, last));
+  Tensor valid = logical_and(less_equal(least, wide), less_equal(wide, last));
   if (count) {
     valid = logical_and(valid, less(iota(places, ScalarType::Long, row.device()), to(*count, ScalarType::Long)));
   }
-  return {where(valid, wide, first), valid};
+  return {where(valid, wide, least), valid};
+}
+
+Tensor row_ends(const Tensor& last_key, std::int64_t tokens) {
+  const Tensor last = scalar(static_cast<double>(tokens - 1), ScalarType::Long);
+  return minimum(maximum(to(last_key, ScalarType::Long), scalar(-1, ScalarType::Long)), last);
 }
 
 Tensor real_tokens(const std::optional<Tensor>& token_mask, std::int64_t batch, std::int64_t tokens, Device device) {
   return token_mask ? *token_mask : full({batch, tokens}, 1.0, ScalarType::Bool, device);
+}
+
+Tensor first_real_tokens(const Tensor& real, std::int64_t max) {
+  const Tensor rank = cumsum(real, 1, ScalarType::Double);
+  return logical_and(real, less_equal(rank, scalar(static_cast<double>(max), ScalarType::Double)));
 }
 
 Tensor last_real_tokens(const Tensor& real, std::int64_t max) {

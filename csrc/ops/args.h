@@ -20,9 +20,9 @@ using TensorPair = std::tuple<Tensor, Tensor>;
 struct ProbeIndexArgs {
   Tensor q;
   std::int64_t num_recent, num_random, seed;
-  OptionalTensor token_mask;
+  OptionalTensor token_mask, k = std::nullopt;  // k: of all tokens, of which q's are the last
   static ProbeIndexArgs read(Arguments& in) {
-    return {in.tensor(), in.integer(), in.integer(), in.integer(), in.optional_tensor()};
+    return {in.tensor(), in.integer(), in.integer(), in.integer(), in.optional_tensor(), in.optional_tensor()};
   }
 };
 
@@ -30,9 +30,10 @@ struct ProbeScoresArgs {
   Tensor q, k, probe_index;
   std::optional<double> scale;
   bool causal;
-  OptionalTensor token_mask;
+  OptionalTensor token_mask, last_key = std::nullopt;
   static ProbeScoresArgs read(Arguments& in) {
-    return {in.tensor(), in.tensor(), in.tensor(), in.optional_real(), in.flag(), in.optional_tensor()};
+    return {in.tensor(), in.tensor(),          in.tensor(),         in.optional_real(),
+            in.flag(),   in.optional_tensor(), in.optional_tensor()};
   }
 };
 
@@ -42,9 +43,14 @@ struct SelectTokensArgs {
   std::optional<double> ratio;
   std::int64_t min_tokens;
   OptionalTensor keep_mask, token_mask;
+  std::int64_t local_window = 0, num_sinks = 0;
+  OptionalTensor extra_mask = std::nullopt;
+  double max_ratio = 1.0;
+  // Whether T gains tokens or loses its budget after what the paper selects.
+  bool adjusts() const { return local_window > 0 || num_sinks > 0 || extra_mask || max_ratio < 1.0; }
   static SelectTokensArgs read(Arguments& in) {
-    return {in.tensor(),  in.tensor(),          in.real(),           in.optional_real(),
-            in.integer(), in.optional_tensor(), in.optional_tensor()};
+    return {in.tensor(),          in.tensor(),  in.real(),    in.optional_real(),   in.integer(), in.optional_tensor(),
+            in.optional_tensor(), in.integer(), in.integer(), in.optional_tensor(), in.real()};
   }
 };
 
@@ -57,8 +63,12 @@ struct SparseAttnArgs {
   Tensor q, k, v, index, count;
   std::optional<double> scale;
   bool causal, all_queries;
+  OptionalTensor token_mask = std::nullopt;
+  std::int64_t local_window = 0, num_sinks = 0;
+  OptionalTensor last_key = std::nullopt;
   static SparseAttnArgs read(Arguments& in) {
-    return {in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.optional_real(), in.flag(), in.flag()};
+    return {in.tensor(), in.tensor(), in.tensor(),          in.tensor(),  in.tensor(),  in.optional_real(),
+            in.flag(),   in.flag(),   in.optional_tensor(), in.integer(), in.integer(), in.optional_tensor()};
   }
 };
 
@@ -88,10 +98,15 @@ struct LayerOptions {
   std::optional<double> scale;
   bool causal;
   OptionalTensor keep_mask, token_mask;
+  std::int64_t local_window, num_sinks;
+  OptionalTensor extra_mask, last_key;
+  double max_ratio;
   static LayerOptions read(Arguments& in) {
     return {in.real(),          in.optional_real(), in.integer(),         in.integer(),
             in.integer(),       in.integer(),       in.integer(),         in.flag(),
-            in.optional_real(), in.flag(),          in.optional_tensor(), in.optional_tensor()};
+            in.optional_real(), in.flag(),          in.optional_tensor(), in.optional_tensor(),
+            in.integer(),       in.integer(),       in.optional_tensor(), in.optional_tensor(),
+            in.real()};
   }
 };
 

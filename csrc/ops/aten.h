@@ -85,6 +85,10 @@ inline Tensor divide(const Tensor& a, const Tensor& b) { return call("aten::div"
 // added, exact to 2**53.
 inline Tensor minus(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b); }
 inline Tensor plus(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, /*alpha=*/-1.0); }
+// Whole numbers below 2**53, of any dtype.
+inline Tensor shifted(const Tensor& a, std::int64_t by) {
+  return to(plus(to(a, ScalarType::Double), scalar(static_cast<double>(by), ScalarType::Double)), a.scalar_type());
+}
 inline Tensor ceil(const Tensor& a) { return call("aten::ceil", "", a); }
 inline Tensor where(const Tensor& condition, const Tensor& a, const Tensor& b) {
   return call("aten::where", "self", condition, a, b);
@@ -136,5 +140,9 @@ inline void copy_into(Tensor target, const Tensor& source) { torch::stable::copy
 
 // ---- matrix products
 using torch::stable::matmul;
+// a [b, n, m], b [b, m, c] into target [b, n, c] of any strides
+inline void multiply_into(const Tensor& target, const Tensor& a, const Tensor& b) {
+  call("aten::bmm", "out", a, b, target);
+}
 
 }  // namespace zipvl::aten

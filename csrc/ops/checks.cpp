@@ -143,6 +143,44 @@ void query_tokens(const char* op, const Tensor& q, std::int64_t expected) {
   }
 }
 
+void last_tokens(const char* op, Named rows, std::int64_t dim, std::int64_t tokens, bool causal) {
+  const std::int64_t queries = rows.tensor.size(dim);
+  if (queries > tokens) {
+    fail(op, rows.name, " must have at most k's ", tokens, " tokens, of which they are the last, got ", queries,
+         " (shape ", shape_text(rows.tensor), ")");
+  }
+  if (queries < tokens && !causal) {
+    fail(op, rows.name, " must have all of k's ", tokens, " tokens without causal, got ", queries, " and causal=False");
+  }
+}
+
+void neighbourhood(const char* op, std::int64_t local_window, std::int64_t num_sinks) {
+  not_negative(op, {{"local_window", local_window}, {"num_sinks", num_sinks}});
+  if (num_sinks > 0 && local_window == 0) {
+    fail(op, "num_sinks needs local_window above 0, got num_sinks ", num_sinks, " and local_window 0");
+  }
+}
+
+void needs_causal(const char* op, bool causal, std::int64_t local_window) {
+  if (local_window > 0 && !causal) {
+    fail(op, "local_window needs causal=True, got local_window ", local_window, " and causal=False");
+  }
+}
+
+void last_key(const char* op, const std::optional<Tensor>& last_key, const Tensor& like, std::int64_t batch,
+              std::int64_t queries, bool causal) {
+  if (!last_key) {
+    return;
+  }
+  const Named argument{"last_key", *last_key};
+  if (!causal) {
+    fail(op, "last_key needs causal=True, got a tensor and causal=False");
+  }
+  dtype(op, argument, ScalarType::Int);
+  shape(op, argument, {batch, queries});
+  same_device(op, like, argument);
+}
+
 void kv_pair(const char* op, Named k, Named v) {
   attention_tensor(op, k, "[B, Hkv, N, D]");
   attention_tensor(op, v, "[B, Hkv, N, D]");

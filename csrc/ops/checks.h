@@ -63,8 +63,19 @@ AttentionSizes attention_inputs(const char* op, const Tensor& q, Named k, std::o
 // The heads of `kv` divide q's.
 void heads_divide(const char* op, const char* kv, std::int64_t kv_heads, std::int64_t query_heads);
 
-// q has `expected` tokens: as many as k, or one when decoding.
+// q has `expected` tokens: one when decoding.
 void query_tokens(const char* op, const Tensor& q, std::int64_t expected);
+
+// The tokens of `rows` (its dim `dim`) are the last of k's `tokens`; fewer need causal.
+void last_tokens(const char* op, Named rows, std::int64_t dim, std::int64_t tokens, bool causal);
+
+// local_window and num_sinks: not negative, and sinks with a window alone.
+void neighbourhood(const char* op, std::int64_t local_window, std::int64_t num_sinks);
+
+// What looks back, or says how far rows see: under causal alone. last_key is int32 [B, n]; absent is fine.
+void needs_causal(const char* op, bool causal, std::int64_t local_window);
+void last_key(const char* op, const std::optional<Tensor>& last_key, const Tensor& like, std::int64_t batch,
+              std::int64_t queries, bool causal);
 
 void kv_pair(const char* op, Named k, Named v);
 

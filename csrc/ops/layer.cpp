@@ -45,13 +45,14 @@ checks::AttentionSizes check_hidden(const char* op, const LayerArgs& args) {
   checks::linear(op, {"hidden", hidden}, {"q_weight", *given.q_weight});
   checks::same_device(op, hidden, {"k", k});
   checks::same_dtype(op, {"hidden", hidden}, {"k", k});
-  checks::shape(op, {"hidden", hidden}, {k.size(0), k.size(2), hidden.size(2)});
+  checks::shape(op, {"hidden", hidden}, {k.size(0), hidden.size(1), hidden.size(2)});
+  checks::last_tokens(op, {"hidden", hidden}, 1, k.size(2), args.options.causal);
   if (given.q_weight->size(0) % k.size(3) != 0) {
     checks::fail(op, "q_weight must have a multiple of k's head dim ", k.size(3), " outputs, got ",
                  given.q_weight->size(0));
   }
   for (const checks::Named& table : {checks::Named{"cos", *given.cos}, checks::Named{"sin", *given.sin}}) {
-    checks::rank(op, table, 3, "[B or 1, N, D]");
+    checks::rank(op, table, 3, "[B or 1, n, D]");
     if (table.tensor.size(2) != k.size(3)) {
       checks::fail(op, table.name, " must have k's head dim ", k.size(3), ", got ", table.tensor.size(2));
     }
@@ -68,7 +69,7 @@ checks::AttentionSizes check_hidden(const char* op, const LayerArgs& args) {
                                 given.q_norm_eps});
   const std::int64_t query_heads = given.q_weight->size(0) / k.size(3);
   checks::heads_divide(op, "k", k.size(1), query_heads);
-  return {k.size(0), query_heads, k.size(1), k.size(2), k.size(2), k.size(3)};
+  return {k.size(0), query_heads, k.size(1), hidden.size(1), k.size(2), k.size(3)};
 }
 
 checks::AttentionSizes check(const char* op, const LayerArgs& args) {
@@ -85,7 +86,7 @@ checks::AttentionSizes check(const char* op, const LayerArgs& args) {
     check_given(op, "cos", given.cos, false, "q");
     check_given(op, "sin", given.sin, false, "q");
     sizes = checks::attention_inputs(op, *args.q, {"k", args.k}, checks::Named{"v", args.v});
-    checks::query_tokens(op, *args.q, sizes.tokens);
+    checks::last_tokens(op, {"q", *args.q}, 2, sizes.tokens, options.causal);
   } else {
     sizes = check_hidden(op, args);
   }
@@ -111,10 +112,15 @@ checks::AttentionSizes check(const char* op, const LayerArgs& args) {
   checks::scale(op, options.scale);
   checks::mask(op, "keep_mask", options.keep_mask, args.k, sizes.batch, sizes.tokens);
   checks::mask(op, "token_mask", options.token_mask, args.k, sizes.batch, sizes.tokens);
+  checks::neighbourhood(op, options.local_window, options.num_sinks);
+  checks::needs_causal(op, options.causal, options.local_window);
+  checks::mask(op, "extra_mask", options.extra_mask, args.k, sizes.batch, sizes.tokens);
+  checks::last_key(op, options.last_key, args.k, sizes.batch, sizes.queries, options.causal);
+  checks::share(op, "max_ratio", options.max_ratio);
   return sizes;
 }
 
-// B = 0 or N = 0.
+// B = 0 or no tokens.
 LayerResult nothing(const LayerArgs& args, const checks::AttentionSizes& sizes) {
   const auto [B, Hq, Hkv, n, N, D] = sizes;
   const auto like_k = [&](const aten::Sizes& shape) {
@@ -144,44 +150,52 @@ OptionalTensor tokens_to_keep(const LayerArgs& args, const checks::AttentionSize
   return options.keep_mask ? aten::logical_or(*options.keep_mask, recent) : recent;
 }
 
-// The queries of the tokens that `index` names, in their places.
+// The queries of the rows that `index` names, in their places.
 Tensor project(const LayerArgs& args, const Tensor& index, const OptionalTensor& count) {
   const LayerProjections& given = args.projections;
   return project_queries({*given.hidden, *given.q_weight, given.q_bias, *given.cos, *given.sin, index, count,
                           given.q_norm_weight, given.q_norm_eps});
 }
 
-Tensor every_token(const LayerArgs& args) {
-  const std::int64_t batch = args.k.size(0), tokens = args.k.size(2);
-  return aten::expand(aten::unsqueeze(aten::iota(tokens, aten::ScalarType::Int, args.k.device()), 0), {batch, tokens});
+Tensor every_row(const LayerArgs& args, const checks::AttentionSizes& sizes) {
+  const Tensor rows = aten::iota(sizes.queries, aten::ScalarType::Int, args.k.device());
+  return aten::expand(aten::unsqueeze(rows, 0), {sizes.batch, sizes.queries});
 }
 
 LayerResult step_by_step(const LayerArgs& args, const checks::AttentionSizes& sizes) {
   const LayerOptions& options = args.options;
-  OptionalTensor all = args.q;  // queries, where every row has one
-  if (!all && options.all_queries) {
-    all = project(args, every_token(args), std::nullopt);
+  const bool last_alone = sizes.queries != sizes.tokens;
+  const bool every = options.all_queries || options.local_window > 0 || last_alone;  // row has an output
+  OptionalTensor all = args.q;                                                       // queries, where every row has one
+  if (!all && every) {
+    all = project(args, every_row(args, sizes), std::nullopt);
   }
   OptionalTensor budget_score = args.budget_score, rank_score = args.rank_score;
   if (!budget_score) {
-    // Only the shape and device of a tensor [B, H, N, D] matter here.
-    const Tensor probes =
-        probe_index({args.k, options.num_recent, options.num_random, options.seed, options.token_mask});
-    std::tie(budget_score, rank_score) = probe_scores({all ? *all : project(args, probes, std::nullopt), args.k, probes,
-                                                       options.scale, options.causal, options.token_mask});
+    // Only the shape and device of tensors [B, H, n, D] and [B, H, N, D] matter here.
+    const Tensor probes = probe_index({all ? *all : args.k, options.num_recent, options.num_random, options.seed,
+                                       options.token_mask, last_alone ? OptionalTensor(args.k) : std::nullopt});
+    std::tie(budget_score, rank_score) =
+        probe_scores({all ? *all : project(args, probes, std::nullopt), args.k, probes, options.scale, options.causal,
+                      options.token_mask, options.last_key});
   }
   const auto [index, count] = select_tokens({*budget_score, *rank_score, options.tau, options.ratio, options.min_tokens,
-                                             tokens_to_keep(args, sizes), options.token_mask});
+                                             tokens_to_keep(args, sizes), options.token_mask, options.local_window,
+                                             options.num_sinks, options.extra_mask, options.max_ratio});
   const Tensor q = all ? *all : project(args, index, count);
-  Tensor out = sparse_attn({q, args.k, args.v, index, count, options.scale, options.causal, options.all_queries});
-  if (options.all_queries && options.token_mask) {
+  // Kernels of the plain attention take no mask: padding is zeroed below.
+  const bool plain = options.local_window == 0 && !last_alone && !options.last_key;
+  Tensor out = sparse_attn({q, args.k, args.v, index, count, options.scale, options.causal, options.all_queries,
+                            plain ? std::nullopt : options.token_mask, options.local_window, options.num_sinks,
+                            options.last_key});
+  if (plain && options.all_queries && options.token_mask) {
     aten::masked_fill_(out, aten::unsqueeze(aten::unsqueeze(aten::logical_not(*options.token_mask), 1), 3), 0.0);
   }
   if (args.projections.o_weight) {
     const Tensor rows =
         aten::reshape(aten::transpose(out, 1, 2), {sizes.batch, sizes.queries, sizes.query_heads * sizes.head_dim});
-    out = options.all_queries ? aten::call("aten::linear", "", rows, *args.projections.o_weight, OptionalTensor())
-                              : project_outputs({rows, *args.projections.o_weight, index, count});
+    out = every ? aten::call("aten::linear", "", rows, *args.projections.o_weight, OptionalTensor())
+                : project_outputs({rows, *args.projections.o_weight, index, count});
   }
   LayerResult result{out, index, count, std::nullopt, std::nullopt};
   if (args.pack) {
@@ -213,6 +227,9 @@ class Layer {
   // Nothing where a step has no kernel for these inputs.
   std::optional<ops::LayerResult> run() {
     const auto [B, Hq, Hkv, n, N, D] = sizes_;
+    if (n != N || options_.local_window > 0 || options_.extra_mask || options_.last_key || options_.max_ratio < 1.0) {
+      return std::nullopt;
+    }
     if (!projections_have_kernels()) {
       return std::nullopt;
     }
@@ -500,7 +517,8 @@ static std::tuple<Tensor, Tensor, Tensor> zipvl_attn(const AttnArgs& args) {
 #define ZIPVL_LAYER_OPTIONS                                                                                   \
   "float tau=0.975, float? ratio=None, int num_recent=64, int num_random=64, int seed=0, int keep_recent=1, " \
   "int min_tokens=1, bool all_queries=False, float? scale=None, bool causal=True, Tensor? keep_mask=None, "   \
-  "Tensor? token_mask=None"
+  "Tensor? token_mask=None, int local_window=0, int num_sinks=0, Tensor? extra_mask=None, "                   \
+  "Tensor? last_key=None, float max_ratio=1.0"
 
 ZIPVL_OP(zipvl_attn,
          "(Tensor q, Tensor k, Tensor v, *, " ZIPVL_LAYER_OPTIONS ") -> (Tensor out, Tensor index, Tensor count)",

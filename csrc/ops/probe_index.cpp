@@ -15,7 +15,19 @@ constexpr const char* kOp = "probe_index";
 void check(const ops::ProbeIndexArgs& args) {
   checks::query(kOp, args.q);
   checks::probe_counts(kOp, args.num_recent, args.num_random, args.seed);
-  checks::mask(kOp, "token_mask", args.token_mask, args.q, args.q.size(0), args.q.size(2));
+  std::int64_t tokens = args.q.size(2);
+  if (args.k) {
+    const checks::Named k{"k", *args.k};
+    checks::rank(kOp, k, 4, "[B, Hkv, S, D]");
+    if (args.k->size(0) != args.q.size(0)) {
+      checks::fail(kOp, "k must have q's batch size ", args.q.size(0), ", got ", args.k->size(0), " (shape ",
+                   checks::shape_text(*args.k), ")");
+    }
+    checks::same_device(kOp, args.q, k);
+    tokens = args.k->size(2);
+    checks::last_tokens(kOp, {"q", args.q}, 2, tokens, /*causal=*/true);
+  }
+  checks::mask(kOp, "token_mask", args.token_mask, args.q, args.q.size(0), tokens);
 }
 
 }  // namespace
@@ -57,9 +69,10 @@ Tensor run(const ops::ProbeIndexArgs& args) {
 #endif
 
 namespace ops {
+namespace {
 
-Tensor probe_index(const ProbeIndexArgs& args) {
-  check(args);
+// Among all of q's tokens.
+Tensor draw(const ProbeIndexArgs& args) {
 #ifdef ZIPVL_CUDA_OPS
   return cuda::run(args);
 #else
@@ -67,9 +80,27 @@ Tensor probe_index(const ProbeIndexArgs& args) {
 #endif
 }
 
+}  // namespace
+
+Tensor probe_index(const ProbeIndexArgs& args) {
+  check(args);
+  const std::int64_t queries = args.q.size(2), first = args.k ? args.k->size(2) - queries : 0;
+  if (first > 0) {  // drawn among the last `queries` tokens, as positions in all
+    ProbeIndexArgs last{args.q, args.num_recent, args.num_random, args.seed, std::nullopt};
+    if (args.token_mask) {
+      last.token_mask = aten::slice(*args.token_mask, 1, first, queries);
+    }
+    const Tensor drawn = draw(last);
+    const Tensor none = aten::scalar(-1, aten::ScalarType::Int, args.q.device());
+    return aten::where(aten::less(none, drawn), aten::shifted(drawn, first), none);
+  }
+  return draw(args);
+}
+
 }  // namespace ops
 }  // namespace zipvl
 
 ZIPVL_OP(probe_index,
-         "(Tensor q, *, int num_recent=64, int num_random=64, int seed=0, Tensor? token_mask=None) -> Tensor",
+         "(Tensor q, *, int num_recent=64, int num_random=64, int seed=0, Tensor? token_mask=None, Tensor? k=None) "
+         "-> Tensor",
          &zipvl::cuda::explain)

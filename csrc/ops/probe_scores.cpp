@@ -19,7 +19,7 @@ constexpr const char* kOp = "probe_scores";
 
 checks::AttentionSizes check(const ops::ProbeScoresArgs& args) {
   const auto sizes = checks::attention_inputs(kOp, args.q, {"k", args.k}, std::nullopt);
-  checks::query_tokens(kOp, args.q, sizes.tokens);
+  checks::last_tokens(kOp, {"q", args.q}, 2, sizes.tokens, args.causal);
   const checks::Named probes{"probe_index", args.probe_index};
   checks::dtype(kOp, probes, checks::ScalarType::Int);
   checks::rank(kOp, probes, 2, "[B, P]");
@@ -30,6 +30,7 @@ checks::AttentionSizes check(const ops::ProbeScoresArgs& args) {
   }
   checks::scale(kOp, args.scale);
   checks::mask(kOp, "token_mask", args.token_mask, args.q, sizes.batch, sizes.tokens);
+  checks::last_key(kOp, args.last_key, args.q, sizes.batch, sizes.queries, args.causal);
   return sizes;
 }
 
@@ -102,6 +103,9 @@ ops::Implementation explain(const Tensor& q) {
 
 // Nothing where no kernel takes these inputs.
 std::optional<ops::TensorPair> run(const ops::ProbeScoresArgs& args, const checks::AttentionSizes& sizes) {
+  if (sizes.queries != sizes.tokens || args.last_key) {
+    return std::nullopt;
+  }
   const DeviceGuard guard(args.q.get_device_index());
   auto [plan, params, launch, family] =
       probe_scores_step(sizes, args.q, args.k, args.probe_index.size(1),
@@ -128,7 +132,7 @@ namespace ops {
 
 TensorPair probe_scores(const ProbeScoresArgs& args) {
   const auto sizes = check(args);
-  if (sizes.batch == 0 || sizes.tokens == 0) {
+  if (sizes.batch == 0 || sizes.queries == 0) {
     const aten::Sizes shape{sizes.batch, sizes.tokens};
     return {aten::zeros(shape, aten::ScalarType::Float, args.q.device()),
             aten::zeros(shape, aten::ScalarType::Float, args.q.device())};
@@ -145,6 +149,6 @@ TensorPair probe_scores(const ProbeScoresArgs& args) {
 }  // namespace zipvl
 
 ZIPVL_OP(probe_scores,
-         "(Tensor q, Tensor k, Tensor probe_index, *, float? scale=None, bool causal=True, Tensor? token_mask=None) "
-         "-> (Tensor accumulated, Tensor normalized)",
+         "(Tensor q, Tensor k, Tensor probe_index, *, float? scale=None, bool causal=True, Tensor? token_mask=None, "
+         "Tensor? last_key=None) -> (Tensor accumulated, Tensor normalized)",
          &zipvl::cuda::explain)

@@ -20,6 +20,9 @@ void check(const ops::SelectTokensArgs& args) {
   const std::int64_t batch = args.budget_score.size(0), tokens = args.budget_score.size(1);
   checks::mask(kOp, "keep_mask", args.keep_mask, args.budget_score, batch, tokens);
   checks::mask(kOp, "token_mask", args.token_mask, args.budget_score, batch, tokens);
+  checks::neighbourhood(kOp, args.local_window, args.num_sinks);
+  checks::mask(kOp, "extra_mask", args.extra_mask, args.budget_score, batch, tokens);
+  checks::share(kOp, "max_ratio", args.max_ratio);
 }
 
 }  // namespace
@@ -70,6 +73,9 @@ ops::Implementation explain(const Tensor& q) {
 
 // Nothing where no kernel takes these inputs.
 std::optional<ops::TensorPair> run(const ops::SelectTokensArgs& args) {
+  if (args.adjusts()) {
+    return std::nullopt;
+  }
   const Tensor& score = args.budget_score;
   const std::int64_t batch = score.size(0), tokens = score.size(1);
   const DeviceGuard guard(score.get_device_index());
@@ -120,5 +126,6 @@ TensorPair select_tokens(const SelectTokensArgs& args) {
 
 ZIPVL_OP(select_tokens,
          "(Tensor budget_score, Tensor rank_score, *, float tau=0.975, float? ratio=None, int min_tokens=1, "
-         "Tensor? keep_mask=None, Tensor? token_mask=None) -> (Tensor index, Tensor count)",
+         "Tensor? keep_mask=None, Tensor? token_mask=None, int local_window=0, int num_sinks=0, "
+         "Tensor? extra_mask=None, float max_ratio=1.0) -> (Tensor index, Tensor count)",
          &zipvl::cuda::explain)

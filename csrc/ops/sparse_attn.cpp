@@ -15,9 +15,13 @@ constexpr const char* kOp = "sparse_attn";
 
 checks::AttentionSizes check(const ops::SparseAttnArgs& args) {
   const auto sizes = checks::attention_inputs(kOp, args.q, {"k", args.k}, checks::Named{"v", args.v});
-  checks::query_tokens(kOp, args.q, sizes.tokens);
+  checks::last_tokens(kOp, {"q", args.q}, 2, sizes.tokens, args.causal);
   checks::selection(kOp, args.q, args.index, args.count, sizes.batch, sizes.tokens);
   checks::scale(kOp, args.scale);
+  checks::mask(kOp, "token_mask", args.token_mask, args.q, sizes.batch, sizes.tokens);
+  checks::neighbourhood(kOp, args.local_window, args.num_sinks);
+  checks::needs_causal(kOp, args.causal, args.local_window);
+  checks::last_key(kOp, args.last_key, args.q, sizes.batch, sizes.queries, args.causal);
   return sizes;
 }
 
@@ -87,6 +91,9 @@ ops::Implementation explain(const Tensor& q) {
 
 // Nothing where no kernel takes these inputs.
 std::optional<Tensor> run(const ops::SparseAttnArgs& args, const checks::AttentionSizes& sizes) {
+  if (sizes.queries != sizes.tokens || args.token_mask || args.local_window > 0 || args.last_key) {
+    return std::nullopt;
+  }
   const Tensor& q = args.q;
   const DeviceGuard guard(q.get_device_index());
   auto [plan, params] = sparse_attn_step(sizes, q, args.k, args.v, ops::scale_or_default(args.scale, sizes.head_dim),
@@ -124,8 +131,8 @@ namespace ops {
 
 Tensor sparse_attn(const SparseAttnArgs& args) {
   const auto sizes = check(args);
-  if (sizes.batch == 0 || sizes.tokens == 0) {
-    const aten::Sizes shape{sizes.batch, sizes.tokens, sizes.query_heads, sizes.head_dim};
+  if (sizes.batch == 0 || sizes.queries == 0) {
+    const aten::Sizes shape{sizes.batch, sizes.queries, sizes.query_heads, sizes.head_dim};
     return aten::transpose(aten::empty(shape, args.q.scalar_type(), args.q.device()), 1, 2);
   }
 #ifdef ZIPVL_CUDA_OPS
@@ -141,5 +148,6 @@ Tensor sparse_attn(const SparseAttnArgs& args) {
 
 ZIPVL_OP(sparse_attn,
          "(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, *, float? scale=None, bool causal=True, "
-         "bool all_queries=False) -> Tensor",
+         "bool all_queries=False, Tensor? token_mask=None, int local_window=0, int num_sinks=0, "
+         "Tensor? last_key=None) -> Tensor",
          &zipvl::cuda::explain)
