@@ -201,12 +201,14 @@ __device__ __forceinline__ void store_ranged_rows(const AttnParams& params, int 
     const std::int64_t at = static_cast<std::int64_t>(row) * params.query_heads + head;
     float* lse = params.ranges.lse == nullptr || row < 0 ? nullptr : params.ranges.lse + at;
     const Merge merge = merge_row(params.ranges, rows, i, params.scale_log2, lse);
-    Element* target = row < 0 ? nullptr : static_cast<Element*>(params.out) + at * Traits::kHeadDim;
+    // What sees nothing leaves the other pass's row as it is.
+    const bool stores = row >= 0 && !(params.ranges.merges && merge.inverse == 0.0F);
+    Element* target = stores ? static_cast<Element*>(params.out) + at * Traits::kHeadDim : nullptr;
 #pragma unroll
     for (int j = 0; j < kOutputs / 16; ++j) {
       const int piece = 32 * j + 8 * (threadIdx.x % 4);
       std::uint32_t x[4] = {};
-      if (merge.other != 0.0F) {  // the same in the quad
+      if (stores && merge.other != 0.0F) {  // the same in the quad
         const uint4 before = __ldcg(reinterpret_cast<const uint4*>(target + piece));
         x[0] = before.x, x[1] = before.y, x[2] = before.z, x[3] = before.w;
       }
