@@ -185,7 +185,8 @@ void launch_ranged_attn(const char* op, const SparseAttnParams& params, const pl
   float* lse = window ? reinterpret_cast<float*>(space + at.lse) : nullptr;
   if (window) {
     SparseAttnParams near = params;
-    near.ranges = {rows.pass[1].range, rows.pass[1].group, nullptr, nullptr, rows.num_sinks, lse, /*merges=*/false};
+    near.ranges = {rows.pass[1].range, rows.pass[1].group, nullptr, nullptr, rows.num_sinks, lse, /*in_window=*/true,
+                   /*merges=*/false};
     near.index = rows.pass[1].key_index;
     near.count = rows.pass[1].key_count;
     near.index_stride[0] = params.tokens;
@@ -200,7 +201,8 @@ void launch_ranged_attn(const char* op, const SparseAttnParams& params, const pl
                                      stream));
   }
   SparseAttnParams far = params;
-  far.ranges = {rows.pass[0].range, rows.pass[0].group, rows.pass[0].query, rows.pass[0].num_rows, 0, lse, window};
+  far.ranges = {rows.pass[0].range, rows.pass[0].group, rows.pass[0].query, rows.pass[0].num_rows, 0, lse, /*in_window=*/false,
+                /*merges=*/window};
   launch_ranged_pass(op, far, plan, /*packs=*/true, device, stream);
 }
 

@@ -15,11 +15,14 @@ namespace zipvl::cuda {
 // (row_ranges.cu). A list of keys is the packed selection, the packed real tokens, or all tokens as they lie.
 struct RowRanges {
   const int2* range;               // [batch, queries]: a row sees places [x, y) of the list
-  const int4* group;               // [batch, ceil(queries / 32)]: of 32 rows, RowGroup's fields
+  // [batch, ceil(queries / 32)], of 32 rows: the least x and the largest y of those that see anything, the largest x and
+  // the least y of all
+  const int4* group;
   const std::int32_t* query;       // [batch, queries]: the query of each row; null: row r is query r
   const std::int32_t* num_rows;    // [batch]; null: every query has a row
   int num_sinks;                   // a row sees the places below min(num_sinks, range.x) as well
   float* lse;                      // [batch, queries, query_heads]: log2 of the sum of 2**score of a row; or null
+  bool in_window;                  // a pass within a window
   bool merges;                     // lse and `out` hold another pass over other keys, with which this one's is merged
 };
 constexpr int kRowGroup = 32;

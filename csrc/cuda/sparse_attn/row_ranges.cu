@@ -59,7 +59,8 @@ __device__ int2 range_of(const RowRangesParams& params, const RowRangesPass& pas
     last = params.last_key[b * params.last_key_stride[0] + query * params.last_key_stride[1]];
     last = min(max(last, -1), params.tokens - 1);
   }
-  const int before_window = min(last, position - params.local_window);  // the last token that is not in the window
+  // The last token before the window.
+  const int before_window = params.local_window > 0 ? min(last, position - params.local_window) : last;
   if (pass.in_window) {
     const int end = keys.up_to(last);
     return make_int2(min(keys.up_to(before_window), end), end);
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) row_ranges_kernel(const __grid_const
     const bool sees = range.x < range.y;
     const int min_begin = __reduce_min_sync(kAllLanes, sees ? range.x : INT_MAX);
     const int max_end = __reduce_max_sync(kAllLanes, sees ? range.y : 0);
-    const int max_begin = __reduce_max_sync(kAllLanes, !exists ? 0 : sees ? range.x : INT_MAX);
+    const int max_begin = __reduce_max_sync(kAllLanes, exists ? range.x : 0);
     const int min_end = __reduce_min_sync(kAllLanes, !exists ? INT_MAX : sees ? range.y : 0);
     if (threadIdx.x % kRowGroup == 0 && row < params.queries) {
       pass.group[static_cast<std::int64_t>(b) * groups + row / kRowGroup] =

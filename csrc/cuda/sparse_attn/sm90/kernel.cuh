@@ -204,14 +204,16 @@ __device__ __forceinline__ void store_ranged_rows(const AttnParams& params, int 
     // What sees nothing leaves the other pass's row as it is.
     const bool stores = row >= 0 && !(params.ranges.merges && merge.inverse == 0.0F);
     Element* target = stores ? static_cast<Element*>(params.out) + at * Traits::kHeadDim : nullptr;
+    const int own_piece = 8 * (threadIdx.x % 4);
+    uint4 there[kOutputs / 16];  // all at once, so that their latency is paid once
 #pragma unroll
     for (int j = 0; j < kOutputs / 16; ++j) {
-      const int piece = 32 * j + 8 * (threadIdx.x % 4);
-      std::uint32_t x[4] = {};
-      if (stores && merge.other != 0.0F) {  // the same in the quad
-        const uint4 before = __ldcg(reinterpret_cast<const uint4*>(target + piece));
-        x[0] = before.x, x[1] = before.y, x[2] = before.z, x[3] = before.w;
-      }
+      there[j] = stores && merge.other != 0.0F ? __ldcg(reinterpret_cast<const uint4*>(target + 32 * j + own_piece))
+                                               : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int j = 0; j < kOutputs / 16; ++j) {
+      std::uint32_t x[4] = {there[j].x, there[j].y, there[j].z, there[j].w};
       transpose_quad(x);
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
@@ -222,7 +224,7 @@ __device__ __forceinline__ void store_ranged_rows(const AttnParams& params, int 
       }
       transpose_quad(x);
       if (target != nullptr) {
-        *reinterpret_cast<uint4*>(target + piece) = make_uint4(x[0], x[1], x[2], x[3]);
+        *reinterpret_cast<uint4*>(target + 32 * j + own_piece) = make_uint4(x[0], x[1], x[2], x[3]);
       }
     }
   }

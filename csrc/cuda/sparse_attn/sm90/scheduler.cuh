@@ -15,6 +15,17 @@ __device__ __forceinline__ int selected(const AttnParams& params, int batch) {
   return min(max(__ldcg(params.count + batch * params.count_stride), 0), params.tokens);
 }
 
+// Keys that the tiles of a batch row read again and again: of ranged attention those of the packed selection, and none
+// of a window, which moves on.
+template <bool kRanged>
+__device__ __forceinline__ int list_keys(const AttnParams& params, int batch) {
+  if constexpr (kRanged) {
+    return params.ranges.in_window ? 0 : min(max(__ldcg(params.count + batch * params.count_stride), 0), params.keys);
+  } else {
+    return selected(params, batch);
+  }
+}
+
 template <bool kRanged>
 __device__ __forceinline__ int query_rows(const AttnParams& params, int batch) {
   if constexpr (kRanged) {
@@ -55,7 +66,7 @@ __device__ __forceinline__ void make_tile_table(const AttnParams& params, TileTa
     int batches = 0, before = 0;
     std::int64_t head_bytes = 1;
     for (int b = 0; b < params.batch; ++b) {
-      head_bytes += static_cast<std::int64_t>(kRanged ? params.keys : selected(params, b)) * key_bytes;
+      head_bytes += static_cast<std::int64_t>(list_keys<kRanged>(params, b)) * key_bytes;
     }
     table.section_heads = max(1, static_cast<int>(min(kL2Bytes / head_bytes, std::int64_t{params.kv_heads})));
     while (batches < params.batch && table.blocks[batches] > 0) {
