@@ -21,7 +21,7 @@ struct RowRanges {
   const std::int32_t* query;       // [batch, queries]: the query of each row; null: row r is query r
   const std::int32_t* num_rows;    // [batch]; null: every query has a row
   int num_sinks;                   // a row sees the places below min(num_sinks, range.x) as well
-  float* lse;                      // [batch, queries, query_heads]: log2 of the sum of 2**score of a row; or null
+  float* lse;                      // [batch, query_heads, queries]: log2 of the sum of 2**score of a row; or null
   bool in_window;                  // a pass within a window
   bool merges;                     // lse and `out` hold another pass over other keys, with which this one's is merged
 };

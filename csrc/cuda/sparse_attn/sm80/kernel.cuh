@@ -128,7 +128,7 @@ __device__ __forceinline__ Merge merge_row(const RowRanges& ranges, float max, f
 
 // Output rows from accumulators to their tokens' places, by way of the warp's own rows of the query tile, which nothing
 // reads any more: so 16 bytes a lane and whole rows a warp go out. out: token 0 of the head, row_elements a token.
-// lse: of the head at query 0, a query every query_heads; kRanged.
+// lse: of the head, a query each; kRanged.
 template <typename Traits>
 __device__ __forceinline__ void store_rows(const SparseAttnParams& params, const Output<Traits>& o,
                                            const RowState<Traits::kRowTiles>& rows, SharedStorage<Traits>& shared,
@@ -149,7 +149,7 @@ __device__ __forceinline__ void store_rows(const SparseAttnParams& params, const
         const bool exists = first_row + row < shared.queries;
         const std::int64_t query = shared.query_token[first_row + row];
         const Merge merge = merge_row(params.ranges, rows.max[m][i], sum,
-                                      lse == nullptr || !exists ? nullptr : lse + query * params.query_heads);
+                                      lse == nullptr || !exists ? nullptr : lse + query);
         const auto* before = reinterpret_cast<const std::uint32_t*>(out + query * row_elements) + lane % 4;
 #pragma unroll
         for (int j = 0; j < Traits::kHeadDim / 8; ++j) {
@@ -325,11 +325,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const int tiles = begin_ranged_block<Traits>(params, block, rows, shared);
   Accumulators<Traits> acc{};
   attend_tiles(params, shared, acc, tiles);
-  const std::int64_t first = (blockIdx.y * params.queries * params.query_heads + blockIdx.x);
+  const std::int64_t first = blockIdx.y * params.queries * params.query_heads + blockIdx.x;
   store_rows<Traits>(params, acc.o, acc.rows, shared,
                      static_cast<typename Traits::Element*>(params.out) + first * Traits::kHeadDim,
                      params.query_heads * Traits::kHeadDim,
-                     params.ranges.lse == nullptr ? nullptr : params.ranges.lse + first);
+                     params.ranges.lse == nullptr
+                         ? nullptr
+                         : params.ranges.lse + (blockIdx.y * params.query_heads + blockIdx.x) * params.queries);
 }
 
 }  // namespace zipvl::cuda::sparse_attn::sm80

@@ -164,16 +164,17 @@ struct Merge {
   float inverse, other;  // out = o * inverse + (what is there) * other
 };
 
-// lse: of the row and head; written, or with `merges` read. Every lane of the quad that holds the row calls it.
-__device__ __forceinline__ Merge merge_row(const RowRanges& ranges, const RowState& rows, int i, float scale_log2,
-                                           float* lse) {
+// lse: of the row and head, written or, with kMerges, read; null: there is none. Every lane of the quad that holds the
+// row calls it.
+template <bool kMerges>
+__device__ __forceinline__ Merge merge_row(const RowState& rows, int i, float scale_log2, float* lse) {
   const float sum = quad_sum(rows.sum[i]);
   Merge merge{sum == 0.0F ? 0.0F : 1.0F / sum, 0.0F};  // a row that sees no key is 0; NaN stays
   if (lse == nullptr) {
     return merge;
   }
   const float own = sum == 0.0F ? -INFINITY : rows.max[i] * scale_log2 + log2f(sum);
-  if (!ranges.merges) {
+  if constexpr (!kMerges) {
     if (threadIdx.x % 4 == 0) {
       *lse = own;
     }
@@ -191,36 +192,48 @@ __device__ __forceinline__ Merge merge_row(const RowRanges& ranges, const RowSta
 }
 
 // As store_rows, of ranged attention: rows with their log-sum-exp, merged with what is there where ranges say so.
-template <typename Traits, int kOutputs>
-__device__ __forceinline__ void store_ranged_rows(const AttnParams& params, int head, const float (&o)[kOutputs],
-                                                  const RowState& rows, const RowPlaces<true>& places) {
+template <typename Traits, bool kMerges, int kOutputs>
+__device__ __forceinline__ void store_ranged_rows(const AttnParams& params, const Tile& tile,
+                                                  const float (&o)[kOutputs], const RowState& rows,
+                                                  const RowPlaces<true>& places) {
   using Element = typename Traits::Element;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = places.row[i];
-    const std::int64_t at = static_cast<std::int64_t>(row) * params.query_heads + head;
-    float* lse = params.ranges.lse == nullptr || row < 0 ? nullptr : params.ranges.lse + at;
-    const Merge merge = merge_row(params.ranges, rows, i, params.scale_log2, lse);
+    const std::int64_t at = static_cast<std::int64_t>(row) * params.query_heads + tile.head;
+    const std::int64_t lse_row =
+        (static_cast<std::int64_t>(tile.batch) * (params.query_heads - 1) + tile.head) * params.tokens + row;
+    float* lse = params.ranges.lse == nullptr || row < 0 ? nullptr : params.ranges.lse + lse_row;
+    const Merge merge = merge_row<kMerges>(rows, i, params.scale_log2, lse);
     // What sees nothing leaves the other pass's row as it is.
-    const bool stores = row >= 0 && !(params.ranges.merges && merge.inverse == 0.0F);
+    const bool stores = row >= 0 && !(kMerges && merge.inverse == 0.0F);
     Element* target = stores ? static_cast<Element*>(params.out) + at * Traits::kHeadDim : nullptr;
     const int own_piece = 8 * (threadIdx.x % 4);
-    uint4 there[kOutputs / 16];  // all at once, so that their latency is paid once
+    [[maybe_unused]] uint4 there[kOutputs / 16];  // all at once, so that their latency is paid once
+    if constexpr (kMerges) {
 #pragma unroll
-    for (int j = 0; j < kOutputs / 16; ++j) {
-      there[j] = stores && merge.other != 0.0F ? __ldcg(reinterpret_cast<const uint4*>(target + 32 * j + own_piece))
-                                               : make_uint4(0, 0, 0, 0);
+      for (int j = 0; j < kOutputs / 16; ++j) {
+        there[j] = stores && merge.other != 0.0F ? __ldcg(reinterpret_cast<const uint4*>(target + 32 * j + own_piece))
+                                                 : make_uint4(0, 0, 0, 0);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kOutputs / 16; ++j) {
-      std::uint32_t x[4] = {there[j].x, there[j].y, there[j].z, there[j].w};
-      transpose_quad(x);
+      std::uint32_t x[4];
+      if constexpr (kMerges) {
+        x[0] = there[j].x, x[1] = there[j].y, x[2] = there[j].z, x[3] = there[j].w;
+        transpose_quad(x);
+      }
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
         const int from = 4 * (4 * j + g) + 2 * i;
-        const float2 before = unpack_pair<Element>(x[g]);
-        x[g] = pack_pair<Element>(o[from] * merge.inverse + before.x * merge.other,
-                                  o[from + 1] * merge.inverse + before.y * merge.other);
+        if constexpr (kMerges) {
+          const float2 before = unpack_pair<Element>(x[g]);
+          x[g] = pack_pair<Element>(o[from] * merge.inverse + before.x * merge.other,
+                                    o[from + 1] * merge.inverse + before.y * merge.other);
+        } else {
+          x[g] = pack_pair<Element>(o[from] * merge.inverse, o[from + 1] * merge.inverse);
+        }
       }
       transpose_quad(x);
       if (target != nullptr) {
@@ -239,7 +252,7 @@ __device__ __forceinline__ void consume_ranged(const AttnParams& params, SharedS
   consumer.begin_turns();
   while (true) {
     const auto tile = consumer.next_tile(params, row_of_thread);
-    if (tile.head < 0) {
+    if (tile.tile.batch < 0) {
       return;
     }
     RowState rows;
@@ -255,7 +268,11 @@ __device__ __forceinline__ void consume_ranged(const AttnParams& params, SharedS
         x = 0.0F;
       }
     }
-    store_ranged_rows<Traits>(params, tile.head, o, rows, consumer.places());
+    if (!Traits::kWindow && params.ranges.merges) {
+      store_ranged_rows<Traits, true>(params, tile.tile, o, rows, consumer.places());
+    } else {
+      store_ranged_rows<Traits, false>(params, tile.tile, o, rows, consumer.places());
+    }
   }
 }
 
@@ -290,7 +307,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 // Ranged attention. What it reads was written by kernels before it, the last of which it waits for.
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     ranged_attn_sm90(const __grid_constant__ AttnParams params, const __grid_constant__ RangedMaps maps) {
   extern __shared__ unsigned char shared_bytes[];
   auto& shared =

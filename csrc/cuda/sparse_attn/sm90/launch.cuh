@@ -40,7 +40,7 @@ inline cudaError_t map_of(const SparseAttnParams& problem, const void* packed, c
 
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* seen, int num_sms, cudaStream_t stream) {
-  using Tr = Traits<ElementType, HeadDim, false>;
+  using Tr = Traits<ElementType, HeadDim, Seen::kSelection>;
   const AttnParams params = attn_params(problem, seen);
   CUtensorMap k_map, v_map;
   if (const cudaError_t error = map_of(problem, problem.k_packed, problem.k, problem.k_stride, Tr::kBlockN, &k_map);
@@ -59,9 +59,8 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
                           kSharedBytes, stream, params, k_map, v_map);
 }
 
-template <typename ElementType, int HeadDim>
-cudaError_t launch_ranged_kernel(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
-  using Tr = Traits<ElementType, HeadDim, true>;
+template <typename Tr>
+cudaError_t launch_ranged(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
   const AttnParams params = attn_params(problem, nullptr);
   RangedMaps maps;
   for (const auto& [packed, data, stride, rows, map] :
@@ -77,8 +76,19 @@ cudaError_t launch_ranged_kernel(const SparseAttnParams& problem, int num_sms, c
   constexpr int kSharedBytes = sizeof(SharedStorage<Tr>) + 1024;
   const std::int64_t tiles =
       static_cast<std::int64_t>(params.batch) * params.query_heads * ceil_div(params.tokens, Tr::kBlockM);
-  return launch_dependent(&ranged_attn_sm90<Tr>, static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms)),
-                          Tr::kThreads, kSharedBytes, stream, params, maps);
+  const std::int64_t blocks = std::min<std::int64_t>(tiles, num_sms * Tr::kBlocksPerSm);
+  return launch_dependent(&ranged_attn_sm90<Tr>, static_cast<unsigned>(blocks), Tr::kThreads, kSharedBytes, stream,
+                          params, maps);
+}
+
+template <typename ElementType, int HeadDim>
+cudaError_t launch_ranged_kernel(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
+  if constexpr (Traits<ElementType, HeadDim, Seen::kWindow>::kWindow) {
+    if (problem.ranges.in_window) {
+      return launch_ranged<Traits<ElementType, HeadDim, Seen::kWindow>>(problem, num_sms, stream);
+    }
+  }
+  return launch_ranged<Traits<ElementType, HeadDim, Seen::kRanged>>(problem, num_sms, stream);
 }
 
 }  // namespace zipvl::cuda::sparse_attn::sm90

@@ -217,17 +217,18 @@ class Consumer {
     release_queries();
   }
 
-  // Ranged attention: takes over what the rows of the next tile see, and says what there is to `attend`; head -1: there
+  // Ranged attention: takes over what the rows of the next tile see, and says what there is to `attend`; batch -1: there
   // are no more tiles. row_of_thread: of the thread's first row in the tile.
   struct RangedTile {
-    int head, blocks, clear_end, clear_first, sinks;
+    Tile tile;
+    int blocks, clear_end, clear_first, sinks;
   };
   __device__ __forceinline__ RangedTile next_tile(const AttnParams& params, int row_of_thread) {
     RangedStorage<Traits>& from = shared_.ranged;
     ptx::mbarrier_wait(&from.rows_full[q_.index], q_.phase);
     const Tile tile = from.tile[q_.index];
     if (tile.batch < 0) {
-      return {-1, 0, 0, 0, 0};
+      return {tile, 0, 0, 0, 0};
     }
     const TileBlocks blocks = tile_blocks<Traits>(params, [&](int i) { return from.group[q_.index][i]; });
     const int begin = blocks.first * kBlockN;
@@ -243,7 +244,7 @@ class Consumer {
     const int4 low = from.group[q_.index][2 * warpgroup_], high = from.group[q_.index][2 * warpgroup_ + 1];
     __syncwarp();
     arrive(&from.rows_empty[q_.index]);
-    return {tile.head, blocks.end - blocks.first, min(low.w, high.w) - begin, max(low.z, high.z) - begin,
+    return {tile, blocks.end - blocks.first, min(low.w, high.w) - begin, max(low.z, high.z) - begin,
             blocks.sinks ? params.ranges.num_sinks : 0};
   }
 
@@ -321,7 +322,9 @@ class Consumer {
   __device__ __forceinline__ void step(float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4], float (&o)[kOutputs],
                                        RowState& rows, const Queries& query, int block) {
     float rescale[2];
-    ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
+    if constexpr (Traits::kConsumers > 1) {
+      ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
+    }
     ptx::warpgroup_fence_operand(s);
     ptx::warpgroup_fence_operand(o);
     ptx::warpgroup_arrive();
@@ -445,7 +448,9 @@ class Consumer {
   }
 
   __device__ __forceinline__ void pass_turn() const {
-    ptx::named_barrier_arrive(turn((warpgroup_ + 1) % Traits::kConsumers), 2 * kWarpgroupThreads);
+    if constexpr (Traits::kConsumers > 1) {
+      ptx::named_barrier_arrive(turn((warpgroup_ + 1) % Traits::kConsumers), 2 * kWarpgroupThreads);
+    }
   }
 
   SharedStorage<Traits>& shared_;
