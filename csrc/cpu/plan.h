@@ -58,7 +58,7 @@ struct WindowAttnPlan {
   std::int64_t span;            // most positions from the first to the last of them
 };
 
-// `keys`: most keys that a row can see outside its window.
+// `window`: most positions that a row sees one after the other; `keys`: most keys that it sees outside of them.
 WindowAttnPlan plan_window_attn(std::int64_t query_heads, std::int64_t window, std::int64_t keys);
 
 }  // namespace zipvl::plan

@@ -279,10 +279,14 @@ void host_row(const ops::SparseAttnArgs& args, const Shape& sizes, std::int64_t 
   for (const RowGroup& group : groups) {
     finite = finite && (group.positions.empty() || all_finite(group.keys.v));
   }
+  std::int64_t ahead = 0;  // how far a row sees past itself
+  for (std::int64_t i = 0; i < sizes.queries; ++i) {
+    ahead = std::max(ahead, row.end[static_cast<std::size_t>(i)] - (sizes.first + i));
+  }
   std::vector<RowBlock> blocks;
   for (const RowGroup& group : groups) {
     const plan::WindowAttnPlan plan =
-        plan::plan_window_attn(sizes.heads, sizes.window, static_cast<std::int64_t>(group.positions.size()));
+        plan::plan_window_attn(sizes.heads, sizes.window + ahead, static_cast<std::int64_t>(group.positions.size()));
     // A row alone computes no value that it does not see, so that it cannot meet another's NaN.
     add_blocks(group, finite ? plan.rows_per_block : 1, plan.span, blocks);
   }

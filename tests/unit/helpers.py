@@ -195,21 +195,70 @@ def same_dtype_attention(
     scale: float | None = None,
     causal: bool = True,
     all_queries: bool = False,
+    **neighbourhood: Any,
 ) -> Tensor:
     """``sparse_attn`` written in PyTorch with every intermediate in q's dtype: the baseline of the error bound."""
-    B, Hq, N, D = q.shape
+    B, Hq, n, D = q.shape
     group = Hq // k.shape[1]
     scale = D**-0.5 if scale is None else scale
     out = torch.zeros_like(q)
+    if causal and (neighbourhood or n < k.shape[2]):
+        seen = seen_keys(index, count, n, all_queries=all_queries, **neighbourhood)
+        for b in range(B):
+            for h in range(Hq):
+                logits = (q[b, h] @ k[b, h // group].T) * scale
+                weights = logits.masked_fill(~seen[b], -torch.inf).softmax(dim=-1).masked_fill(~seen[b], 0)
+                out[b, h] = weights @ v[b, h // group]
+        return out
     for b in range(B):
         T = index[b, : int(count[b])].long()
-        rows = torch.arange(N) if all_queries else T
+        rows = torch.arange(n) if all_queries else T
         blocked = (T[None, :] > rows[:, None]) if causal else torch.zeros(len(rows), len(T), dtype=torch.bool)
         for h in range(Hq):
             logits = (q[b, h, rows] @ k[b, h // group, T].T) * scale
             weights = logits.masked_fill(blocked, -torch.inf).softmax(dim=-1).masked_fill(blocked, 0)
             out[b, h, rows] = weights @ v[b, h // group, T]
     return out
+
+
+def seen_keys(
+    index: Tensor,
+    count: Tensor,
+    n: int,
+    *,
+    all_queries: bool = False,
+    token_mask: Tensor | None = None,
+    local_window: int = 0,
+    num_sinks: int = 0,
+    last_key: Tensor | None = None,
+) -> Tensor:
+    """``[B, n, S]`` bool: the keys that each of the last ``n`` tokens attends to, set by set (steps 5b to 5d)."""
+    B, S = index.shape
+    seen = torch.zeros(B, n, S, dtype=torch.bool)
+    for b in range(B):
+        T = set(index[b, : int(count[b])].tolist())
+        real = [s for s in range(S) if token_mask is None or bool(token_mask[b, s])]
+        sinks = set(real[:num_sinks])
+        for i in range(n):
+            t = S - n + i
+            end = t if last_key is None else int(last_key[b, i])
+            keys = set(T) if all_queries or t in T else set()
+            if local_window > 0:
+                keys |= sinks | {s for s in real if s > t - local_window}
+            if t in set(real):
+                seen[b, i, [s for s in keys if s <= end]] = True
+    return seen
+
+
+def make_ends(B: int, n: int, S: int, seed: int = 0) -> Tensor:
+    """``last_key [B, n]``: rows that see less than their own position, more, nothing, and impossible numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.arange(S - n, S).repeat(B, 1) + torch.randint(-S // 2, S // 2 + 1, (B, n), generator=generator)
+    ends[:, ::5] = torch.arange(S - n, S)[::5]
+    ends[0, n // 2] = -1
+    ends[-1, -1] = 2**31 - 1
+    ends[-1, 0] = -(2**31)
+    return ends.to(torch.int32)
 
 
 def assert_selection_within_rounding(
@@ -318,13 +367,36 @@ _LAYER: dict[str, Any] = {
     "causal": True,
     "keep_mask": None,
     "token_mask": None,
+    "local_window": 0,
+    "num_sinks": 0,
+    "extra_mask": None,
+    "last_key": None,
+    "max_ratio": 1.0,
 }
 KEYWORDS: dict[str, dict[str, Any]] = {
-    "probe_index": {"num_recent": 64, "num_random": 64, "seed": 0, "token_mask": None},
-    "probe_scores": {"scale": None, "causal": True, "token_mask": None},
-    "select_tokens": {"tau": 0.975, "ratio": None, "min_tokens": 1, "keep_mask": None, "token_mask": None},
+    "probe_index": {"num_recent": 64, "num_random": 64, "seed": 0, "token_mask": None, "k": None},
+    "probe_scores": {"scale": None, "causal": True, "token_mask": None, "last_key": None},
+    "select_tokens": {
+        "tau": 0.975,
+        "ratio": None,
+        "min_tokens": 1,
+        "keep_mask": None,
+        "token_mask": None,
+        "local_window": 0,
+        "num_sinks": 0,
+        "extra_mask": None,
+        "max_ratio": 1.0,
+    },
     "pack_kv": {},
-    "sparse_attn": {"scale": None, "causal": True, "all_queries": False},
+    "sparse_attn": {
+        "scale": None,
+        "causal": True,
+        "all_queries": False,
+        "token_mask": None,
+        "local_window": 0,
+        "num_sinks": 0,
+        "last_key": None,
+    },
     "zipvl_attn": _LAYER,
     "zipvl_prefill": _LAYER,
     "zipvl_layer": {

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OPS = ("probe_scores", "sparse_attn", "pack_kv", "decode_attn", "zipvl_attn", "zipvl_prefill", "projections")
+OPS = (
+    "probe_scores",
+    "sparse_attn",
+    "pack_kv",
+    "decode_attn",
+    "zipvl_attn",
+    "zipvl_prefill",
+    "projections",
+    "neighbourhood",
+)
 
 
 @pytest.mark.slow

@@ -89,7 +89,12 @@ TENSOR_MISTAKES: list[tuple[str, str, Change, str]] = [
     ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", heads(12), "12 heads.*not divide.*6"),
     ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", narrower(0), "2.*got 1"),
     ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "k", narrower(3), "64.*got 63"),
-    ("probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "q", narrower(2), "40.*got 39"),
+    (
+        "probe_scores sparse_attn zipvl_attn zipvl_prefill zipvl_layer",
+        "q",
+        lambda t: torch.cat([t, t[:, :, :1]], dim=2),
+        "at most k's 40 tokens.*got 41",
+    ),
     ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", unsqueezed, r"4 dimensions.*\[1, 2, 2, 40, 64\]"),
     ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", to(torch.float16), "float32.*float16"),
     ("pack_kv sparse_attn zipvl_attn zipvl_prefill zipvl_layer", "v", every_other_column, "last stride of 1.*got 2"),
@@ -217,8 +222,12 @@ KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
     *[
         (having, mask, wrong, expected)
         for having, mask in (
-            ("probe_index probe_scores select_tokens zipvl_attn zipvl_prefill zipvl_layer quantize_kv", "token_mask"),
+            (
+                "probe_index probe_scores select_tokens sparse_attn zipvl_attn zipvl_prefill zipvl_layer quantize_kv",
+                "token_mask",
+            ),
             ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", "keep_mask"),
+            ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", "extra_mask"),
         )
         for wrong, expected in (
             (torch.ones(2, 40, dtype=torch.uint8), "bool.*uint8"),
@@ -230,6 +239,37 @@ KEYWORD_MISTAKES: list[tuple[str, str, Any, str]] = [
             (torch.ones(2, 40, dtype=torch.bool, device="meta"), "cpu.*meta"),
         )
     ],
+]
+
+
+ATTENDING = "sparse_attn zipvl_attn zipvl_prefill zipvl_layer"
+KEYWORD_MISTAKES += [
+    (f"select_tokens {ATTENDING}", "local_window", -1, "at least 0, got -1"),
+    (f"select_tokens {ATTENDING}", "num_sinks", -2, "at least 0, got -2"),
+    (
+        f"select_tokens {ATTENDING}",
+        "num_sinks",
+        4,
+        "num_sinks needs local_window above 0, got num_sinks 4 and local_window 0",
+    ),
+    *[
+        ("select_tokens zipvl_attn zipvl_prefill zipvl_layer", "max_ratio", value, rf"\(0, 1\], got -?{got}")
+        for value, got in ((0.0, "0"), (-0.5, "0.5"), (1.5, "1.5"), (math.nan, "nan"), (math.inf, "inf"))
+    ],
+    *[
+        (f"probe_scores {ATTENDING}", "last_key", wrong, expected)
+        for wrong, expected in (
+            (torch.ones(2, 40, dtype=torch.int64), "int32.*int64"),
+            (torch.ones(2, 39, dtype=torch.int32), r"\[2, 40\].*\[2, 39\]"),
+            (torch.ones(1, 40, dtype=torch.int32), r"\[2, 40\].*\[1, 40\]"),
+            (torch.ones(2, 40, 1, dtype=torch.int32), r"\[2, 40\].*\[2, 40, 1\]"),
+            (torch.ones(2, 40, dtype=torch.int32, device="meta"), "cpu.*meta"),
+        )
+    ],
+    ("probe_index", "k", torch.ones(2, 2, 39, 64), "q must have at most k's 39 tokens.*got 40"),
+    ("probe_index", "k", torch.ones(1, 2, 40, 64), "q's batch size 2, got 1"),
+    ("probe_index", "k", torch.ones(2, 40, 64), r"4 dimensions.*\[2, 40, 64\]"),
+    ("probe_index", "k", torch.ones(2, 2, 40, 64, device="meta"), "cpu.*meta"),
 ]
 
 
@@ -267,6 +307,27 @@ def test_tensor_mistakes(op: str, argument: str, change: Change, expected: str) 
 )
 def test_keyword_mistakes(op: str, argument: str, value: Any, expected: str) -> None:
     assert_error(op, argument, expected, sample_tensors(op), {argument: value})
+
+
+@pytest.mark.parametrize("op", ATTENDING.split())
+def test_what_needs_causal(op: str) -> None:
+    tensors, backwards = sample_tensors(op), {"causal": False}
+    expected = "needs causal=True, got local_window 8 and causal=False"
+    assert_error(op, "local_window", expected, tensors, backwards | {"local_window": 8})
+    last_key = {"last_key": torch.ones(2, 40, dtype=torch.int32)}
+    for name in (op, "probe_scores"):
+        given = sample_tensors(name)
+        assert_error(name, "last_key", "needs causal=True, got a tensor and causal=False", given, backwards | last_key)
+        given["q"] = given["q"][:, :, 1:]
+        assert_error(name, "q", "all of k's 40 tokens without causal, got 39 and causal=False", given, backwards)
+
+
+@pytest.mark.parametrize("op", ATTENDING.split())
+def test_last_key_is_as_long_as_the_queries(op: str) -> None:
+    tensors = sample_tensors(op)
+    tensors["q"] = tensors["q"][:, :, 30:]
+    last_key = torch.ones(2, 40, dtype=torch.int32)
+    assert_error(op, "last_key", r"\[2, 10\].*\[2, 40\]", tensors, {"last_key": last_key})
 
 
 @pytest.mark.parametrize("op", ["probe_index", "zipvl_attn", "zipvl_prefill", "zipvl_layer"])

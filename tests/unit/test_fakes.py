@@ -24,7 +24,7 @@ def keywords_of(op: str, N: int) -> dict[str, Any]:
     keeping = ("select_tokens", "zipvl_attn", "zipvl_prefill", "zipvl_layer")
     if op in keeping:
         masks["keep_mask"] = torch.zeros(2, N, dtype=torch.bool)
-    return masks if op in ("probe_index", "probe_scores", *keeping) else {}
+    return masks if op in ("probe_index", "probe_scores", "sparse_attn", *keeping) else {}
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -38,6 +38,32 @@ def test_meta_outputs_are_the_real_ones(op: str, N: int, masked: bool) -> None:
         getattr(ops, op)(*[t.to("meta") for t in tensors.values()], **{n: m.to("meta") for n, m in keywords.items()})
     )
     assert len(real) == len(meta)
+    for real_one, meta_one in zip(real, meta, strict=True):
+        assert (real_one.shape, real_one.dtype, real_one.stride()) == (
+            meta_one.shape,
+            meta_one.dtype,
+            meta_one.stride(),
+        )
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+@pytest.mark.parametrize(
+    "op", ["probe_index", "probe_scores", "sparse_attn", "zipvl_attn", "zipvl_prefill", "zipvl_layer"]
+)
+def test_queries_of_the_last_tokens(op: str, n: int) -> None:
+    tensors = sample_tensors(op)
+    tensors["q"] = tensors["q"][:, :, 40 - n :]
+    ends = {"last_key": torch.arange(n, dtype=torch.int32).repeat(2, 1)}
+    keywords: dict[str, Any] = {"token_mask": torch.ones(2, 40, dtype=torch.bool)} | ends
+    if op == "probe_index":
+        keywords = {"k": sample_tensors("probe_scores")["k"]}
+    elif op != "probe_scores":
+        keywords |= {"local_window": 5, "num_sinks": 2}
+    if op.startswith("zipvl"):
+        keywords |= {"extra_mask": torch.zeros(2, 40, dtype=torch.bool), "max_ratio": 0.5}
+    real = as_tuple(getattr(ops, op)(*tensors.values(), **keywords))
+    on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in keywords.items()}
+    meta = as_tuple(getattr(ops, op)(*[t.to("meta") for t in tensors.values()], **on_meta))
     for real_one, meta_one in zip(real, meta, strict=True):
         assert (real_one.shape, real_one.dtype, real_one.stride()) == (
             meta_one.shape,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zipvl import ops
 
-from .helpers import KEYWORDS, OPS, REFERENCE, make_mask, make_qkv, sample_tensors
+from .helpers import KEYWORDS, OPS, REFERENCE, make_ends, make_mask, make_qkv, sample_tensors
 
 LENGTHS = (150, 37, 600, 129)
 
@@ -42,12 +42,19 @@ def test_schema_wrapper_and_reference_have_one_signature(op: str) -> None:
 
 def masks_of(op: str) -> list[dict[str, Any]]:
     mask, keep = make_mask("left", 2, 40), torch.rand(2, 40) < 0.2
-    if op in ("probe_index", "probe_scores"):
-        return [{}, {"token_mask": mask}]
-    if op in ("select_tokens", "zipvl_attn", "zipvl_layer"):
-        return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}]
+    window: dict[str, Any] = {"local_window": 5, "num_sinks": 2}
+    ends = {"last_key": make_ends(2, 40, 40)}
+    gains = {"extra_mask": keep, "max_ratio": 0.5}
+    if op == "probe_index":
+        return [{}, {"token_mask": mask}, {"k": make_qkv(2, 6, 2, 50, 64)[1]}]
+    if op == "probe_scores":
+        return [{}, {"token_mask": mask}, ends]
+    if op == "select_tokens":
+        return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}, window | gains]
+    if op in ("zipvl_attn", "zipvl_layer"):
+        return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}, window | gains | ends]
     if op == "zipvl_prefill":  # packed rows past the count are undefined, so every token is selected
-        return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool)}]
+        return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool)}, {"tau": 1.0} | window | ends]
     if op == "quantize_kv":
         return [{}, {"high_bits": 8, "low_bits": 4, "v_factor": torch.rand(2, 2, 64) + 0.5, "token_mask": mask}]
     if op == "decode_attn_quantized":
@@ -55,7 +62,7 @@ def masks_of(op: str) -> list[dict[str, Any]]:
         lengths = torch.tensor([5, 2], dtype=torch.int32)
         return [{}, {"k_recent": recent, "v_recent": recent, "recent_lengths": lengths, "scale": 0.2}]
     if op == "sparse_attn":
-        return [{}, {"all_queries": True, "causal": False, "scale": 0.2}]
+        return [{}, {"all_queries": True, "causal": False, "scale": 0.2}, {"token_mask": mask} | window | ends]
     return [{}]
 
 
@@ -94,13 +101,19 @@ def stages(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> tuple[Tensor,
     return out, new + again, lse
 
 
+def chunk(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the last tokens, with a neighbourhood."""
+    how: dict[str, Any] = {"local_window": 16, "num_sinks": 2, "max_ratio": 0.5, "token_mask": token_mask}
+    return ops.zipvl_attn(q[:, :, q.shape[2] // 2 :], k, v, tau=0.8, **how)
+
+
 def arguments(N: int, B: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = make_mask("left", B, N)
     assert mask is not None
     return *make_qkv(B, 6, 2, N, 64, seed=N), mask
 
 
-@pytest.mark.parametrize("function", [layer, stages])
+@pytest.mark.parametrize("function", [layer, stages, chunk])
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
 def test_compile_without_recompiling(function: Any, backend: str) -> None:
     torch._dynamo.reset()

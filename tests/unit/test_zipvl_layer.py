@@ -339,7 +339,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     (without("q_weight"), "q_weight", "hidden"),
     (without("cos"), "cos", "hidden"),
     (without("sin"), "sin", "hidden"),
-    ({"hidden": torch.randn(2, 39, 48)}, "hidden", "40.*39"),
+    ({"hidden": torch.randn(2, 41, 48)}, "hidden", "40 tokens.*got 41"),
     ({"hidden": torch.randn(1, 2, 40, 48)}, "hidden", r"3 dimensions.*\[1, 2, 40, 48\]"),
     ({"hidden": torch.randn(2, 40, 96)[..., ::2]}, "hidden", "last stride of 1.*got 2"),
     ({"q_weight": torch.randn(384, 47)}, "q_weight", "48.*47"),
