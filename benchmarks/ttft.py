@@ -113,7 +113,8 @@ def applied(model: Qwen2ForCausalLM, method: Method) -> Iterator[None]:
         if model.device.type == "cuda":
             stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
         if method.ratio is not None:
-            stack.enter_context(zipvl.sparse(model, ratio=method.ratio, skip_projections=method.skip))
+            config = zipvl.ZipVLConfig.paper(ratio=method.ratio, skip_projections=method.skip)
+            stack.enter_context(zipvl.sparse(model, config))
         elif method.estimate:
             name = f"zipvl_benchmark_{'select' if method.select else 'estimate'}"
             AttentionInterface.register(name, _dense_after(method))

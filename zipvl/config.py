@@ -11,12 +11,18 @@ from typing import Any, Literal, get_args
 
 DecodeMode = Literal["auto", "graph", "eager"]
 CacheMode = Literal["drop", "quantize", "full"]
+TextPrompts = Literal["dense", "sparse"]
 BITS = (2, 4, 8)
+
+LOCAL_WINDOW, NUM_SINKS = 0, 0
+"""The defaults of ``ZipVLConfig.local_window`` and ``num_sinks``, in tokens."""
 
 
 @dataclass(frozen=True)
 class ZipVLConfig:
     """What is kept, layer by layer, and what becomes of the rest (ZipVL, arXiv 2410.08584).
+
+    Fields marked *ours* are not the paper's; ``ZipVLConfig.paper()`` is the paper's method without them.
 
     Args:
         tau: share of the probes' attention mass that a layer's kept tokens must hold, in ``(0, 1]``
@@ -27,7 +33,12 @@ class ZipVLConfig:
         seed: seed of that draw, below 2**63. The same seed probes the same tokens on every device and rank.
         keep_recent: last tokens of the prompt that are always kept.
         min_tokens: fewest tokens a layer keeps.
-        all_queries: compute every query against the kept keys instead of the kept queries alone.
+        max_ratio: largest share of the real tokens that ``tau`` or ``ratio`` may keep in a layer, in ``(0, 1]`` (ours).
+            What is kept or added beside them (``keep_recent``, sinks, the window, text) comes on top.
+        all_queries: compute every query against the kept keys instead of the kept queries alone (ours).
+        local_window: tokens that every token sees up to itself and itself among them, kept or not, so that no token's
+            attention output is 0; 0: none (ours). The last so many tokens of a prompt are kept too.
+        num_sinks: first real tokens of a row that every token sees and a layer keeps; needs a window (ours).
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
             ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
         high_bits, low_bits: of ``cache="quantize"``; 2, 4 or 8 (the paper's first version and ZipCache: 4 and 2).
@@ -36,6 +47,11 @@ class ZipVLConfig:
             (``zipvl.policy``); 256 elsewhere.
         layers: indices of the layers that must be sparse. ``None``: every layer that can be. A layer named
             here that cannot be sparse is an error.
+        dense_first_layers: that many first layers of the model stay dense (ours).
+        keep_text: keep every text token of a row that has visual tokens, on top of what ``tau`` or ``ratio`` keep
+            (ours). Visual are the image and video tokens; separators and audio are text.
+        text_prompts: what becomes of a row without a visual token, those in the cache included: ``dense`` attention, or
+            ``sparse``, as the paper's method would (ours).
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
             is tested (docs/transformers.md). ``None``: where it pays; True: wherever it applies; False: nowhere.
         decode: how ``generate()`` decodes. ``"auto"``: by replays of a step captured in a CUDA graph where that can be
@@ -57,12 +73,18 @@ class ZipVLConfig:
     seed: int = 0
     keep_recent: int = 1
     min_tokens: int = 1
+    max_ratio: float = 1.0
     all_queries: bool = False
+    local_window: int = LOCAL_WINDOW
+    num_sinks: int = NUM_SINKS
     cache: CacheMode = "drop"
     high_bits: int = 4
     low_bits: int = 2
     dense_below: int | Literal["auto"] = "auto"
     layers: tuple[int, ...] | None = None
+    dense_first_layers: int = 0
+    keep_text: bool = True
+    text_prompts: TextPrompts = "dense"
     skip_projections: bool | None = None
     decode: DecodeMode = "auto"
     vision_attention: bool = True
@@ -71,9 +93,10 @@ class ZipVLConfig:
         self._store("tau", _share("tau", self.tau))
         if self.ratio is not None:
             self._store("ratio", _share("ratio", self.ratio))
+        self._store("max_ratio", _share("max_ratio", self.max_ratio))
         for name in ("num_recent", "num_random"):
             self._store(name, _integer(name, getattr(self, name), 31))
-        for name in ("seed", "keep_recent", "min_tokens"):
+        for name in ("seed", "keep_recent", "min_tokens", "local_window", "num_sinks", "dense_first_layers"):
             self._store(name, _integer(name, getattr(self, name), 63))
         if not (isinstance(self.dense_below, str) and self.dense_below == "auto"):
             self._store("dense_below", _integer("dense_below", self.dense_below, 63, '"auto" or an integer'))
@@ -82,14 +105,16 @@ class ZipVLConfig:
             raise ValueError("ZipVLConfig: num_recent + num_random must be at least 1, got 0")
         if probes >= 2**31:
             raise ValueError(f"ZipVLConfig: num_recent + num_random must be below 2**31, got {probes}")
-        self._store("all_queries", _flag("all_queries", self.all_queries, "True or False"))
+        if self.num_sinks > 0 and self.local_window == 0:
+            raise _error("num_sinks", "0 without a local_window", self.num_sinks)
+        for name in ("all_queries", "keep_text", "vision_attention"):
+            self._store(name, _flag(name, getattr(self, name), "True or False"))
         if self.skip_projections is not None:
             self._store("skip_projections", _flag("skip_projections", self.skip_projections, "None, True or False"))
-        if not isinstance(self.cache, str) or self.cache not in get_args(CacheMode):
-            raise _error("cache", f"one of {get_args(CacheMode)}", self.cache)
-        if not isinstance(self.decode, str) or self.decode not in get_args(DecodeMode):
-            raise _error("decode", f"one of {get_args(DecodeMode)}", self.decode)
-        self._store("vision_attention", _flag("vision_attention", self.vision_attention, "True or False"))
+        for name, modes in (("cache", CacheMode), ("decode", DecodeMode), ("text_prompts", TextPrompts)):
+            mode = getattr(self, name)
+            if not isinstance(mode, str) or mode not in get_args(modes):
+                raise _error(name, f"one of {get_args(modes)}", mode)
         for name in ("high_bits", "low_bits"):
             bits = _index(getattr(self, name))
             if bits not in BITS:
@@ -97,9 +122,25 @@ class ZipVLConfig:
             self._store(name, bits)
         if self.layers is not None:
             self._store("layers", _layers(self.layers))
+            if any(layer < self.dense_first_layers for layer in self.layers):
+                expected = f"None or at least dense_first_layers={self.dense_first_layers}"
+                raise _error("layers", expected, self.layers)
 
     def _store(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> ZipVLConfig:
+        """The paper's method alone: no window, no sinks, text kept no more than other tokens, text prompts sparse.
+
+        Args:
+            changes: further fields, as of a new configuration.
+
+        Raises:
+            TypeError, ValueError: as for a new one.
+        """
+        ours: dict[str, Any] = {"local_window": 0, "num_sinks": 0, "keep_text": False, "text_prompts": "sparse"}
+        return cls(**(ours | {"cache": "drop"} | changes))
 
     def replace(self, **changes: Any) -> ZipVLConfig:
         """A copy with ``changes``, checked like a new one.
@@ -112,8 +153,8 @@ class ZipVLConfig:
 
     def attention_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.ops.zipvl.zipvl_attn`` that this configuration decides."""
-        names = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "all_queries")
-        return {name: getattr(self, name) for name in names}
+        selection = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "max_ratio")
+        return {name: getattr(self, name) for name in (*selection, "all_queries", "local_window", "num_sinks")}
 
 
 def _error(name: str, expected: str, got: Any) -> ValueError:

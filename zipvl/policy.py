@@ -20,6 +20,9 @@ __all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "ma
 # change less than the times.
 DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
+# Keys beyond its window that the tiles of a query's window hold, and what a pair of the window costs, over a pair of
+# the N * N of a causal prompt, of which half are computed. Not measured yet.
+WINDOW_TILE, WINDOW_PAIR = 128, 2.0
 
 MAX_FACTOR, MAX_EXTRA_US = 1.03, 10.0  # what ZipVL may cost beyond dense attention where tau decides
 NEVER_PAYS = 2**21  # more tokens than the kernels take
@@ -29,36 +32,43 @@ SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the de
 
 
 def cost_key(config: ZipVLConfig) -> str:
-    """What a layer's cost depends on, ``[ratio, tau, all_queries]``, as JSON.
+    """What a layer's cost depends on, ``[ratio, tau, all_queries, local_window]``, as JSON.
 
     Text, because ``torch.compile(dynamic=True)`` makes symbols of an object's floats.
     """
-    return json.dumps([config.ratio, config.tau, config.all_queries])
+    ratio, tau = (None if x is None else min(x, config.max_ratio) for x in (config.ratio, config.tau))
+    return json.dumps([ratio, tau, config.all_queries, config.local_window])
 
 
 _key_of = cost_key  # where an argument has the name
 
 
 def dense_below(
-    config: ZipVLConfig, query_heads: int, head_dim: int, states: torch.Tensor, cost_key: str | None = None
+    config: ZipVLConfig,
+    query_heads: int,
+    head_dim: int,
+    states: torch.Tensor,
+    cost_key: str | None = None,
+    queries: int | None = None,
 ) -> int:
     """The fewest tokens from which on a layer's prefill is sparse: ``config.dense_below``, or what "auto" means here.
 
     Args:
-        config: gives ``dense_below``, and what the cost depends on: ``ratio`` or ``tau``, and ``all_queries``.
+        config: gives ``dense_below``, and what the cost depends on: ``ratio`` or ``tau``, ``all_queries``, the window.
         query_heads, head_dim: of the layer, as far as they are on this device. The size of the batch does not matter,
             so that a row of it is dense or sparse as it is alone.
         states: a tensor of the layer's dtype on its device.
         cost_key: ``cost_key(config)``, made beforehand where a compiler traces this call; None: made here.
+        queries: how many of the tokens are new, a chunk behind a filled cache; None: all.
     """
     if config.dense_below != "auto":
         return config.dense_below
     if states.device.type != "cuda" or states.dtype == torch.float32:
         return SHORTEST
-    return _by_cost(query_heads, head_dim, _key_of(config) if cost_key is None else cost_key)
+    return _by_cost(query_heads, head_dim, _key_of(config) if cost_key is None else cost_key, queries)
 
 
-def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -> int | None:
+def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, added: bool = False) -> int | None:
     """What the host knows of a selection before it is made: no row keeps more tokens, unless its scores are not finite.
 
     Args:
@@ -66,15 +76,18 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool) -
         tokens: of the prompt, padding included; may be a symbol.
         dense_below: rows with fewer real tokens than this keep them all.
         masked: whether tokens may be padding, so that there may be such rows.
+        added: whether tokens that the device alone knows are kept on top (text, rows that stay dense).
 
     Returns:
-        Tokens, or None: as many as there are, because ``tau`` decides on the device, or because the prompt is exported,
+        Tokens, or None: as many as there are, because the device decides, or because the prompt is exported,
         where a storage of so many would not be one for every length.
     """
-    if config.ratio is None or _is_exported():
+    if added or (config.ratio is None and config.max_ratio == 1.0) or _is_exported():
         return None
-    share = (tokens * math.ceil(config.ratio * _PARTS) + _PARTS - 1) // _PARTS
-    return min(share + max(config.keep_recent, config.min_tokens, dense_below if masked else 0), tokens)
+    most = math.ceil(min(config.ratio or 1.0, config.max_ratio) * _PARTS)
+    share = (tokens * most + _PARTS - 1) // _PARTS
+    kept = max(config.keep_recent, config.min_tokens, dense_below if masked else 0)
+    return min(share + kept + config.num_sinks + config.local_window, tokens)
 
 
 @torch.compiler.assume_constant_result
@@ -85,14 +98,15 @@ def _is_exported() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _by_cost(query_heads: int, head_dim: int, cost_key: str) -> int:
-    return _remembered(query_heads, head_dim, cost_key)
+def _by_cost(query_heads: int, head_dim: int, cost_key: str, queries: int | None) -> int:
+    return _remembered(query_heads, head_dim, cost_key, queries)
 
 
 @lru_cache(maxsize=256)
-def _remembered(query_heads: int, head_dim: int, cost_key: str) -> int:
-    ratio, tau, all_queries = json.loads(cost_key)
-    return max(SHORTEST, pays_from(query_heads, head_dim, ratio=ratio, tau=tau, all_queries=all_queries))
+def _remembered(query_heads: int, head_dim: int, cost_key: str, queries: int | None) -> int:
+    ratio, tau, all_queries, window = json.loads(cost_key)
+    settings = {"ratio": ratio, "tau": tau, "all_queries": all_queries, "window": window, "queries": queries}
+    return max(SHORTEST, pays_from(query_heads, head_dim, **settings))
 
 
 class LayerCost(NamedTuple):
@@ -113,6 +127,8 @@ def layer_cost(
     share: float = 1.0,
     by_tau: bool = False,
     all_queries: bool = False,
+    window: int = 0,
+    queries: int | None = None,
 ) -> LayerCost:
     """What a layer costs, dense and by ZipVL, from shapes alone.
 
@@ -120,6 +136,8 @@ def layer_cost(
         share: of the tokens that are selected, in ``[0, 1]``; 1 is the worst case.
         by_tau: ``tau`` finds how many are selected, which takes longer than a ratio.
         all_queries: every query attends to the selected tokens, not the selected queries alone.
+        window: tokens of ``local_window``, which every query attends to; 0: none.
+        queries: those of the last so many tokens, a chunk; None: all.
     """
     if min(batch, tokens) < 0 or min(query_heads, head_dim) < 1:
         raise ValueError(
@@ -128,21 +146,39 @@ def layer_cost(
         )
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"layer_cost: share must be in [0, 1], got {share}")
+    new = tokens if queries is None else queries
+    if not 0 <= new <= tokens or window < 0:
+        raise ValueError(
+            "layer_cost: queries must be at most the tokens and window at least 0, got "
+            f"queries {queries}, tokens {tokens}, window {window}"
+        )
     numbers = 1e-9 * (batch * query_heads * head_dim) * tokens
-    pairs = numbers * tokens
-    attended = share * (1.0 if all_queries else share)
+    new_numbers = 1e-9 * (batch * query_heads * head_dim) * new
+    pairs = new_numbers * (2 * tokens - new)  # N * N where all are new
+    attended = share * (1.0 if all_queries else share) * pairs
+    if window > 0:
+        attended += WINDOW_PAIR * new_numbers * min(window + WINDOW_TILE, tokens)
     dense, dense_per_token, dense_per_pair = DENSE_US
     zipvl, zipvl_per_token, zipvl_per_pair, zipvl_by_tau = ZIPVL_US
     return LayerCost(
-        dense + dense_per_token * numbers + dense_per_pair * pairs,
-        (zipvl_by_tau if by_tau else 0.0) + zipvl + zipvl_per_token * numbers + zipvl_per_pair * pairs * attended,
+        dense + dense_per_token * new_numbers + dense_per_pair * pairs,
+        (zipvl_by_tau if by_tau else 0.0) + zipvl + zipvl_per_token * numbers + zipvl_per_pair * attended,
     )
 
 
 def pays_from(
-    query_heads: int, head_dim: int, *, ratio: float | None = None, tau: float = 0.975, all_queries: bool = False
+    query_heads: int,
+    head_dim: int,
+    *,
+    ratio: float | None = None,
+    tau: float = 0.975,
+    all_queries: bool = False,
+    window: int = 0,
+    queries: int | None = None,
 ) -> int:
     """The fewest tokens from which on ZipVL pays for one batch row, or ``NEVER_PAYS``.
+
+    The other arguments are those of ``layer_cost``.
 
     With ``ratio`` that is where it is faster than dense attention. With ``tau`` it is where even the largest selection
     costs at most ``MAX_FACTOR`` times dense attention and ``MAX_EXTRA_US``. That is the selection of equal scores, a
@@ -153,7 +189,17 @@ def pays_from(
         raise ValueError(f"pays_from: {'tau' if by_tau else 'ratio'} must be in (0, 1], got {share}")
 
     def pays(tokens: int) -> bool:
-        cost = layer_cost(query_heads, head_dim, tokens, share=share, by_tau=by_tau, all_queries=all_queries)
+        new = tokens if queries is None else min(queries, tokens)
+        cost = layer_cost(
+            query_heads,
+            head_dim,
+            tokens,
+            share=share,
+            by_tau=by_tau,
+            all_queries=all_queries,
+            window=window,
+            queries=new,
+        )
         return cost.zipvl_us <= (MAX_FACTOR * cost.dense_us + MAX_EXTRA_US if by_tau else cost.dense_us)
 
     if not pays(_MAX_TOKENS):

@@ -91,7 +91,7 @@ def costs(run: Runner) -> list[Row]:
         decoder(inputs_embeds=embeddings, use_cache=False)
     products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
 
-    config = zipvl.ZipVLConfig(tau=run.tau, seed=run.seed)
+    config = zipvl.ZipVLConfig.paper(tau=run.tau, seed=run.seed)
     rows = []
     whole: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
         ("dense", nullcontext),

@@ -72,8 +72,8 @@ def dense() -> Setting:
 
 
 def ours(label: str = "ZipVL", group: str = "", paper: str = NOT_AT_HAND, **config: Any) -> Setting:
-    """`zipvl.sparse` with a configuration."""
-    made = zipvl.ZipVLConfig(**config)
+    """`zipvl.sparse` with the paper's method, under a configuration."""
+    made = zipvl.ZipVLConfig.paper(**config)
     return Setting(label, lambda model, _tower: zipvl.sparse(model, made), {"method": "zipvl", **config}, group, paper)
 
 

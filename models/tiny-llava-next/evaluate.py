@@ -107,7 +107,7 @@ def run(
     held_out = held_out_pages(pages, tile_side_of(model), first, entries)
     settings: list[zipvl.ZipVLConfig | None] = [None]
     settings += [
-        zipvl.ZipVLConfig(tau=float(tau), cache=kind, seed=seed)
+        zipvl.ZipVLConfig.paper(tau=float(tau), cache=kind, seed=seed)
         for tau in taus.split(",")
         for kind in cache.split(",")
         if tau

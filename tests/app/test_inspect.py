@@ -21,6 +21,8 @@ from zipvl.app.inspect import Inspection, LayerView, inspect_page, write_report
 from zipvl.app.loading import load
 from zipvl.errors import InputError
 
+from . import tiny
+
 Zipvl = Callable[..., Result]
 
 
@@ -51,7 +53,7 @@ def decoded(text: str, kind: Any) -> np.ndarray:
 @pytest.fixture(scope="module")
 def inspection(page: Path, llava_next: Path) -> Inspection:
     return inspect_page(
-        load(str(llava_next), device="cpu"), load_image(page), "KQ", ZipVLConfig(ratio=0.3), max_new_tokens=2
+        load(str(llava_next), device="cpu"), load_image(page), "KQ", ZipVLConfig.paper(ratio=0.3), max_new_tokens=2
     )
 
 
@@ -67,7 +69,7 @@ def test_layers_hold_what_the_statistics_hold(inspection: Inspection) -> None:
 
 
 def test_html(zipvl: Zipvl, page: Path, llava_next: Path, tmp_path: Path) -> None:
-    result = inspect(zipvl, page, llava_next, tmp_path / "out.html", "--ratio", "0.3")
+    result = inspect(zipvl, page, llava_next, tmp_path / "out.html", *tiny.PAPER, "--ratio", "0.3")
     assert "tiles: 16 x 12 patches" in result.stdout
     html = (tmp_path / "out.html").read_text()
     assert "K&lt;Q&gt;" in html and "K<Q>" not in html
@@ -129,7 +131,8 @@ def test_unknown_layout_gets_a_strip(
     zipvl: Zipvl, page: Path, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     monkeypatch.setattr("zipvl.app.patches._square", lambda *args: None)
-    result = inspect(zipvl, page, llava, tmp_path / f"strip{suffix}", "--dense-below", "16", "--ratio", "0.5")
+    options = ["--dense-below", "16", *tiny.PAPER, "--ratio", "0.5"]
+    result = inspect(zipvl, page, llava, tmp_path / f"strip{suffix}", *options)
     assert "how llava lays out 64 image tokens on a page is not known here" in result.stdout.replace("\n", " ")
     if suffix == ".html":
         data = data_of((tmp_path / "strip.html").read_text())

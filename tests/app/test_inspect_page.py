@@ -37,7 +37,7 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def inspection(page: Path, llava_next: Path) -> Inspection:
     return inspect_page(
-        load(str(llava_next), device="cpu"), load_image(page), "K<Q>&", ZipVLConfig(tau=0.8), max_new_tokens=2
+        load(str(llava_next), device="cpu"), load_image(page), "K<Q>&", ZipVLConfig.paper(tau=0.8), max_new_tokens=2
     )
 
 

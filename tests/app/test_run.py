@@ -38,7 +38,7 @@ def facts(zipvl: Zipvl, page: Path, model: Path, *options: str) -> dict[str, Any
 
 
 def test_json(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
-    got = facts(zipvl, page, llava_next, "--ratio", "0.3", "--seed", "7")
+    got = facts(zipvl, page, llava_next, *tiny.PAPER, "--ratio", "0.3", "--seed", "7")
     assert got["model"] == str(llava_next) and got["default_model"] is False
     assert (got["device"], got["dtype"]) == ("cpu", "float32")
     assert got["image_size"] == [100, 130] and got["prompt_tokens"] == PROMPT
@@ -60,7 +60,7 @@ def test_json(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
 
 
 def test_cache_sizes_are_those_of_the_tensors_held(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
-    dropped = facts(zipvl, page, llava_next, "--ratio", "0.3")
+    dropped = facts(zipvl, page, llava_next, *tiny.PAPER, "--ratio", "0.3")
     assert dropped["dense"]["cache_bytes"] == PROMPT * TOKEN_BYTES
     assert dropped["dense"]["final_cache_bytes"] == (PROMPT + NEW - 1) * TOKEN_BYTES
     layers = dropped["zipvl"]["layers"]
@@ -69,7 +69,7 @@ def test_cache_sizes_are_those_of_the_tensors_held(zipvl: Zipvl, page: Path, lla
     assert [layer["dense_cache_bytes"] for layer in layers] == [PROMPT * TOKEN_BYTES // 3] * 3
     assert dropped["zipvl"]["cache_bytes"] == sum(layer["cache_bytes"] for layer in layers)
     assert dropped["cache_share"] == dropped["zipvl"]["cache_bytes"] / dropped["dense"]["cache_bytes"]
-    full = facts(zipvl, page, llava_next, "--ratio", "0.3", "--cache", "full")
+    full = facts(zipvl, page, llava_next, *tiny.PAPER, "--ratio", "0.3", "--cache", "full")
     assert full["zipvl"]["cache_bytes"] >= PROMPT * TOKEN_BYTES
     assert full["zipvl"]["layers"][0]["kept"] == dropped["zipvl"]["layers"][0]["kept"]
 
@@ -80,7 +80,7 @@ def test_tau_one_is_dense_attention(zipvl: Zipvl, page: Path, llava_next: Path) 
 
 
 def test_text(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
-    out = run(zipvl, page, llava_next, "--ratio", "0.25").stdout
+    out = run(zipvl, page, llava_next, *tiny.PAPER, "--ratio", "0.25").stdout
     for part in (
         "dense",
         "ZipVL",
@@ -97,6 +97,10 @@ def test_text(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
 
 
 def test_a_run_that_stays_dense_says_so(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    options = ["--local-window", "32", "--num-sinks", "2", "--max-ratio", "0.5", "--dense-first-layers", "1"]
+    got = facts(zipvl, page, llava_next, *options, "--no-keep-text")["config"]
+    assert (got["local_window"], got["num_sinks"], got["max_ratio"], got["dense_first_layers"]) == (32, 2, 0.5, 1)
+    assert not got["keep_text"]
     result = run(zipvl, page, llava_next, "--dense-below", "5000")
     assert "ZipVL was not active" in result.stdout
     assert "layers 0-2: prompt shorter than dense_below=5000" in result.stdout
@@ -107,7 +111,7 @@ def test_a_run_that_stays_dense_says_so(zipvl: Zipvl, page: Path, llava_next: Pa
 
 
 def test_bfloat16_and_another_architecture(zipvl: Zipvl, page: Path, llava: Path) -> None:
-    got = facts(zipvl, page, llava, "--dtype", "bfloat16", "--dense-below", "16", "--ratio", "0.5")
+    got = facts(zipvl, page, llava, "--dtype", "bfloat16", "--dense-below", "16", *tiny.PAPER, "--ratio", "0.5")
     assert got["dtype"] == "bfloat16" and got["prompt_tokens"] == tiny.GRID**2 + 2
     assert got["dense"]["cache_bytes"] == got["prompt_tokens"] * TOKEN_BYTES // 2
     assert [layer["kept"] for layer in got["zipvl"]["layers"]] == [33, 33, 33]
@@ -136,7 +140,7 @@ def test_a_quantised_cache_that_the_model_cannot_have_is_one_line(zipvl: Zipvl, 
 
 def test_a_quantised_cache(zipvl: Zipvl, page: Path, tmp_path: Path) -> None:
     tiny.save_llava_next(tmp_path, head_dim=32)
-    got = facts(zipvl, page, tmp_path, "--ratio", "0.3", "--cache", "quantize")
+    got = facts(zipvl, page, tmp_path, *tiny.PAPER, "--ratio", "0.3", "--cache", "quantize")
     kept = -(-3 * PROMPT // 10)
     layers = got["zipvl"]["layers"]
     assert [layer["kept"] for layer in layers] == [kept] * 3

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 import zipvl  # noqa: E402
 from tests.kernels.test_generate import GENERATE, make, on_cuda, sparse  # noqa: E402
-from tests.models.tiny_models import MULTIMODAL, pad_left, text_inputs  # noqa: E402
+from tests.models.tiny_models import MULTIMODAL, PAPER, pad_left, text_inputs  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +135,10 @@ def test_a_vision_tower_makes_one_call_a_layer(name: str, monkeypatch: pytest.Mo
         return found[0] if isinstance(found, tuple) else found
 
     before = states()
-    with zipvl.sparse(model, tau=1.0):
+    with zipvl.sparse(model, PAPER, tau=1.0):
         assert visual.config._attn_implementation == "zipvl_flash_vision"
         after = states()
-    with zipvl.sparse(model, vision_attention=False):
+    with zipvl.sparse(model, PAPER, vision_attention=False):
         assert visual.config._attn_implementation == "sdpa"
     assert visual.config._attn_implementation == "sdpa"
     assert len(calls) == len(visual.blocks)

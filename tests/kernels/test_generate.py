@@ -17,7 +17,7 @@ tf = pytest.importorskip("transformers")
 
 import zipvl  # noqa: E402
 from tests.models.oracle import oracle  # noqa: E402
-from tests.models.tiny_models import TEXT, ids, pad_left, text_inputs  # noqa: E402
+from tests.models.tiny_models import PAPER, TEXT, ids, pad_left, text_inputs  # noqa: E402
 from zipvl.transformers import DecodeGraph  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128
@@ -56,7 +56,7 @@ def on_cuda(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def sparse(model: Any, **settings: Any) -> Any:
     """``zipvl.sparse``, also where the cost model says that a prompt this short does not pay."""
-    return zipvl.sparse(model, dense_below=256, **settings)
+    return zipvl.sparse(model, PAPER, dense_below=256, **settings)
 
 
 @contextmanager

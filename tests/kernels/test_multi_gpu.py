@@ -13,7 +13,7 @@ tf = pytest.importorskip("transformers")
 
 import zipvl  # noqa: E402
 from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread  # noqa: E402
-from tests.models.tiny_models import TEXT, ids  # noqa: E402
+from tests.models.tiny_models import PAPER, TEXT, ids  # noqa: E402
 from zipvl.transformers import DecodeGraph  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
@@ -38,7 +38,7 @@ def make() -> Any:
 
 def answer(model: Any, prompt: Tensor, cache: str) -> dict[str, Any]:
     """What a sparse generation gives, on the host."""
-    with zipvl.sparse(model, tau=0.7, dense_below=256, cache=cache) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, dense_below=256, cache=cache) as stats:
         output = model.generate(
             prompt, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
@@ -78,7 +78,7 @@ def test_layers_on_two_devices(cache: str) -> None:
     devices = [str(layer.self_attn.q_proj.weight.device) for layer in model.model.layers]
     assert devices == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
     same(answer(spread_out, prompt, cache), expected)
-    with zipvl.sparse(spread_out, tau=0.7, dense_below=256, cache=cache):
+    with zipvl.sparse(spread_out, PAPER, tau=0.7, dense_below=256, cache=cache):
         filled = spread_out(prompt).past_key_values
         with pytest.raises(ValueError, match=r"a CUDA graph is of one GPU, the layers .* are on cuda:0, cuda:1"):
             DecodeGraph(spread_out, filled, steps=2)
@@ -89,7 +89,7 @@ def test_a_decode_graph_on_a_device_that_is_not_the_current_one(cache: str) -> N
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # torch's own stream for captures is now one of the first GPU
         torch.zeros(1, device="cuda:0")
     model, prompt = make().to("cuda:1"), ids(TOKENS, 1).to("cuda:1")
-    with zipvl.sparse(model, tau=0.7, dense_below=256, cache=cache):
+    with zipvl.sparse(model, PAPER, tau=0.7, dense_below=256, cache=cache):
         plain, replayed = (model(prompt, logits_to_keep=1) for _ in range(2))
         token = plain.logits.argmax(-1)
         step = DecodeGraph(model, replayed.past_key_values, steps=4)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.unit.helpers import OPS, sample_tensors
 from zipvl import ops
 
 from .test_ops import cuda, no_host_sync
+
+PAPER = zipvl.ZipVLConfig.paper()
 
 BF16 = torch.bfloat16
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,18 +150,42 @@ def agree(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_prefill_never_waits(skip: bool) -> None:
     model, tokens = make_model(), prompt(3000)
-    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=skip) as stats:
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=256, ratio=0.4, skip_projections=skip) as stats,
+    ):
         model(tokens, logits_to_keep=1)
         with no_host_sync():
             model(tokens, logits_to_keep=1)
         assert stats.layers[1].kept == [1200]
 
 
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_a_chunk_never_waits(cache: Any) -> None:
+    """A chunk behind a filled cache: no layer waits for the counts of another."""
+    model, tokens = make_model(layers=6), prompt(6000)
+    settings = PAPER.replace(cache=cache, dense_below=256, ratio=0.4, local_window=64)
+    from zipvl.transformers import cache_names
+
+    name = cache_names.name_for(type(model).forward)
+    with torch.no_grad(), zipvl.sparse(model, settings) as stats:
+        for _ in range(2):  # the first time for what libraries set up
+            held = zipvl.ZipVLCache(model.config, settings)
+            model(tokens[:, :3000], logits_to_keep=1, **{name: held})
+            torch.cuda.synchronize()
+            with no_host_sync() if stats.prefills > 2 else nullcontext():
+                model(tokens[:, 3000:], logits_to_keep=1, **{name: held})
+        assert stats.layers[5].mode == "sparse" and stats.prefills == 4
+
+
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prefill_in_a_cuda_graph(use_cache: bool, skip: bool) -> None:
     model, tokens = make_model(), prompt(3000)
-    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=skip):
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=256, ratio=0.4, skip_projections=skip),
+    ):
         graph, output = captured(lambda: model(tokens, use_cache=use_cache, logits_to_keep=1))
         for seed in (1, 2):
             tokens.copy_(prompt(3000, seed))
@@ -178,7 +205,10 @@ def test_compiled_whole(dynamic: bool, skip: bool) -> None:
     model = make_model(layers=1)  # the compiler's time grows with them
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     dense_below: Any = "auto" if dynamic else 256
-    with torch.no_grad(), zipvl.sparse(model, dense_below=dense_below, ratio=0.4, skip_projections=skip) as stats:
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=dense_below, ratio=0.4, skip_projections=skip) as stats,
+    ):
         for tokens in (7000, 8100) if dynamic else (3000,):
             actual = compiled(prompt(tokens), logits_to_keep=1)
             kept = -(-4 * tokens // 10)
@@ -192,7 +222,10 @@ def test_reduce_overhead() -> None:
     model = make_model("Llama", layers=1)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     torch._dynamo.utils.counters.clear()
-    with torch.no_grad(), zipvl.sparse(model, dense_below=256, ratio=0.4, skip_projections=True) as stats:
+    with (
+        torch.no_grad(),
+        zipvl.sparse(model, PAPER, dense_below=256, ratio=0.4, skip_projections=True) as stats,
+    ):
         for seed in range(4):
             tokens = prompt(3000, seed)
             torch.compiler.cudagraph_mark_step_begin()

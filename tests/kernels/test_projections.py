@@ -112,9 +112,8 @@ def test_attention_modules_give_what_whole_projections_do(family: str, tokens: i
     found = {}
     with torch.no_grad():
         for skip in (False, True):
-            with zipvl.sparse(
-                model, dense_below=256, ratio=0.3, skip_projections=skip, layers=(0,), record_index=True
-            ) as stats:
+            settings = zipvl.ZipVLConfig.paper(dense_below=256, ratio=0.3, skip_projections=skip, layers=(0,))
+            with zipvl.sparse(model, settings, record_index=True) as stats:
                 last = model.model(inputs).last_hidden_state[0, -1].float()
             index = stats.layers[0].index
             assert index is not None and len(index[0]) == -(-3 * tokens // 10)

@@ -172,3 +172,72 @@ def oracle(
     finally:
         config._attn_implementation_internal = before
         del ALL_ATTENTION_FUNCTIONS._global_mapping[NAME]
+
+
+def neighbourhood(places: list[int], window: int, sinks: int) -> list[int]:
+    """Of a row that sees ``places`` up to its own: its window, and the first ones. Nothing without a window."""
+    return [] if window == 0 else [*places[:sinks], *places[max(len(places) - window, 0) :]]
+
+
+def chunk_masks(
+    tokens: int,
+    chunks: list[tuple[int, torch.Tensor | None]],
+    *,
+    window: int = 0,
+    sinks: int = 0,
+    drop: bool = False,
+    all_queries: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token sees of a layer whose prompt came in chunks, one row without padding.
+
+    Args:
+        tokens: in all, those behind the last chunk being decoded ones.
+        chunks: end of each chunk, and its selected tokens among all that were there (places in the cache and then the
+            chunk's own); None: it was dense.
+        drop: of a chunk's tokens the cache holds the selected ones alone.
+
+    Returns:
+        ``may [tokens, tokens]`` and ``computed [tokens]`` bool.
+    """
+    may, computed = torch.zeros(tokens, tokens, dtype=torch.bool), torch.ones(tokens, dtype=torch.bool)
+    held: list[int] = []
+    start = 0
+    for end, picked in chunks:
+        own = list(range(start, end))
+        places = held + own
+        chosen = set(places) if picked is None else {places[i] for i in picked.tolist()}
+        for t in own:
+            seen = places[: len(held) + t - start + 1]
+            whole = picked is None or all_queries or t in chosen
+            row = [*neighbourhood(seen, window, sinks), *(s for s in seen if whole and s in chosen)]
+            may[t, row] = True
+            computed[t] = whole or window > 0
+        held += [t for t in own if t in chosen or not drop]
+        start = end
+    for t in range(start, tokens):
+        may[t, held + list(range(start, t + 1))] = True
+    return may, computed
+
+
+@contextmanager
+def masked(model: Any, masks: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Makes ``model(whole sequence, use_cache=False)`` attend, in the layers of ``masks``, where ``may [N, N]``, and
+    give 0 in rows that are not ``computed [N]``; other layers are dense."""
+
+    def attention(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: Any = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        tokens = q.shape[2]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        may, computed = masks.get(module.layer_idx, (causal, torch.ones(tokens, dtype=torch.bool)))
+        return attend(q, k, v, may, computed, scaling), None
+
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation_internal
+    AttentionInterface.register(NAME, attention)
+    config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[NAME]

@@ -30,7 +30,7 @@ def main(folder: str, inputs: str, output: str) -> None:
         "query_rows": getattr(weight, "to_local", lambda: weight)().shape[0],
     }
     for name, config in CONFIGS.items():
-        with zipvl.sparse(model, zipvl.ZipVLConfig(dense_below=0, **config)) as stats:
+        with zipvl.sparse(model, zipvl.ZipVLConfig.paper(dense_below=0, **config)) as stats:
             with torch.inference_mode():
                 logits = model(ids, logits_to_keep=1).logits[0, -1]
             ratios = [layer.ratio for layer in stats.layers.values()]

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import zipvl
 from tests.models.oracle import oracle
-from tests.models.tiny_models import SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.storage import RaggedKV
 
@@ -141,7 +141,7 @@ def test_growing_does_not_copy_every_step() -> None:
 
 def packed_layer(cache: str = "drop") -> tuple[ZipVLCacheLayer, torch.Tensor, torch.Tensor]:
     k, v = states(2, 10)
-    layer = ZipVLCacheLayer(zipvl.ZipVLConfig(cache=cache))  # type: ignore[arg-type]
+    layer = ZipVLCacheLayer(zipvl.ZipVLConfig.paper(cache=cache))  # type: ignore[arg-type]
     returned = layer.update(k, v)
     assert returned[0] is k and returned[1] is v
     index, count = selection([[1, 4, 9], [0, 2, 3, 7, 9]], 10)
@@ -150,7 +150,7 @@ def packed_layer(cache: str = "drop") -> tuple[ZipVLCacheLayer, torch.Tensor, to
 
 
 def test_a_selection_that_never_arrives_is_an_error() -> None:
-    layer = ZipVLCacheLayer(zipvl.ZipVLConfig())
+    layer = ZipVLCacheLayer(zipvl.ZipVLConfig.paper())
     layer.update(*states(1, 300))
     with pytest.raises(RuntimeError, match="never selected"):
         layer.update(*states(1, 1))
@@ -165,13 +165,13 @@ def test_another_attention_implementation_is_an_error_never_a_full_cache(impleme
     model, inputs = make_llama(), text_inputs(300)
     model.set_attn_implementation(implementation)
     with pytest.raises(RuntimeError, match="another attention implementation ran"):
-        model.generate(**inputs, max_new_tokens=4, past_key_values=zipvl.ZipVLCache(model))
+        model.generate(**inputs, max_new_tokens=4, past_key_values=zipvl.ZipVLCache(model, PAPER))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_packed_states_cannot_be_read_by_another_attention_implementation(implementation: str) -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         cache = model(**inputs).past_key_values
     model.set_attn_implementation(implementation)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|shape"):
@@ -180,14 +180,14 @@ def test_packed_states_cannot_be_read_by_another_attention_implementation(implem
 
 def test_altered_keys_are_an_error() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    cache = zipvl.ZipVLCache(model)
+    cache = zipvl.ZipVLCache(model, PAPER)
     update = cache.update
     model.set_attn_implementation("zipvl")
     model(**inputs, past_key_values=cache)
     cache.update = lambda *a, **k: tuple(s.clone() for s in update(*a, **k))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="altered between the cache"):
         model(ids(1, 5), past_key_values=cache)
-    fresh = zipvl.ZipVLCache(model)
+    fresh = zipvl.ZipVLCache(model, PAPER)
     change = fresh.update
     fresh.update = lambda *a, **k: tuple(s.clone() for s in change(*a, **k))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="altered between the cache"):
@@ -200,11 +200,11 @@ def test_a_cache_that_the_model_does_not_hand_on_is_an_error() -> None:
     """Made from the configuration alone, outside of a block: nothing tells the attention function of it."""
     model, inputs = make_llama(), text_inputs(300)
     model.set_attn_implementation("zipvl")
-    cache = zipvl.ZipVLCache(model.config)
+    cache = zipvl.ZipVLCache(model.config, PAPER)
     model(**inputs, past_key_values=cache)
     with pytest.raises(RuntimeError, match="never selected"):
         model(ids(1, 5), past_key_values=cache)
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         packed = model(**inputs).past_key_values
     with pytest.raises(RuntimeError, match=r"make the cache from the model itself: zipvl.ZipVLCache\(model\)"):
         model(ids(1, 5), past_key_values=packed)
@@ -239,7 +239,7 @@ def test_rows_move_together() -> None:
 
 def test_rows_of_a_dense_layer_move_too() -> None:
     k, v = states(2, 10)
-    layer = ZipVLCacheLayer(zipvl.ZipVLConfig())
+    layer = ZipVLCacheLayer(zipvl.ZipVLConfig.paper())
     layer.batch_repeat_interleave(3)
     layer.reorder_cache(torch.tensor([0]))
     layer.update(k, v)
@@ -270,13 +270,13 @@ def test_crop_removes_only_what_came_after_the_prompt() -> None:
     layer.append(torch.tensor([[False, True], [True, True]]), states(2, 2)[0], None)
     with pytest.raises(ValueError, match="only the last 0"):
         layer.crop(-1)
-    ZipVLCacheLayer(zipvl.ZipVLConfig()).crop(-1)
+    ZipVLCacheLayer(zipvl.ZipVLConfig.paper()).crop(-1)
 
 
 def test_reset_makes_it_new() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, tau=0.7):
-        cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(tau=0.7))
+    with zipvl.sparse(model, PAPER, tau=0.7):
+        cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(tau=0.7))
         first = model.generate(**inputs, max_new_tokens=4, past_key_values=cache, **GENERATE)
         cache.reset()
         assert cache.get_seq_length() == 0
@@ -294,7 +294,7 @@ def test_reset_makes_it_new() -> None:
 @pytest.mark.parametrize(("cache", "share"), [("drop", 0.5), ("full", 1.1)])
 def test_bytes_are_those_of_the_storage(cache: str, share: float) -> None:
     model, inputs = make_llama(), text_inputs(900)
-    config = zipvl.ZipVLConfig(ratio=0.25, cache=cache)  # type: ignore[arg-type]
+    config = zipvl.ZipVLConfig.paper(ratio=0.25, cache=cache)  # type: ignore[arg-type]
     with zipvl.sparse(model, config) as stats:
         output = model.generate(**inputs, max_new_tokens=8, **GENERATE)
     kept = output.past_key_values
@@ -313,14 +313,14 @@ def test_bytes_are_those_of_the_storage(cache: str, share: float) -> None:
 
 def test_a_hybrid_model_keeps_its_own_sliding_layers() -> None:
     model = make_gemma3_text()
-    cache = zipvl.ZipVLCache(model.config)
+    cache = zipvl.ZipVLCache(model.config, PAPER)
     assert [type(layer).__name__ for layer in cache.layers] == [
         "DynamicSlidingWindowLayer",
         "ZipVLCacheLayer",
         "ZipVLCacheLayer",
     ]
     assert cache.is_sliding == [True, False, False]
-    with zipvl.sparse(model, tau=0.7):
+    with zipvl.sparse(model, PAPER, tau=0.7):
         model(**text_inputs(300), past_key_values=cache)
     assert cache.layers[0].keys.shape[2] == 63
     assert cache.cache_bytes > sum(layer.nbytes for layer in cache.layers[1:])
@@ -335,13 +335,13 @@ def test_beam_search_with_tau_1_is_sdpa(cache: str) -> None:
     inputs = pad_left([text_inputs(300, 1), text_inputs(270, 2)])
     beams: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "num_return_sequences": 2}
     dense = model.generate(**inputs, **beams)
-    with zipvl.sparse(model, tau=1.0, cache=cache):
+    with zipvl.sparse(model, PAPER, tau=1.0, cache=cache):
         assert torch.equal(model.generate(**inputs, **beams), dense)
 
 
 def test_beam_search_scores_are_those_of_the_kept_tokens() -> None:
     model, inputs = make_llama(), text_inputs(300, 4)
-    with zipvl.sparse(model, tau=0.7, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, record_index=True) as stats:
         output = model.generate(
             **inputs,
             num_beams=3,
@@ -361,7 +361,7 @@ def test_beam_search_scores_are_those_of_the_kept_tokens() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_second_turn_attends_to_the_kept_tokens_and_itself(name: str, cache: str) -> None:
     model, inputs = SPARSE[name].make(), text_inputs(300, 3)
-    with zipvl.sparse(model, tau=0.7, cache=cache, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache, record_index=True) as stats:
         first = model.generate(**inputs, max_new_tokens=4, **GENERATE)
         kept = {i: layer.index[0] for i, layer in stats.layers.items() if layer.index is not None}
         turn = torch.cat([first.sequences, ids(40, 9)], dim=1)
@@ -377,7 +377,7 @@ def test_second_turn_attends_to_the_kept_tokens_and_itself(name: str, cache: str
 def test_second_turn_of_a_padded_batch_is_single(cache: str) -> None:
     model, new = make_llama(), 4
     rows, turns = [text_inputs(330, 1), text_inputs(280, 2)], [ids(5, 7), ids(30, 8)]
-    with zipvl.sparse(model, tau=0.7, cache=cache):
+    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache):
         inputs = pad_left(rows)
         first = model.generate(**inputs, max_new_tokens=new, **GENERATE)
         added = pad_left([{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in turns])
@@ -396,30 +396,30 @@ def test_second_turn_of_a_padded_batch_is_single(cache: str) -> None:
             assert torch.equal(together.sequences[b, -new:], alone.sequences[0, -new:])
 
 
-def test_second_turn_after_a_short_prompt_is_dense() -> None:
+def test_a_short_turn_after_a_short_prompt_is_dense() -> None:
     model, inputs = make_llama(), text_inputs(100, 3)
-    turn = torch.cat([inputs["input_ids"], ids(300, 9)], dim=1)
+    turn = torch.cat([inputs["input_ids"], ids(150, 9)], dim=1)
     dense = DynamicCache(config=model.config)
     model(**inputs, past_key_values=dense)
     expected = model.generate(turn, max_new_tokens=4, past_key_values=dense, **GENERATE)
-    with zipvl.sparse(model, tau=0.5):
+    with zipvl.sparse(model, PAPER, tau=0.5):
         cache = model(**inputs).past_key_values
         output = model.generate(turn, max_new_tokens=4, past_key_values=cache, **GENERATE)
     assert torch.equal(logits_of(output), logits_of(expected))
 
 
-def test_chunked_prefill_is_sparse_in_its_first_chunk() -> None:
+def test_chunked_prefill_is_sparse_but_for_a_short_end() -> None:
     model, inputs = make_llama(), text_inputs(700, 3)
     dense = model.generate(**inputs, max_new_tokens=4)
-    with zipvl.sparse(model, tau=1.0) as stats:
+    with zipvl.sparse(model, PAPER, tau=1.0) as stats:
         output = model.generate(**inputs, max_new_tokens=4, prefill_chunk_size=300)
     assert torch.equal(output, dense)
-    assert stats.layers[0].prompt == 300
+    assert stats.layers[0].prompt == 600 and stats.prefills == 2, "the last 100 tokens are fewer than probes would be"
 
 
 def test_a_dynamic_cache_stays_full_while_the_prefill_is_sparse() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
-    with zipvl.sparse(model, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, record_index=True) as stats:
         model(**inputs, use_cache=False)
     assert stats.active and stats.cache_bytes == 0, "not a ZipVLCache"
     model.set_attn_implementation("zipvl")
@@ -443,8 +443,8 @@ def test_a_padded_batch_with_a_dynamic_cache_is_single() -> None:
 
 def test_the_cache_decides_the_configuration() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
-    with zipvl.sparse(model, tau=1.0) as stats:
-        model(**inputs, past_key_values=zipvl.ZipVLCache(model, zipvl.ZipVLConfig(ratio=0.25)))
+    with zipvl.sparse(model, PAPER, tau=1.0) as stats:
+        model(**inputs, past_key_values=zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(ratio=0.25)))
         assert stats.layers[1].kept == [75]
         model(**inputs)
         assert stats.layers[1].kept == [300]
@@ -463,7 +463,7 @@ def test_positions_follow_what_was_seen() -> None:
         )
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
         dense, positions[:] = list(positions), []
-        with zipvl.sparse(model, ratio=0.3) as stats:
+        with zipvl.sparse(model, PAPER, ratio=0.3) as stats:
             model.generate(**inputs, max_new_tokens=4, do_sample=False)
         handle.remove()
         assert stats.active
@@ -492,6 +492,6 @@ def test_reads_back_one_number_a_layer_in_the_prefill_and_none_in_a_decode_step(
         return found
 
     dense = count(DynamicCache(config=model.config))
-    with zipvl.sparse(model, ratio=0.25, cache=cache):
-        sparse = count(zipvl.ZipVLCache(model, zipvl.ZipVLConfig(ratio=0.25, cache=cache)))  # type: ignore[arg-type]
+    with zipvl.sparse(model, PAPER, ratio=0.25, cache=cache):
+        sparse = count(zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(ratio=0.25, cache=cache)))  # type: ignore[arg-type]
     assert [ours - theirs for ours, theirs in zip(sparse, dense, strict=True)] == [3 if cache == "drop" else 0, 0, 0]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import zipvl
-from tests.models.tiny_models import make_llama, text_inputs
+from tests.models.tiny_models import PAPER, make_llama, text_inputs
 from zipvl.transformers import cache_names
 
 
@@ -50,14 +50,14 @@ def test_a_cache_is_found_under_either_name() -> None:
 
 def test_a_cache_given_under_either_name_is_filled(model: Any, own_name: str) -> None:
     for name in {own_name, "past_key_values"}:
-        with zipvl.sparse(model, ratio=0.5) as stats:
-            cache = zipvl.ZipVLCache(model)
+        with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
+            cache = zipvl.ZipVLCache(model, PAPER)
             model(**text_inputs(300), **{name: cache}, logits_to_keep=1)
             assert stats.active and all(layer.packed is not None for layer in cache.layers)
 
 
 def test_nothing_deprecated_is_used(model: Any) -> None:
-    with warnings.catch_warnings(), zipvl.sparse(model, ratio=0.5) as stats:
+    with warnings.catch_warnings(), zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         warnings.simplefilter("error", FutureWarning)
         model(**text_inputs(300), logits_to_keep=1)
         model.generate(**text_inputs(300), max_new_tokens=3, do_sample=False)
@@ -74,6 +74,6 @@ def test_a_decoder_that_calls_it_otherwise_gets_its_cache(own_name: str) -> None
             return super().forward(*args, **cache_names.without(kwargs) | {own_name: past_key_values})
 
     model.model.__class__ = Elsewhere
-    with zipvl.sparse(model, ratio=0.5) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         output = model(**text_inputs(300), logits_to_keep=1)
         assert stats.active and isinstance(cache_names.of_output(output), zipvl.ZipVLCache)

@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 
 import zipvl
-from tests.models.tiny_models import TEXT, build, make_llama, text_inputs
+from tests.models.tiny_models import PAPER, TEXT, build, make_llama, text_inputs
 from zipvl import policy
 
 
@@ -58,7 +58,7 @@ def test_one_graph_is_the_eager_model(make: Any, dynamic: bool, use_cache: bool,
     """Traced and run as it stands (backend ``eager``), so that the results are the same bits."""
     model = make()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
-    with zipvl.sparse(model, tau=0.8, skip_projections=skip) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.8, skip_projections=skip) as stats:
         for number, tokens in enumerate((300, 417)):
             prompts = [
                 text_inputs(tokens),
@@ -85,7 +85,7 @@ def test_lengths_share_a_graph_and_settings_do_not(use_cache: bool) -> None:
     model = make_qwen2()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for ratio in (0.5, 0.25):
-        with zipvl.sparse(model, ratio=ratio) as stats:
+        with zipvl.sparse(model, PAPER, ratio=ratio) as stats:
             compiled(**text_inputs(300), use_cache=use_cache)
             with torch._dynamo.config.patch(error_on_recompile=True):
                 for tokens in (300, 352, 512):
@@ -109,7 +109,7 @@ def test_a_compiled_prefill_gives_out_nothing_uncut(skip: bool) -> None:
 
     model = make_qwen2()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-    with zipvl.sparse(model, ratio=0.25, dense_below=50, skip_projections=skip):
+    with zipvl.sparse(model, PAPER, ratio=0.25, dense_below=50, skip_projections=skip):
         compiled(text_inputs(400)["input_ids"], logits_to_keep=1)
     states = [shape for shape in shapes if len(shape) == 4]
     assert len(states) == 2 * model.config.num_hidden_layers
@@ -124,7 +124,7 @@ def test_a_compiled_prefill_holds_what_is_kept(dynamic: bool, kept: dict[str, fl
     """Under a ratio from the first on, under ``tau`` once its counts may be read."""
     model = make_qwen2()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
-    config = zipvl.ZipVLConfig(**kept, dense_below=50, skip_projections=skip)
+    config = zipvl.ZipVLConfig.paper(**kept, dense_below=50, skip_projections=skip)
     with zipvl.sparse(model, config):
         for tokens in (300, 417):
             inputs = masked(text_inputs(tokens), padding)
@@ -151,7 +151,7 @@ def test_a_compiled_prefill_holds_what_is_kept(dynamic: bool, kept: dict[str, fl
 def test_several_compiled_forwards_between_two_reads_count_once() -> None:
     model = make_llama()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-    with zipvl.sparse(model, ratio=0.5) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         for tokens in (300, 400):
             compiled(**text_inputs(tokens))
     assert stats.prefills == 1 and stats.layers[0].kept == [200]
@@ -162,7 +162,7 @@ def test_several_compiled_forwards_between_two_reads_count_once() -> None:
 def test_inductor() -> None:
     model = make_qwen2(layers=1)  # the compiler's time grows with them
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    with zipvl.sparse(model, ratio=0.5) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         outputs, codes = run_and_get_code(compiled, **text_inputs(300))
         for tokens in (300, 417):
             actual = outputs.logits if tokens == 300 else compiled(**text_inputs(tokens)).logits
@@ -187,7 +187,7 @@ class Prefill(nn.Module):
 def test_exported_and_packaged(tmp_path: Path) -> None:
     model = make_qwen2(layers=1)  # the compiler's time grows with them
     tokens = torch.export.Dim("tokens", min=256, max=4096)
-    with zipvl.sparse(model, ratio=0.5) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         program = torch.export.export(Prefill(model), (text_inputs(300)["input_ids"],), dynamic_shapes=({1: tokens},))
         assert not stats.active, "an exported program runs without this process"
         expected = {n: model(text_inputs(n)["input_ids"], logits_to_keep=1).logits[:, -1] for n in (300, 701)}

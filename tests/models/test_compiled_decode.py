@@ -11,7 +11,7 @@ import torch._dynamo
 import transformers as tf
 
 import zipvl
-from tests.models.tiny_models import TEXT, build, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, TEXT, build, pad_left, text_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_a_compiled_step_is_the_step(cache: str, backend: str, count: int, graph
         made.append(graph)
         return torch._dynamo.lookup_backend(backend)(graph, example)
 
-    with zipvl.sparse(model, tau=0.7, cache=cache):
+    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache):
         expected = steps(model, model, inputs, False, count)
         found = steps(model, torch.compile(model, fullgraph=True, backend=counting), inputs, False, count)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -56,7 +56,7 @@ def test_a_compiled_step_is_the_step(cache: str, backend: str, count: int, graph
 def test_a_compiled_step_of_a_padded_batch() -> None:
     model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT))
     inputs = pad_left([text_inputs(330, 1), text_inputs(280, 2)])
-    with zipvl.sparse(model, tau=0.7):
+    with zipvl.sparse(model, PAPER, tau=0.7):
         expected = steps(model, model, inputs, True, 6)
         found = steps(model, torch.compile(model, fullgraph=True, backend="eager"), inputs, True, 6)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import zipvl
 from tests.models.tiny_models import (
     MULTIMODAL,
+    PAPER,
     SPARSE,
     build,
     make_gemma3,
@@ -53,11 +54,11 @@ def test_leaves_no_trace(name: str) -> None:
     inputs = text_inputs(300) if name == "gemma3" else SPARSE[name].inputs(300, 1)
     expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     before = trace(model)
-    with zipvl.sparse(model, tau=0.7):
+    with zipvl.sparse(model, PAPER, tau=0.7):
         assert trace(model) != before
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert trace(model) == before
-    with pytest.raises(ZeroDivisionError), zipvl.sparse(model, tau=0.7):
+    with pytest.raises(ZeroDivisionError), zipvl.sparse(model, PAPER, tau=0.7):
         model(**inputs)
         raise ZeroDivisionError
     assert trace(model) == before
@@ -67,9 +68,9 @@ def test_leaves_no_trace(name: str) -> None:
 def test_an_error_on_entry_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     before = trace(model)
-    with pytest.raises(ValueError, match=r"names \[7\].*\[0, 1, 2\]"), zipvl.sparse(model, layers=(1, 7)):
+    with pytest.raises(ValueError, match=r"names \[7\].*\[0, 1, 2\]"), zipvl.sparse(model, PAPER, layers=(1, 7)):
         pass
-    with pytest.raises(ValueError, match="tau must be in"), zipvl.sparse(model, tau=2.0):
+    with pytest.raises(ValueError, match="tau must be in"), zipvl.sparse(model, PAPER, tau=2.0):
         pass
     assert trace(model) == before
 
@@ -78,7 +79,7 @@ def test_an_error_on_entry_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(model.model, "register_forward_hook", fail)
     before = trace(model)
-    with pytest.raises(KeyError), zipvl.sparse(model):
+    with pytest.raises(KeyError), zipvl.sparse(model, PAPER):
         pass
     assert trace(model) == before
 
@@ -86,7 +87,7 @@ def test_an_error_on_entry_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_vision_towers_keep_their_attention(name: str) -> None:
     model = MULTIMODAL[name].make()
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         assert model.config.get_text_config()._attn_implementation.startswith("zipvl")
         assert model.config.vision_config._attn_implementation == "sdpa"
     assert model.config.get_text_config()._attn_implementation == "sdpa"
@@ -97,7 +98,7 @@ def test_goes_back_to_what_was_set(implementation: str) -> None:
     model, inputs = make_llama(), text_inputs(300)
     model.set_attn_implementation(implementation)
     expected = model(**inputs).logits
-    with zipvl.sparse(model, tau=0.5) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.5) as stats:
         model(**inputs)
     assert stats.active
     assert model.config._attn_implementation == implementation
@@ -107,9 +108,9 @@ def test_goes_back_to_what_was_set(implementation: str) -> None:
 def test_blocks_nest() -> None:
     model, inputs = make_llama(), text_inputs(300)
     before = trace(model)
-    with zipvl.sparse(model, ratio=0.5) as outer:
+    with zipvl.sparse(model, PAPER, ratio=0.5) as outer:
         outside = trace(model)
-        with zipvl.sparse(model, ratio=0.25, cache="full") as inner:
+        with zipvl.sparse(model, PAPER, ratio=0.25, cache="full") as inner:
             output = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
             assert output.past_key_values.config.cache == "full"
             assert model(**inputs).past_key_values.config.cache == "full"
@@ -123,7 +124,7 @@ def test_blocks_nest() -> None:
 
 def test_two_models_do_not_meet() -> None:
     first, second, inputs = make_llama(), make_llama(), text_inputs(300)
-    with zipvl.sparse(first, ratio=0.5) as one, zipvl.sparse(second, ratio=0.25) as two:
+    with zipvl.sparse(first, PAPER, ratio=0.5) as one, zipvl.sparse(second, PAPER, ratio=0.25) as two:
         first(**inputs)
         second(**inputs)
     assert one.layers[0].kept == [150]
@@ -139,7 +140,7 @@ def test_a_model_that_shares_the_configuration_object_is_left_alone() -> None:
     padded["attention_mask"][:, :20] = 0
     for given in (inputs, padded):
         expected = second(**given).logits
-        with zipvl.sparse(first, tau=0.5):
+        with zipvl.sparse(first, PAPER, tau=0.5):
             assert torch.equal(second(**given).logits, expected)
 
 
@@ -149,7 +150,7 @@ def test_two_threads_with_a_model_each() -> None:
     barrier = threading.Barrier(2)
 
     def work(model: Any, ratio: float) -> None:
-        with torch.no_grad(), zipvl.sparse(model, ratio=ratio) as stats:
+        with torch.no_grad(), zipvl.sparse(model, PAPER, ratio=ratio) as stats:
             barrier.wait()
             for _ in range(5):
                 model.generate(**inputs, max_new_tokens=3)
@@ -174,7 +175,7 @@ def test_two_threads_with_one_model() -> None:
             for _ in range(5):
                 found[i] = model.generate(**prompts[i], max_new_tokens=4, do_sample=False)
 
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
         for thread in threads:
             thread.start()
@@ -187,8 +188,8 @@ def test_two_threads_with_one_model() -> None:
 
 def test_nothing_keeps_a_model_or_a_cache_alive() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    configure(model, zipvl.ZipVLConfig(tau=0.5))
-    with zipvl.sparse(model) as stats:
+    configure(model, zipvl.ZipVLConfig.paper(tau=0.5))
+    with zipvl.sparse(model, PAPER) as stats:
         cache = model(**inputs).past_key_values
     gone = [weakref.ref(model), weakref.ref(cache), weakref.ref(cache.layers[0])]
     assert stats.cache_bytes > 0
@@ -202,8 +203,8 @@ def test_nothing_keeps_a_model_or_a_cache_alive() -> None:
 
 def test_an_empty_dynamic_cache_of_the_caller_is_used_in_place() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, tau=0.7):
-        own = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(tau=0.7))
+    with zipvl.sparse(model, PAPER, tau=0.7):
+        own = zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(tau=0.7))
         for cache in (DynamicCache(), DynamicCache(config=model.config)):
             own.reset()
             for step in (inputs, {"input_ids": torch.tensor([[5]])}, {"input_ids": torch.tensor([[7]])}):
@@ -219,7 +220,7 @@ def test_an_empty_dynamic_cache_of_the_caller_is_used_in_place() -> None:
 def test_caches_that_cannot_work_are_errors() -> None:
     model, inputs = make_llama(), text_inputs(300)
     filled = model(**inputs).past_key_values
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         with pytest.raises(ValueError, match="already holds 300 tokens; pass a new"):
             model(torch.tensor([[5]]), past_key_values=filled)
         with pytest.raises(ValueError, match="already holds 300 tokens"):
@@ -236,7 +237,7 @@ def test_caches_that_cannot_work_are_errors() -> None:
 @pytest.mark.parametrize("use_cache", [None, True, False])
 def test_plain_forwards_get_a_cache_when_the_model_would_make_one(use_cache: bool | None) -> None:
     model, inputs = make_qwen3_vl(), qwen_inputs(300)
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         output = model(**inputs, use_cache=use_cache)
     assert stats.active
     if use_cache is False:
@@ -244,7 +245,7 @@ def test_plain_forwards_get_a_cache_when_the_model_would_make_one(use_cache: boo
         assert stats.layers[0].cache_bytes is None
     else:
         assert isinstance(output.past_key_values, zipvl.ZipVLCache)
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         model.generate(**inputs, max_new_tokens=2, use_cache=False)
     assert stats.prefills == 2
 
@@ -252,14 +253,14 @@ def test_plain_forwards_get_a_cache_when_the_model_would_make_one(use_cache: boo
 def test_a_wrapped_model_is_found() -> None:
     model, inputs = make_llama(), text_inputs(300)
     wrapper = nn.ModuleDict({"inner": model})
-    with zipvl.sparse(wrapper, tau=0.7) as stats:
+    with zipvl.sparse(wrapper, PAPER, tau=0.7) as stats:
         model.generate(**inputs, max_new_tokens=2)
     assert stats.active
 
 
 def test_only_the_named_layers_are_sparse() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, ratio=0.5, layers=(1,)) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.5, layers=(1,)) as stats:
         output = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
     assert [stats.layers[i].mode for i in range(3)] == ["dense", "sparse", "dense"]
     assert stats.layers[0].reason == "not among ZipVLConfig.layers"

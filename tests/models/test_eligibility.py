@@ -23,7 +23,7 @@ def reason(same_head_dims: bool = True, passed: dict[str, Any] | None = None, **
     for name, value in ({"layer_idx": 1, "is_causal": True, "config": SimpleNamespace()} | attributes).items():
         setattr(module, name, value)
     given = {"sliding_window": None, "is_causal": None} | (passed or {})
-    dense = reason_dense(module, ZipVLConfig(), 256, 300, None, **given, same_head_dims=same_head_dims)
+    dense = reason_dense(module, ZipVLConfig.paper(), 256, 300, None, **given, same_head_dims=same_head_dims)
     assert dense is None or dense.always
     return None if dense is None else dense.words
 
@@ -57,18 +57,21 @@ def test_situations() -> None:
     module.layer_idx, module.is_causal = 1, True  # type: ignore[assignment]
     facts: dict[str, Any] = {"sliding_window": None, "is_causal": None, "same_head_dims": True}
     for config, tokens, mask, expected in (
-        (ZipVLConfig(layers=(0,)), 300, None, "not among ZipVLConfig.layers"),
-        (ZipVLConfig(), 255, None, "prompt shorter than dense_below=256"),
-        (ZipVLConfig(), 300, torch.ones(1, 1, 300, 300), "the mask is not plain causal"),
+        (ZipVLConfig.paper(layers=(0,)), 300, None, "not among ZipVLConfig.layers"),
+        (ZipVLConfig.paper(), 255, None, "prompt shorter than dense_below=256"),
+        (ZipVLConfig.paper(), 300, torch.ones(1, 1, 300, 300), "the mask is not plain causal"),
     ):
         dense = reason_dense(module, config, 256, tokens, mask, **facts)
         assert dense is not None and (dense.words, dense.always) == (expected, False)
-    assert reason_dense(module, ZipVLConfig(layers=(1,)), 256, 256, torch.ones(1, 256), **facts) is None
+    assert reason_dense(module, ZipVLConfig.paper(layers=(1,)), 256, 256, torch.ones(1, 256), **facts) is None
 
 
 def test_layers_of_one_index_are_asked_one_by_one() -> None:
     """A decoder's cross-attention may have the index of its self-attention."""
-    call, facts = Call(Run(ZipVLConfig()), None), {"sliding_window": None, "is_causal": None, "same_head_dims": True}
+    call, facts = (
+        Call(Run(ZipVLConfig.paper()), None),
+        {"sliding_window": None, "is_causal": None, "same_head_dims": True},
+    )
     found = []
     for causal in (True, False):
         module = nn.Module()

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import zipvl
 import zipvl.transformers
 from tests.models.tiny_models import (
+    PAPER,
     TEXT,
     build,
     make_deepseek_v3,
@@ -30,7 +31,7 @@ def test_dropout() -> None:
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     with (
-        zipvl.sparse(model),
+        zipvl.sparse(model, PAPER),
         pytest.raises(ValueError, match=r"LlamaAttention, layer 0\): dropout=0.1 .*model.eval\(\)"),
     ):
         model(**text_inputs(300))
@@ -39,7 +40,7 @@ def test_dropout() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_copies_of_a_model_inside_the_block(copied: Callable[[Any], Any]) -> None:
     model = make_llama()
-    with zipvl.sparse(model), pytest.raises(TypeError, match="cannot be copied or pickled inside the block"):
+    with zipvl.sparse(model, PAPER), pytest.raises(TypeError, match="cannot be copied or pickled inside the block"):
         copied(model)
     copied(model)
 
@@ -47,7 +48,7 @@ def test_copies_of_a_model_inside_the_block(copied: Callable[[Any], Any]) -> Non
 @pytest.mark.parametrize("tokens", [40, 300])
 def test_output_attentions(tokens: int) -> None:
     model = make_llama()
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         with pytest.raises(ValueError, match="output_attentions"):
             model(**text_inputs(tokens), output_attentions=True)
         with pytest.raises(ValueError, match="output_attentions"):
@@ -59,7 +60,7 @@ def test_output_attentions(tokens: int) -> None:
 def test_softcap() -> None:
     config = tf.Gemma2Config(**TEXT, query_pre_attn_scalar=16, sliding_window=64)
     model = build(tf.Gemma2ForCausalLM, config, attention="eager")
-    with zipvl.sparse(model), pytest.raises(ValueError, match="softcap"):
+    with zipvl.sparse(model, PAPER), pytest.raises(ValueError, match="softcap"):
         model(**text_inputs(300))
 
 
@@ -67,7 +68,7 @@ def test_continuous_batching() -> None:
     """transformers itself refuses what it has no paged form of; where it hands on the arguments of one, we do."""
     model = make_llama()
     before = model.config._attn_implementation
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         with pytest.raises(ValueError, match=r"zipvl\w*\W* is not supported"):
             model.generate_batch(
                 inputs=[[1] * 300], generation_config=tf.GenerationConfig(max_new_tokens=2), progress_bar=False
@@ -83,7 +84,7 @@ def test_attention_sinks() -> None:
         **TEXT, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3, sliding_window=64
     )
     model = build(tf.GptOssForCausalLM, config, attention="eager")
-    with zipvl.sparse(model), pytest.raises(ValueError, match=r"GptOssAttention, layer 0\): attention sinks"):
+    with zipvl.sparse(model, PAPER), pytest.raises(ValueError, match=r"GptOssAttention, layer 0\): attention sinks"):
         model(**text_inputs(300))
 
 
@@ -99,23 +100,26 @@ def test_further_arguments(name: str) -> None:
 
 def test_gradients() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with torch.enable_grad(), zipvl.sparse(model), pytest.raises(RuntimeError, match="grad"):
+    with torch.enable_grad(), zipvl.sparse(model, PAPER), pytest.raises(RuntimeError, match="grad"):
         model(**inputs)
 
 
 def test_a_sliding_layer_that_was_forced() -> None:
     model = make_gemma3()
-    with pytest.raises(ValueError, match=r"names \[0\].*those that can: \[1, 2\]"), zipvl.sparse(model, layers=(0, 1)):
+    with (
+        pytest.raises(ValueError, match=r"names \[0\].*those that can: \[1, 2\]"),
+        zipvl.sparse(model, PAPER, layers=(0, 1)),
+    ):
         pass
     model.set_attn_implementation("zipvl")
-    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(layers=(0,)))
+    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(layers=(0,)))
     with pytest.raises(ValueError, match=r"layer 0\): ZipVLConfig.layers names this layer.*sliding-window"):
         model(**text_inputs(300), past_key_values=cache)
 
 
 def test_a_custom_mask_behind_a_packed_cache() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         cache = model(**inputs).past_key_values
         with pytest.raises(ValueError, match=r"a 4-D mask \(1, 1, 2, 302\).*dropped columns"):
             model(torch.tensor([[5, 6]]), past_key_values=cache, attention_mask=torch.zeros(1, 1, 2, 302))
@@ -127,7 +131,7 @@ def test_a_custom_mask_in_the_prefill_is_dense_with_a_warning() -> None:
     mask = torch.ones(300, 300).tril().bool()[None, None]
     mask[..., 100:, :50] = False
     expected = model(inputs["input_ids"], attention_mask=mask).logits
-    with pytest.warns(UserWarning, match="custom 4-D mask"), zipvl.sparse(model, tau=0.5) as stats:
+    with pytest.warns(UserWarning, match="custom 4-D mask"), zipvl.sparse(model, PAPER, tau=0.5) as stats:
         assert torch.equal(model(inputs["input_ids"], attention_mask=mask).logits, expected)
     assert stats.layers[0].tokens == [300]
     assert stats.layers[0].reason == "the mask is not plain causal"
@@ -137,7 +141,7 @@ def test_models_without_a_decoder() -> None:
     with pytest.raises(ValueError, match="holds no transformers model"), zipvl.sparse(torch.nn.Linear(2, 2)):
         pass
     tower = make_llava_next().model.vision_tower
-    with pytest.raises(ValueError, match="no causal attention layers"), zipvl.sparse(tower):
+    with pytest.raises(ValueError, match="no causal attention layers"), zipvl.sparse(tower, PAPER):
         pass
     config = tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
     with pytest.raises(ValueError, match="encoder-decoder"), zipvl.sparse(tf.T5ForConditionalGeneration(config)):
@@ -147,15 +151,15 @@ def test_models_without_a_decoder() -> None:
 def test_shared_keys_and_values() -> None:
     config = tf.Gemma3nTextConfig(**TEXT, num_kv_shared_layers=2, layer_types=["full_attention"] * 3)
     with pytest.raises(ValueError, match="shares keys and values"):
-        zipvl.ZipVLCache(config)
+        zipvl.ZipVLCache(config, PAPER)
 
 
 def test_latent_attention() -> None:
     model, inputs = make_deepseek_v3(), text_inputs(300)
-    with pytest.raises(ValueError, match="latent"), zipvl.sparse(model):
+    with pytest.raises(ValueError, match="latent"), zipvl.sparse(model, PAPER):
         pass
     with pytest.raises(ValueError, match="latent"):
-        zipvl.ZipVLCache(model)
+        zipvl.ZipVLCache(model, PAPER)
     expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     model.set_attn_implementation("zipvl")  # values of another head dimension: ordinary attention
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
@@ -178,7 +182,7 @@ def test_a_model_with_a_cache_of_its_own_kind_is_refused_at_the_start() -> None:
     model = build(tf.MiniMaxForCausalLM, tf.MiniMaxConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1))
     with (
         pytest.raises(ValueError, match="MiniMaxModel asks for a cache of its own, MiniMaxCache"),
-        zipvl.sparse(model),
+        zipvl.sparse(model, PAPER),
     ):
         pass
 
@@ -186,7 +190,7 @@ def test_a_model_with_a_cache_of_its_own_kind_is_refused_at_the_start() -> None:
 def test_layers_that_do_not_hand_on_keywords_are_an_error() -> None:
     model = build(tf.StableLmForCausalLM, tf.StableLmConfig(**TEXT))
     with (
-        zipvl.sparse(model),
+        zipvl.sparse(model, PAPER),
         pytest.raises(RuntimeError, match="StableLmModel do not hand keyword arguments"),
     ):
         model(**text_inputs(300), use_cache=False)

@@ -12,6 +12,7 @@ import zipvl
 from tests.models.oracle import oracle
 from tests.models.tiny_models import (
     MULTIMODAL,
+    PAPER,
     SPARSE,
     Family,
     gemma3_inputs,
@@ -41,7 +42,7 @@ def test_tau_1_is_sdpa(family: Family, cache: str) -> None:
     model, inputs = family.make(), family.inputs(300, 1)
     dense = model(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
-    with zipvl.sparse(model, tau=1.0, cache=cache) as stats:
+    with zipvl.sparse(model, PAPER, tau=1.0, cache=cache) as stats:
         torch.testing.assert_close(model(**inputs).logits, dense, **TOLERANCE)
         output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     assert torch.equal(output.sequences, tokens.sequences)
@@ -54,7 +55,7 @@ def test_tau_1_is_sdpa_in_a_padded_batch(family: Family) -> None:
     model = family.make()
     inputs = pad_left([family.inputs(320, 1), family.inputs(270, 2)])
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
-    with zipvl.sparse(model, tau=1.0):
+    with zipvl.sparse(model, PAPER, tau=1.0):
         output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     assert torch.equal(output.sequences, tokens.sequences)
     torch.testing.assert_close(logits_of(output), logits_of(tokens), **TOLERANCE)
@@ -65,7 +66,7 @@ def test_batch_is_single(family: Family, cache: str) -> None:
     # the last row is shorter than dense_below: dense alone, so dense in the batch
     model, lengths = family.make(), (330, 300, 40)
     rows = [family.inputs(length, seed) for seed, length in enumerate(lengths)]
-    config = zipvl.ZipVLConfig(tau=0.8, cache=cache, dense_below=256)
+    config = zipvl.ZipVLConfig.paper(tau=0.8, cache=cache, dense_below=256)
     with zipvl.sparse(model, config, record_index=True) as stats:
         together = model.generate(**pad_left(rows), max_new_tokens=NEW, **GENERATE)
         width = together.sequences.shape[1] - NEW
@@ -93,7 +94,7 @@ def test_batch_is_single(family: Family, cache: str) -> None:
 def test_sparse_is_what_the_masks_say(cache: str, all_queries: bool) -> None:
     for name in ("llama", "gemma3_text"):
         model, inputs = SPARSE[name].make(), SPARSE[name].inputs(300, 3)
-        with zipvl.sparse(model, tau=0.7, cache=cache, all_queries=all_queries, record_index=True) as stats:
+        with zipvl.sparse(model, PAPER, tau=0.7, cache=cache, all_queries=all_queries, record_index=True) as stats:
             output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
         kept = {i: layer.index[0] for i, layer in stats.layers.items() if layer.index is not None}
         assert list(kept) == SPARSE[name].layers
@@ -107,7 +108,7 @@ def test_sparse_is_what_the_masks_say(cache: str, all_queries: bool) -> None:
 def test_sparse_is_what_the_masks_say_with_images(name: str) -> None:
     model, inputs = MULTIMODAL[name].make(), MULTIMODAL[name].inputs(250, 3)
     prompt = inputs["input_ids"].shape[1]
-    with zipvl.sparse(model, tau=0.7, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, record_index=True) as stats:
         output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     kept = {i: layer.index[0] for i, layer in stats.layers.items() if layer.index is not None}
     whole = dict(inputs, input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences))
@@ -127,8 +128,8 @@ def test_plain_implementation_for_the_whole_model(name: str) -> None:
     assert model.config.vision_config._attn_implementation == "zipvl"
     from zipvl.transformers import configure
 
-    stats = configure(model, zipvl.ZipVLConfig(tau=1.0))
-    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(tau=1.0))
+    stats = configure(model, zipvl.ZipVLConfig.paper(tau=1.0))
+    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(tau=1.0))
     output = model.generate(**inputs, max_new_tokens=NEW, past_key_values=cache, **GENERATE)
     assert torch.equal(output.sequences, tokens.sequences)
     assert [stats.layers[i].mode for i in range(3)] == ["sparse"] * 3
@@ -141,7 +142,7 @@ def test_plain_implementation_for_the_whole_model(name: str) -> None:
 def test_short_prompts_are_untouched(name: str) -> None:
     model, inputs = SPARSE[name].make(), SPARSE[name].inputs(60, 1)
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
-    with zipvl.sparse(model, tau=0.5, dense_below=1000) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.5, dense_below=1000) as stats:
         output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     assert torch.equal(logits_of(output), logits_of(tokens))
     assert not stats.active
@@ -152,7 +153,7 @@ def test_short_prompts_are_untouched(name: str) -> None:
 def test_gemma3_with_images_is_dense_and_says_so_once() -> None:
     model, inputs = make_gemma3(), gemma3_inputs(300, 1)
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
-    with pytest.warns(UserWarning) as caught, zipvl.sparse(model, tau=0.5) as stats:
+    with pytest.warns(UserWarning) as caught, zipvl.sparse(model, PAPER, tau=0.5) as stats:
         output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
         model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     texts = [str(w.message) for w in caught if "zipvl" in str(w.message)]
@@ -162,7 +163,7 @@ def test_gemma3_with_images_is_dense_and_says_so_once() -> None:
     assert torch.equal(logits_of(output), logits_of(tokens))
     assert stats.layers[1].reason == "the mask is not plain causal"
     with (
-        zipvl.sparse(model, tau=0.5, layers=(1,)),
+        zipvl.sparse(model, PAPER, tau=0.5, layers=(1,)),
         pytest.raises(ValueError, match=r"layer 1\): ZipVLConfig.layers names this layer.*not plain causal"),
     ):
         model.generate(**inputs, max_new_tokens=NEW)
@@ -176,7 +177,7 @@ def test_gemma3_without_images_is_sparse_in_its_global_layers(marked: bool) -> N
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="zipvl")  # sliding layers are dense by design: nothing to warn about
-        with zipvl.sparse(model, tau=1.0) as stats:
+        with zipvl.sparse(model, PAPER, tau=1.0) as stats:
             output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     assert torch.equal(output.sequences, tokens.sequences)
     assert {i: layer.mode for i, layer in stats.layers.items()} == {0: "dense", 1: "sparse", 2: "sparse"}
@@ -186,7 +187,7 @@ def test_gemma3_without_images_is_sparse_in_its_global_layers(marked: bool) -> N
 def test_a_model_of_sliding_windows_alone_is_dense_and_loud() -> None:
     model, inputs = make_mistral(), text_inputs(300, 1)
     tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
-    with pytest.warns(UserWarning, match="no layer of MistralModel was sparse"), zipvl.sparse(model) as stats:
+    with pytest.warns(UserWarning, match="no layer of MistralModel was sparse"), zipvl.sparse(model, PAPER) as stats:
         output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
     assert torch.equal(logits_of(output), logits_of(tokens))
     assert not stats.active

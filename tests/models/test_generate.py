@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import zipvl
 from tests.models.oracle import oracle
-from tests.models.tiny_models import SPARSE, build, ids, make_llama, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, SPARSE, build, ids, make_llama, pad_left, text_inputs
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
@@ -32,7 +32,7 @@ def repeated(tokens: int, seed: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("cache", ["drop", "full"])
 def test_a_thousand_tokens_stay_right(cache: str) -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
-    with zipvl.sparse(model, tau=0.7, cache=cache, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache, record_index=True) as stats:
         output = model.generate(**inputs, max_new_tokens=1000, **GENERATE)
     assert output.past_key_values.get_seq_length() == 1299
     with oracle(model, kept_of(stats), 300, full=cache == "full"):
@@ -43,7 +43,7 @@ def test_a_thousand_tokens_stay_right(cache: str) -> None:
 def test_sampling_gives_the_tokens_of_the_distribution_that_the_oracle_has() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
     sampling: dict[str, Any] = {**GENERATE, "do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 12}
-    with zipvl.sparse(model, tau=0.7, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, record_index=True) as stats:
         torch.manual_seed(5)
         output = model.generate(**inputs, **sampling)
         torch.manual_seed(5)
@@ -65,7 +65,7 @@ def test_sampling_gives_the_tokens_of_the_distribution_that_the_oracle_has() -> 
 @pytest.mark.parametrize("lookup", [{"prompt_lookup_num_tokens": 4}, {"prompt_lookup_num_tokens": 1}])
 def test_prompt_lookup_gives_the_tokens_of_greedy_decoding(lookup: dict[str, int]) -> None:
     model, inputs = make_llama(), repeated(400, 3)
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         plain = model.generate(**inputs, max_new_tokens=30, do_sample=False)
         kept = [layer.kept for layer in stats.layers.values()]
         assisted = model.generate(**inputs, max_new_tokens=30, do_sample=False, **lookup)
@@ -82,9 +82,9 @@ def test_an_assistant_gives_the_tokens_of_greedy_decoding(name: str, same: bool)
     assistant.config = type(model.config)(**model.config.to_dict())
     crops = 0
 
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         plain = model.generate(**inputs, max_new_tokens=24, **GENERATE)
-        cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(tau=0.7))
+        cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(tau=0.7))
         crop = cache.crop
 
         def counting(tokens: int) -> None:
@@ -105,7 +105,7 @@ def test_an_assistant_gives_the_tokens_of_greedy_decoding(name: str, same: bool)
 def test_assisted_generation_of_a_short_prompt_is_dense() -> None:
     model, inputs = make_llama(), repeated(100, 3)
     dense = model.generate(**inputs, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=3)
-    with zipvl.sparse(model, tau=0.5):
+    with zipvl.sparse(model, PAPER, tau=0.5):
         assert torch.equal(
             model.generate(**inputs, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=3), dense
         )
@@ -115,7 +115,7 @@ def test_what_assisted_generation_cannot_do_is_an_error_before_anything_runs() -
     model, inputs = make_llama(), text_inputs(300)
     ran = []
     model.model.register_forward_pre_hook(lambda *_: ran.append(1))
-    with zipvl.sparse(model):
+    with zipvl.sparse(model, PAPER):
         with pytest.raises(ValueError, match="assistant_early_exit"):
             model.generate(**inputs, max_new_tokens=4, assistant_early_exit=2)
         model._supports_logits_to_keep = lambda: False
@@ -126,7 +126,7 @@ def test_what_assisted_generation_cannot_do_is_an_error_before_anything_runs() -
 
 def test_a_padded_batch_is_its_rows_alone() -> None:
     model, rows = make_llama(), [text_inputs(330, 1), text_inputs(280, 2), text_inputs(100, 3)]
-    with zipvl.sparse(model, tau=0.7):
+    with zipvl.sparse(model, PAPER, tau=0.7):
         together = model.generate(**pad_left(rows), max_new_tokens=70, **GENERATE)
         for b, row in enumerate(rows):
             alone = model.generate(**row, max_new_tokens=70, **GENERATE)
@@ -136,7 +136,7 @@ def test_a_padded_batch_is_its_rows_alone() -> None:
 
 def test_three_turns() -> None:
     model, text = make_llama(), text_inputs(300, 3)["input_ids"]
-    with zipvl.sparse(model, tau=0.7, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, record_index=True) as stats:
         output = model.generate(text, max_new_tokens=5, **GENERATE)
         kept = kept_of(stats)
         for seed in (8, 9):
@@ -149,7 +149,7 @@ def test_three_turns() -> None:
 
 def test_a_generation_config_object_works_too() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
-    with zipvl.sparse(model, tau=0.7):
+    with zipvl.sparse(model, PAPER, tau=0.7):
         given = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert torch.equal(model.generate(**inputs, generation_config=config), given)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import zipvl
-from tests.models.tiny_models import SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, SPARSE, ids, make_gemma3_text, make_llama, pad_left, text_inputs
 from zipvl.transformers import decode
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -56,10 +56,10 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def both(model: Any, inputs: dict[str, Any], tokens: int = 40, config: dict[str, Any] | None = None) -> Any:
     """The answer by replays after checking that it is the eager one, and the statistics."""
     given = {"tau": 0.7, "dense_below": 256} | (config or {})
-    with zipvl.sparse(model, **given, decode="eager") as stats:
+    with zipvl.sparse(model, PAPER, **given, decode="eager") as stats:
         eager = model.generate(**inputs, max_new_tokens=tokens, **GENERATE)
     assert [(d.how, d.reason) for d in stats.decodings] == [("eager", 'ZipVLConfig.decode is "eager"')]
-    with zipvl.sparse(model, **given) as stats:
+    with zipvl.sparse(model, PAPER, **given) as stats:
         replayed = model.generate(**inputs, max_new_tokens=tokens, **GENERATE)
     assert torch.equal(replayed.sequences, eager.sequences)
     torch.testing.assert_close(torch.stack(replayed.logits), torch.stack(eager.logits), **TOLERANCE)
@@ -109,7 +109,7 @@ def test_padded_batches_and_rows_that_end_early(captures: list[int]) -> None:
     _, stats = both(model, pad_left(rows))
     assert stats.decodings[0].how == "graph"
     alone = [both(model, row)[0].sequences[0, -40:] for row in rows]
-    with zipvl.sparse(model, tau=0.7, dense_below=256) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, dense_below=256) as stats:
         first = alone[0].tolist()
         last = max(i for i in range(25) if first.index(first[i]) == i and all(first[i] not in row for row in alone[1:]))
         together = model.generate(**pad_left(rows), max_new_tokens=40, do_sample=False, eos_token_id=first[last])
@@ -133,7 +133,7 @@ def test_sampling_processors_and_streamers(captures: list[int]) -> None:
     for how in ("eager", "auto"):
         torch.manual_seed(3)
         streamer = Streamer()
-        with zipvl.sparse(model, tau=0.7, decode=how) as stats:
+        with zipvl.sparse(model, PAPER, tau=0.7, decode=how) as stats:
             output = model.generate(
                 **inputs,
                 max_new_tokens=40,
@@ -151,7 +151,7 @@ def test_sampling_processors_and_streamers(captures: list[int]) -> None:
 def test_more_turns(captures: list[int]) -> None:
     model, found = make_llama(), []
     for how in ("eager", "auto"):
-        with zipvl.sparse(model, tau=0.7, decode=how) as stats:
+        with zipvl.sparse(model, PAPER, tau=0.7, decode=how) as stats:
             output = model.generate(**text_inputs(300), max_new_tokens=30, **GENERATE)
             for seed in (8, 9):
                 text = torch.cat([output.sequences, ids(35, seed)], dim=1)
@@ -172,7 +172,7 @@ def test_more_turns(captures: list[int]) -> None:
 )
 def test_what_decodes_eagerly_says_why(given: dict[str, Any], reason: str, captures: list[int]) -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         model.generate(**inputs, **({"max_new_tokens": 30, "do_sample": False} | given))
     (decoding,) = stats.decodings
     assert decoding.how == "eager" and reason in (decoding.reason or "")
@@ -181,7 +181,7 @@ def test_what_decodes_eagerly_says_why(given: dict[str, Any], reason: str, captu
 
 def test_few_tokens_where_a_graph_is_asked_for(captures: list[int]) -> None:
     model = make_llama()
-    with zipvl.sparse(model, tau=0.7, decode="graph") as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, decode="graph") as stats:
         model.generate(**text_inputs(300), max_new_tokens=4, do_sample=False)
     assert stats.decodings[0].replayed == 2
 
@@ -197,7 +197,7 @@ def test_a_step_that_cannot_be_captured_is_decoded_eagerly(
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(decode.Captured, "_capture", fail)
-    with zipvl.sparse(model, tau=0.7, dense_below=256) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7, dense_below=256) as stats:
         output = model.generate(**inputs, max_new_tokens=40, **GENERATE)
     assert torch.equal(output.sequences, expected.sequences)
     assert stats.decodings[0].reason == (
@@ -207,7 +207,7 @@ def test_a_step_that_cannot_be_captured_is_decoded_eagerly(
 
 def test_configured_models_and_forwards_of_ones_own(captures: list[int]) -> None:
     model, inputs = make_llama(), text_inputs(300)
-    stats = zipvl.configure(model, zipvl.ZipVLConfig(tau=0.7))
+    stats = zipvl.configure(model, zipvl.ZipVLConfig.paper(tau=0.7))
     config = GenerationConfig(max_new_tokens=30, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
     output = model.generate(**inputs, generation_config=config)
     assert [decoding.how for decoding in stats.decodings] == ["graph"]
@@ -239,6 +239,6 @@ def test_arguments_that_no_captured_step_can_follow(captures: list[int]) -> None
 
 def test_not_on_a_gpu() -> None:
     model = make_gemma3_text()
-    with zipvl.sparse(model, tau=0.7) as stats:
+    with zipvl.sparse(model, PAPER, tau=0.7) as stats:
         model.generate(**text_inputs(300), max_new_tokens=20, do_sample=False)
     assert stats.decodings[0].reason == "not on a GPU"

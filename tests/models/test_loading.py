@@ -15,7 +15,7 @@ import transformers as tf
 
 import zipvl
 import zipvl.transformers
-from tests.models.tiny_models import MULTIMODAL, make_llama, text_inputs
+from tests.models.tiny_models import MULTIMODAL, PAPER, make_llama, text_inputs
 
 
 @pytest.mark.parametrize("given", ["zipvl", {"text_config": "zipvl", "vision_config": "eager"}])
@@ -26,7 +26,7 @@ def test_from_pretrained(given: Any, tmp_path: Path) -> None:
     dense = tf.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     model = tf.AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=given).eval()
     assert model.config.get_text_config()._attn_implementation == "zipvl"
-    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig(tau=1.0))
+    cache = zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(tau=1.0))
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert torch.equal(output, dense.generate(**inputs, max_new_tokens=4, do_sample=False))
     assert [layer.packed is not None for layer in cache.layers] == [True] * 3
@@ -37,7 +37,7 @@ def test_half_precision_with_tau_1_is_close_to_sdpa(dtype: torch.dtype) -> None:
     model, inputs = make_llama().to(dtype), text_inputs(300)
     exact = make_llama()(**inputs).logits
     error = (model(**inputs).logits.float() - exact).abs().mean()
-    with zipvl.sparse(model, tau=1.0) as stats:
+    with zipvl.sparse(model, PAPER, tau=1.0) as stats:
         output = model(**inputs)
         model(torch.tensor([[5]]), past_key_values=output.past_key_values)
     assert stats.active
@@ -47,7 +47,7 @@ def test_half_precision_with_tau_1_is_close_to_sdpa(dtype: torch.dtype) -> None:
 
 def test_inference_mode() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, tau=0.7):
+    with zipvl.sparse(model, PAPER, tau=0.7):
         expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         with torch.inference_mode():
             assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
@@ -57,7 +57,7 @@ def test_inference_mode() -> None:
 def test_a_prefix_of_inference_mode_is_continued_without(cache: Any) -> None:
     model, inputs = make_llama(head_dim=32), text_inputs(300)
     more = torch.cat([inputs["input_ids"], text_inputs(6, 1)["input_ids"]], dim=1)
-    with zipvl.sparse(model, tau=0.7, cache=cache):
+    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache):
         found = []
         for mode in (torch.inference_mode, torch.no_grad):
             with mode():
@@ -77,7 +77,7 @@ def test_autocast(cache: Any, tau: float) -> None:
     exact = model(**inputs).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         dense = model(**inputs).logits
-    with zipvl.sparse(model, tau=tau, cache=cache) as stats:
+    with zipvl.sparse(model, PAPER, tau=tau, cache=cache) as stats:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
             logits = model(**inputs).logits
@@ -108,7 +108,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_copies_of_a_configured_model_are_configured(how: str) -> None:
     model, inputs = make_llama(), text_inputs(300)
     plain = copy.deepcopy(model)
-    stats = zipvl.configure(model, zipvl.ZipVLConfig(ratio=0.1))
+    stats = zipvl.configure(model, zipvl.ZipVLConfig.paper(ratio=0.1))
     twin = COPIES[how](model)
     expected, prefills = model(**inputs), stats.prefills
     found = twin(**inputs)
@@ -124,7 +124,7 @@ def test_copies_of_a_configured_model_are_configured(how: str) -> None:
 
 def test_statistics_are_pickled_and_copied_with_the_bytes_of_the_moment() -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, ratio=0.5) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         cache = model(**inputs).past_key_values
         copies = [pickle.loads(pickle.dumps(stats)), copy.deepcopy(stats)]
         before = stats.to_dict()

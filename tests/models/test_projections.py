@@ -15,7 +15,7 @@ import transformers as tf
 from torch import nn
 
 import zipvl
-from tests.models.tiny_models import SPARSE, TEXT, build, make_gemma3, make_llama, text_inputs
+from tests.models.tiny_models import PAPER, SPARSE, TEXT, build, make_gemma3, make_llama, text_inputs
 from zipvl import ops
 from zipvl.transformers import configure, projections
 
@@ -60,7 +60,7 @@ def test_the_same_model(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) 
     found = {}
     for skip in (False, True):
         with (
-            zipvl.sparse(model, ratio=0.4, cache=cache, skip_projections=skip, record_index=True) as stats,
+            zipvl.sparse(model, PAPER, ratio=0.4, cache=cache, skip_projections=skip, record_index=True) as stats,
             counted(monkeypatch) as calls,
         ):
             output = model(**inputs)
@@ -81,7 +81,7 @@ def test_what_is_not_finite_stays_so(kept: dict[str, float]) -> None:
     model = make_llama()
     embedded = model.get_input_embeddings()(text_inputs(300)["input_ids"]).detach().clone()
     embedded[:, 10] = torch.nan
-    with zipvl.sparse(model, **kept, skip_projections=True) as stats:
+    with zipvl.sparse(model, PAPER, **kept, skip_projections=True) as stats:
         logits = model(inputs_embeds=embedded).logits
     assert stats.active and stats.layers[0].kept == [300]
     assert bool(logits[:, 10:].isnan().all())
@@ -97,7 +97,10 @@ def test_padded_batches(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
         batch["attention_mask"][row, where] = 0
     found = {}
     for skip in (False, True):
-        with zipvl.sparse(model, tau=0.8, keep_recent=3, skip_projections=skip) as stats, counted(monkeypatch) as calls:
+        with (
+            zipvl.sparse(model, PAPER, tau=0.8, keep_recent=3, skip_projections=skip) as stats,
+            counted(monkeypatch) as calls,
+        ):
             logits = model(**batch).logits
         assert len(calls) == 3 * skip
         found[skip] = (logits[batch["attention_mask"].bool()], [stats.layers[i].kept for i in range(3)])
@@ -142,14 +145,17 @@ def test_where_it_applies(
     make_model: Any, settings: dict[str, Any], layers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
-    with zipvl.sparse(model, **({"ratio": 0.5, "skip_projections": True} | settings)), counted(monkeypatch) as calls:
+    with (
+        zipvl.sparse(model, PAPER, **({"ratio": 0.5, "skip_projections": True} | settings)),
+        counted(monkeypatch) as calls,
+    ):
         model(**text_inputs(300))
     assert len(calls) == len(layers)
 
 
 def test_chunks_after_the_first_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make_llama(), text_inputs(300)
-    with zipvl.sparse(model, ratio=0.5), counted(monkeypatch) as calls:
+    with zipvl.sparse(model, PAPER, ratio=0.5), counted(monkeypatch) as calls:
         cache = model(**inputs).past_key_values
         model(inputs["input_ids"], past_key_values=cache)
         assert len(calls) == 3
@@ -159,7 +165,7 @@ def test_configure_installs_and_removes(monkeypatch: pytest.MonkeyPatch) -> None
     model, inputs = make_llama(), text_inputs(300)
     model.set_attn_implementation("zipvl")
     before = model(**inputs, use_cache=False).logits
-    configure(model, zipvl.ZipVLConfig(ratio=0.5))
+    configure(model, zipvl.ZipVLConfig.paper(ratio=0.5))
     with counted(monkeypatch) as calls:
         model(**inputs)
         model.set_attn_implementation("sdpa")
@@ -174,9 +180,9 @@ def test_configure_installs_and_removes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_caches_own_configuration_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     model.set_attn_implementation("zipvl")
-    configure(model, zipvl.ZipVLConfig(ratio=0.5))
+    configure(model, zipvl.ZipVLConfig.paper(ratio=0.5))
     with counted(monkeypatch) as calls:
-        model(**text_inputs(300), past_key_values=zipvl.ZipVLCache(model, zipvl.ZipVLConfig(ratio=0.2)))
+        model(**text_inputs(300), past_key_values=zipvl.ZipVLCache(model, zipvl.ZipVLConfig.paper(ratio=0.2)))
     assert calls == [60, 60, 60]
 
 
@@ -192,4 +198,4 @@ def test_unknown_modules_are_left_alone() -> None:
 
 def test_the_setting_is_checked() -> None:
     with pytest.raises(ValueError, match="skip_projections must be None, True or False, got 'yes'"):
-        zipvl.ZipVLConfig(skip_projections="yes")  # type: ignore[arg-type]
+        zipvl.ZipVLConfig.paper(skip_projections="yes")  # type: ignore[arg-type]

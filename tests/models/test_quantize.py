@@ -13,7 +13,7 @@ import transformers as tf
 
 import zipvl
 from tests.models.oracle import Compressed, oracle
-from tests.models.tiny_models import TEXT, build, ids, make_llama, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, TEXT, build, ids, make_llama, pad_left, text_inputs
 from zipvl import reference, reference_cache
 from zipvl.transformers.quantized import PROBES, WINDOW, QuantizedKV, Segment
 
@@ -40,7 +40,7 @@ COARSE: dict[str, Any] = {"atol": 5e-2, "rtol": 0}
 
 
 def config(**changes: Any) -> zipvl.ZipVLConfig:
-    return zipvl.ZipVLConfig(tau=0.7, cache="quantize").replace(**changes)
+    return zipvl.ZipVLConfig.paper(tau=0.7, cache="quantize").replace(**changes)
 
 
 def how(settings: zipvl.ZipVLConfig, appended: list[int], cache: Any) -> Compressed:
@@ -265,7 +265,10 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def test_a_head_dimension_that_blocks_do_not_hold_is_an_error_before_anything_runs() -> None:
     model = make_llama()
-    with pytest.raises(ValueError, match="multiple of 32, and llama has 16"), zipvl.sparse(model, cache="quantize"):
+    with (
+        pytest.raises(ValueError, match="multiple of 32, and llama has 16"),
+        zipvl.sparse(model, PAPER, cache="quantize"),
+    ):
         raise AssertionError("the block must not be entered")
     with pytest.raises(ValueError, match="multiple of 32"):
         zipvl.ZipVLCache(model, config())

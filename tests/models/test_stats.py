@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import zipvl
-from tests.models.tiny_models import make_gemma3_text, make_llama, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, make_gemma3_text, make_llama, pad_left, text_inputs
 
 
 def test_counts_are_those_of_the_selection() -> None:
     model = make_llama()
     inputs = pad_left([text_inputs(400, 1), text_inputs(300, 2)])
-    with zipvl.sparse(model, ratio=0.25, record_index=True) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.25, record_index=True) as stats:
         model.generate(**inputs, max_new_tokens=3)
     layer = stats.layers[1]
     assert (layer.mode, layer.reason, layer.prompt) == ("sparse", None, 400)
@@ -30,7 +30,7 @@ def test_counts_are_those_of_the_selection() -> None:
 
 def test_mean_ratio_runs_over_layers_rows_and_prefills() -> None:
     model = make_gemma3_text()  # layer 0 slides
-    with zipvl.sparse(model, ratio=0.25) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.25) as stats:
         assert (stats.mean_ratio, stats.prefills, stats.active) == (1.0, 0, False)
         assert stats.summary() == "zipvl: no prefill yet"
         model(**text_inputs(400))
@@ -49,7 +49,7 @@ def test_mean_ratio_runs_over_layers_rows_and_prefills() -> None:
 
 def test_decoding_is_not_a_prefill_but_moves_the_bytes() -> None:
     model = make_llama()
-    with zipvl.sparse(model, ratio=0.25) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.25) as stats:
         cache = model(**text_inputs(400)).past_key_values
         assert stats.cache_bytes == 3 * (2 * 2 * 100 * 16 * 4 + 4), "keys, values, one length"
         assert stats.full_cache_bytes == 3 * 2 * 2 * 400 * 16 * 4
@@ -61,7 +61,7 @@ def test_decoding_is_not_a_prefill_but_moves_the_bytes() -> None:
 
 def test_text_and_dict() -> None:
     model = make_gemma3_text()
-    with zipvl.sparse(model, ratio=0.25) as stats:
+    with zipvl.sparse(model, PAPER, ratio=0.25) as stats:
         model(**text_inputs(400))
     text = stats.summary()
     assert "sparse, 1 prefill(s), mean ratio 0.500" in text

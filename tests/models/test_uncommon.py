@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zipvl
 import zipvl.transformers
-from tests.models.tiny_models import TEXT, build, ids, text_inputs
+from tests.models.tiny_models import PAPER, TEXT, build, ids, text_inputs
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -34,7 +34,7 @@ def test_cross_attention_layers_beside_sparse_ones() -> None:
             "cross_attention_mask": tiles[:, None].expand(1, tokens, 1, 4),
         }
         expected = model.generate(**inputs, **GENERATE)
-        with zipvl.sparse(model, tau=1.0, dense_below=0) as stats:
+        with zipvl.sparse(model, PAPER, tau=1.0, dense_below=0) as stats:
             assert torch.equal(model.generate(**inputs, **GENERATE), expected)
         assert [stats.layers[i].mode for i in (0, 2, 4)] == ["sparse"] * 3
         assert all(stats.layers[i].mode == "dense" for i in (1, 3) if i in stats.layers)
@@ -54,7 +54,7 @@ def test_head_dimensions_that_differ_by_layer(cache: Any) -> None:
     )
     model, inputs = build(tf.Gemma4ForCausalLM, config), text_inputs(300)
     expected = model.generate(**inputs, **GENERATE)
-    with zipvl.sparse(model, tau=1.0, cache=cache) as stats:
+    with zipvl.sparse(model, PAPER, tau=1.0, cache=cache) as stats:
         assert torch.equal(model.generate(**inputs, **GENERATE), expected)
     assert [stats.layers[i].mode for i in range(4)] == ["dense", "sparse"] * 2
 
@@ -67,13 +67,13 @@ def test_bits_are_checked_layer_by_layer() -> None:
         num_kv_shared_layers=0,
     )
     with pytest.raises(ValueError, match="gemma4_text has 16, 64"):
-        zipvl.ZipVLCache(config, zipvl.ZipVLConfig(cache="quantize"))
+        zipvl.ZipVLCache(config, zipvl.ZipVLConfig.paper(cache="quantize"))
 
 
 def test_a_model_that_splits_its_values_is_an_error() -> None:
     """DiffLlama calls its attention twice, with halves of the values."""
     model = build(tf.DiffLlamaForCausalLM, tf.DiffLlamaConfig(**TEXT))
-    with zipvl.sparse(model), pytest.raises(RuntimeError, match="keys or values of a ZipVLCache were altered"):
+    with zipvl.sparse(model, PAPER), pytest.raises(RuntimeError, match="keys or values of a ZipVLCache were altered"):
         model(**text_inputs(300))
 
 
@@ -106,5 +106,5 @@ def test_one_attention_module_for_several_layers() -> None:
     )
     model = build(tf.Zamba2ForCausalLM, config)
     expected = model(ids(300, 1), use_cache=False).logits
-    with zipvl.sparse(model, tau=0.5), pytest.warns(UserWarning, match="no layer of Zamba2Model was sparse"):
+    with zipvl.sparse(model, PAPER, tau=0.5), pytest.warns(UserWarning, match="no layer of Zamba2Model was sparse"):
         assert torch.equal(model(ids(300, 1), use_cache=False).logits, expected)

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 import transformers as tf
 
+from zipvl import ZipVLConfig
+
 VOCAB = 200
 IMAGE = 190  # the image placeholder token
 VISION_START, VISION_END, VIDEO = 191, 192, 193
 PAD, EOS = 0, 199
+
+PAPER = ZipVLConfig.paper()
+"""What the tests of the paper's method start from: most prompts here are text, which is dense by default."""
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,

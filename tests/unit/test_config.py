@@ -12,19 +12,24 @@ import pytest
 
 from zipvl import ZipVLConfig
 
-COUNTS = ("num_recent", "num_random", "seed", "keep_recent", "min_tokens", "dense_below")
-BELOW_2_63 = ("seed", "keep_recent", "min_tokens", "dense_below")
+BELOW_2_63 = ("seed", "keep_recent", "min_tokens", "dense_below", "local_window", "dense_first_layers")
+COUNTS = ("num_recent", "num_random", *BELOW_2_63)
 
 REFUSED: list[tuple[str, list[Any]]] = [
     ("tau", [None, "0.9", True, 0.5j, [0.5], 0, -0.1, 1.5, math.nan, math.inf, np.float32(1.5), np.bool_(True)]),
     ("tau", [np.array([0.5]), Fraction(1, 10**400), 10**400, 10**5000]),
     ("ratio", ["0.5", False, 0.0, -1, 1.0001, math.nan, -math.inf, np.str_("0.5"), b"1"]),
-    *[(name, [None, -1, 2.0, 1.5, "3", True, [1], np.float64(2), np.bool_(True), np.int64(-1)]) for name in COUNTS],
+    ("max_ratio", [None, "1", True, 0, -0.5, 1.01, math.nan, np.bool_(False)]),
+    *[
+        (name, [None, -1, 2.0, 1.5, "3", True, [1], np.float64(2), np.bool_(True), np.int64(-1)])
+        for name in (*COUNTS, "num_sinks")
+    ],
     *[(name, [2**31, 2**40, np.int64(2**31)]) for name in ("num_recent", "num_random")],
     *[(name, [2**63, 2**70, 10**5000, np.uint64(2**63)]) for name in BELOW_2_63],
     ("dense_below", ["automatic", "256", ""]),
     ("decode", [None, "fast", "Graph", 1, True]),
-    ("vision_attention", [None, "no", 0, 1]),
+    *[(name, [None, "no", 0, 1]) for name in ("vision_attention", "keep_text")],
+    ("text_prompts", [None, "Dense", "auto", 1, True, ["dense"]]),
     ("all_queries", [None, "no", "", 0, 1, 1.0, np.int64(1), []]),
     ("skip_projections", ["auto", 0, 1, 0.0, np.int64(0), ()]),
     ("cache", [None, "keep", "Drop", 1, ["drop"], np.array(["drop", "full"])]),
@@ -62,6 +67,9 @@ def test_refused_with_the_name_of_the_field(name: str, value: Any) -> None:
         ("skip_projections", None, None),
         ("decode", "graph", "graph"),
         ("vision_attention", np.bool_(False), False),
+        ("keep_text", np.bool_(False), False),
+        ("text_prompts", "sparse", "sparse"),
+        ("max_ratio", Fraction(1, 2), 0.5),
         ("high_bits", np.uint8(8), 8),
         ("layers", None, None),
         ("layers", [2, 0], (2, 0)),
@@ -100,3 +108,31 @@ def test_replace_changes_what_it_names_alone() -> None:
     config = ZipVLConfig(tau=0.5, layers=[1])
     assert config.replace(seed=3) == ZipVLConfig(tau=0.5, layers=(1,), seed=3)
     assert config == ZipVLConfig(tau=0.5, layers=(1,))
+
+
+def test_sinks_need_a_window() -> None:
+    assert ZipVLConfig(local_window=64, num_sinks=np.int64(4)).num_sinks == 4
+    with pytest.raises(ValueError, match="ZipVLConfig: num_sinks must be 0 without a local_window, got 4"):
+        ZipVLConfig(local_window=0, num_sinks=4)
+
+
+def test_a_layer_is_not_both_dense_and_named_sparse() -> None:
+    assert ZipVLConfig(layers=(2, 3), dense_first_layers=2).layers == (2, 3)
+    with pytest.raises(ValueError, match=r"ZipVLConfig: layers must be None or at least dense_first_layers=2, got"):
+        ZipVLConfig(layers=(1, 3), dense_first_layers=2)
+
+
+def test_the_paper_s_method_has_nothing_of_ours() -> None:
+    paper = ZipVLConfig.paper(tau=0.9, cache="full")
+    assert (paper.local_window, paper.num_sinks, paper.keep_text, paper.text_prompts) == (0, 0, False, "sparse")
+    assert (paper.max_ratio, paper.dense_first_layers, paper.all_queries) == (1.0, 0, False)
+    assert (paper.tau, paper.cache, ZipVLConfig.paper().cache) == (0.9, "full", "drop")
+    with pytest.raises(TypeError, match="tua"):
+        ZipVLConfig.paper(tua=0.5)
+
+
+def test_attention_gets_what_decides_in_it() -> None:
+    config = ZipVLConfig.paper(local_window=64, num_sinks=4, max_ratio=0.5)
+    given = config.attention_kwargs()
+    assert (given["local_window"], given["num_sinks"], given["max_ratio"]) == (64, 4, 0.5)
+    assert all(getattr(config, name) == value for name, value in given.items())

@@ -93,6 +93,14 @@ def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) ->
 
 def test_what_the_device_decides_is_not_known_before() -> None:
     assert policy.max_kept(ZipVLConfig(tau=0.5), 1000, 256, False) is None
+    assert policy.max_kept(ZipVLConfig(ratio=0.5), 1000, 256, False, added=True) is None
+
+
+def test_a_ceiling_is_known_before_and_what_comes_on_top() -> None:
+    config = ZipVLConfig.paper(tau=0.9, max_ratio=0.25, local_window=64, num_sinks=4)
+    assert policy.max_kept(config, 1000, 256, False) == 250 + 1 + 64 + 4
+    assert policy.max_kept(config.replace(ratio=0.1), 1000, 256, False) in (169, 170)
+    assert policy.max_kept(config, 100, 256, False) == 94
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +127,29 @@ def test_costs_by_hand() -> None:
     numbers, pairs = 2e-3, 2.0
     assert cost.dense_us == pytest.approx(5.47 + 2536 * numbers + 3.398 * pairs)
     assert cost.zipvl_us == pytest.approx(4.906 + 24.47 + 1739 * numbers + 3.377 * pairs / 4)
+
+
+def test_costs_of_a_window_and_a_chunk_by_hand() -> None:
+    shape = {"query_heads": 10, "head_dim": 100, "tokens": 1000, "share": 0.5}
+    numbers = 1e-3
+    zipvl = 24.47 + 1739 * numbers + 3.377 * (numbers * 1000 / 4 + 2 * numbers * (200 + 128))
+    assert policy.layer_cost(**shape, window=200).zipvl_us == pytest.approx(zipvl)
+    assert policy.layer_cost(**shape, window=200).dense_us == policy.layer_cost(**shape).dense_us
+    cost, pairs = policy.layer_cost(**shape, queries=400), 0.4e-3 * (400 + 2 * 600)
+    assert cost.dense_us == pytest.approx(5.47 + 2536 * 0.4e-3 + 3.398 * pairs)
+    assert cost.zipvl_us == pytest.approx(24.47 + 1739 * numbers + 3.377 * pairs / 4)
+    assert policy.layer_cost(**shape, queries=1000) == policy.layer_cost(**shape)
+
+
+def test_a_window_and_a_short_chunk_pay_later() -> None:
+    whole = policy.pays_from(**LONGVA, ratio=0.25)
+    assert (
+        whole < policy.pays_from(**LONGVA, ratio=0.25, window=128) < policy.pays_from(**LONGVA, ratio=0.25, window=512)
+    )
+    assert policy.pays_from(**LONGVA, ratio=0.25, queries=512) > whole
+    assert below(States(), ratio=0.25, local_window=128) == policy.pays_from(**LONGVA, ratio=0.25, window=128)
+    chunk = policy.dense_below(ZipVLConfig(ratio=0.25), 28, 128, States(), queries=512)  # type: ignore[arg-type]
+    assert chunk == policy.pays_from(**LONGVA, ratio=0.25, queries=512)
 
 
 def test_costs_grow_with_the_work() -> None:

@@ -102,6 +102,17 @@ CacheOption = Annotated[
 DenseBelowOption = Annotated[
     str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
 ]
+MaxRatioOption = Annotated[
+    float | None, typer.Option(help="Largest share of the tokens that a layer keeps of its own choice, in (0, 1].")
+]
+WindowOption = Annotated[
+    int | None, typer.Option(help="Every token sees this many tokens up to itself, kept or not; 0: none.")
+]
+SinksOption = Annotated[int | None, typer.Option(help="First tokens that every token sees; needs a window.")]
+DenseLayersOption = Annotated[int | None, typer.Option(help="This many first layers stay dense.")]
+KeepTextOption = Annotated[
+    bool | None, typer.Option("--keep-text/--no-keep-text", help="Keep all text beside a page, on top. On by default.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the random probe tokens.")]
 NewTokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -117,6 +128,11 @@ def run(
     ratio: RatioOption = None,
     cache: CacheOption = "drop",
     dense_below: DenseBelowOption = "auto",
+    max_ratio: MaxRatioOption = None,
+    local_window: WindowOption = None,
+    num_sinks: SinksOption = None,
+    dense_first_layers: DenseLayersOption = None,
+    keep_text: KeepTextOption = None,
     seed: SeedOption = 0,
     max_new_tokens: NewTokensOption = 32,
     device: DeviceOption = "auto",
@@ -124,7 +140,18 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a question about a page, densely and with ZipVL, and compare."""
-    config = _config(tau=tau, ratio=ratio, cache=cache, dense_below=dense_below, seed=seed)
+    config = _config(
+        tau=tau,
+        ratio=ratio,
+        cache=cache,
+        dense_below=dense_below,
+        max_ratio=max_ratio,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        dense_first_layers=dense_first_layers,
+        keep_text=keep_text,
+        seed=seed,
+    )
     page = _page(image, question, max_new_tokens)
     loaded = _model(model, device, dtype)
 
@@ -153,13 +180,29 @@ def inspect(
     ratio: RatioOption = None,
     cache: CacheOption = "drop",
     dense_below: DenseBelowOption = "auto",
+    max_ratio: MaxRatioOption = None,
+    local_window: WindowOption = None,
+    num_sinks: SinksOption = None,
+    dense_first_layers: DenseLayersOption = None,
+    keep_text: KeepTextOption = None,
     seed: SeedOption = 0,
     max_new_tokens: NewTokensOption = 32,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
     """Write a picture or web page of the patches that each layer kept."""
-    config = _config(tau=tau, ratio=ratio, cache=cache, dense_below=dense_below, seed=seed)
+    config = _config(
+        tau=tau,
+        ratio=ratio,
+        cache=cache,
+        dense_below=dense_below,
+        max_ratio=max_ratio,
+        local_window=local_window,
+        num_sinks=num_sinks,
+        dense_first_layers=dense_first_layers,
+        keep_text=keep_text,
+        seed=seed,
+    )
     page = _page(image, question, max_new_tokens)
 
     from zipvl.app.inspect import check_output, inspect_page, write_report
@@ -191,8 +234,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 
 def _config(**values: Any) -> ZipVLConfig:
+    """The configuration of ``values``; an option that was not given, None, is its default."""
     from zipvl.config import ZipVLConfig
 
+    values = {name: value for name, value in values.items() if value is not None}
     with suppress(ValueError):  # a word, such as auto
         values["dense_below"] = int(values["dense_below"])
     try:

@@ -13,6 +13,7 @@ from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.call import DEFAULT_RUN, Call
 from zipvl.transformers.quantized import QuantizedKV
 from zipvl.transformers.reasons import refuse_unsupported
+from zipvl.transformers.storage import RaggedKV, Tokens, packed_mask
 from zipvl.transformers.target import IN_BLOCK, layer_index
 
 
@@ -54,16 +55,16 @@ def attention_forward(
             )
         call = Call(DEFAULT_RUN, None)
     call.reached = True
-    layer = call.layer_of(module, key, value)
-    if layer is not None and layer.packed is not None:
-        if dropout > 0:
-            refuse_unsupported(module, kwargs, dropout)
-        return _attend_packed(module, call, layer, query, attention_mask, scaling), None
-
-    tokens, bystander = query.shape[2], zipvl is None and _implementation(module) == IN_BLOCK
-    if key.shape[2] == tokens > 1 and not bystander and layer_index(module) is not None:
+    layer, new, tokens = call.layer_of(module, key, value), query.shape[2], key.shape[2]
+    packed = layer is not None and layer.packed is not None
+    bystander = zipvl is None and _implementation(module) == IN_BLOCK
+    prompt, chunk = new == tokens > 1 and not packed, call.is_chunk(new, tokens)
+    if (prompt or chunk) and not bystander and layer_index(module) is not None:
         call.saw_prefill = True
-        dense_below = call.dense_below(query.shape[1], query.shape[3], query)
+        if packed and call.config.cache == "drop":  # what is there, not what was seen
+            assert layer is not None and layer.packed is not None
+            tokens = layer.packed.longest + new
+        dense_below = call.dense_below(query.shape[1], query.shape[3], query, new if chunk else None)
         dense = call.reason_dense(
             module,
             dense_below,
@@ -75,12 +76,19 @@ def attention_forward(
         )
         if dense is None:
             refuse_unsupported(module, kwargs, dropout)
-            return _prefill(module, call, layer, dense_below, query, key, value, attention_mask, scaling), None
-        call.record(module, layer, query, attention_mask, dense_below, dense=dense)
-        whole = layer is not None and not dense.always and (attention_mask is None or attention_mask.dim() == 2)
-        if layer is not None and whole and call.captures:
-            layer.keep_whole(attention_mask)
+            attend = _chunk if chunk else _prefill
+            return attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling), None
+        plain = attention_mask is None or attention_mask.dim() == 2
+        if prompt or plain:
+            call.record(module, layer, key, attention_mask, dense_below, dense=dense)
+        if layer is not None and prompt and plain and not dense.always and call.captures:
+            layer.keep_whole(attention_mask, call.visual_of(tokens, key.device))
             layer = None
+    if packed:
+        assert layer is not None
+        if dropout > 0:
+            refuse_unsupported(module, kwargs, dropout)
+        return _attend_packed(module, call, layer, query, attention_mask, scaling), None
     if layer is not None:
         layer.keep_all()
     out = _dense(
@@ -166,27 +174,76 @@ def run_layer(
     call.saw_prefill = True
     config = call.config
     packs = layer is not None and config.cache == "drop"
-    # Rows with fewer than dense_below real tokens keep them all, as they do alone.
-    short = None if token_mask is None else token_mask & (token_mask.sum(-1, keepdim=True) < dense_below)
-    out, chosen, count, keys, values = ops.zipvl_layer(
-        query,
-        key,
-        value,
-        **projections,
-        **config.attention_kwargs(),
-        scale=scaling,
-        keep_mask=short,
-        token_mask=token_mask,
-        pack=packs,
-    )
+    visual = call.visual_of(key.shape[2], key.device)
+    tokens = Tokens(key, value, token_mask, visual)
+    out, chosen, count, keys, values = _select(call, dense_below, query, tokens, scaling, pack=packs, **projections)
     if layer is not None and packs:
-        max_kept = policy.max_kept(config, key.shape[2], dense_below, token_mask is not None)
-        layer.keep_packed(keys, values, count, max_kept, call.candidates)
+        max_kept = policy.max_kept(config, key.shape[2], dense_below, token_mask is not None, call.keeps_more())
+        kept = None if visual is None else packed_mask(visual, chosen, count)
+        layer.keep_packed(keys, values, count, max_kept, call.candidates, kept)
     elif layer is not None:
         query_heads = out.shape[1] if query is not None else projections["q_weight"].shape[0] // key.shape[3]
-        layer.keep_selected(key, value, chosen, count, token_mask, query_heads, call.candidates)
+        layer.keep_selected(key, value, chosen, count, token_mask, query_heads, call.candidates, visual)
     call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count)
     return out
+
+
+def _select(
+    call: Call, dense_below: int, query: Tensor | None, tokens: Tokens, scaling: float | None, **given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``ops.zipvl_layer`` of the last tokens among ``tokens``, under the call's configuration; what the op returns."""
+    return ops.zipvl_layer(
+        query,
+        tokens.keys,
+        tokens.values,
+        **given,
+        **call.config.attention_kwargs(),
+        scale=scaling,
+        keep_mask=call.keep_mask(tokens.token_mask, dense_below, tokens.keys),
+        extra_mask=call.extra_mask(tokens.visual, tokens.keys),
+        token_mask=tokens.token_mask,
+    )
+
+
+def _chunk(
+    module: nn.Module,
+    call: Call,
+    layer: ZipVLCacheLayer | None,
+    dense_below: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Further tokens of a prompt, sparse among all so far; what becomes of them is up to the cache layer.
+
+    Args:
+        query: ``[B, Hq, n, D]``, of the chunk.
+        key, value: ``[B, Hkv, S, D]``, all so far, or a placeholder where ``layer`` is packed.
+        attention_mask: ``[B, S]`` or None: all real.
+
+    Returns:
+        ``[B, n, Hq, D]``.
+    """
+    new = query.shape[2]
+    if layer is None:  # earlier tokens are stored as they came: in a layer of ours or in an ordinary cache
+        stored = call.stored_in(module, key)
+        q, k, v = _in_one_dtype(query, key, value)
+        tokens = Tokens(k, v, attention_mask, call.visual_of(key.shape[2], key.device))
+        out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling)
+        if stored is not None:
+            stored.pack(chosen, new, attention_mask, tokens.visual, q.dtype)
+    else:
+        assert isinstance(layer.packed, RaggedKV)
+        stored, visual = layer, call.visual_of(new, query.device, new=True)
+        tokens = layer.with_new(call.new_mask(attention_mask, new), visual)
+        q = query.to(layer.packed.dtype)
+        out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling)
+        if call.config.cache == "drop":
+            layer.keep_chunk(chosen, visual)
+    call.record(module, stored, tokens.keys, tokens.token_mask, dense_below, chosen=chosen, count=count)
+    return out.transpose(1, 2).to(query.dtype)
 
 
 def _attend_packed(
@@ -232,7 +289,7 @@ def _attend_packed(
         mask = torch.cat([past, call.expanded(own, new, q.device)], dim=-1)
         keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
         out, _ = sdpa_attention_forward(module, q, keys, values, mask, scaling=scaling)
-    layer.append(token_mask, q, scaling)
+    layer.append(token_mask, q, scaling, call.visual_of(new, q.device, new=True))
     return out.to(query.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -53,6 +54,7 @@ class ZipVLCache(DynamicCache):
         candidates: how many last tokens of the coming prefill are guesses of assisted decoding, no part of the prompt.
         assisted: the cache is that of an assisted generation.
         plan: how the ``generate()`` that runs decodes (``decode.Plan``); None outside of one.
+        visual: ``[B, m]`` bool, which of the tokens seen are visual, those beyond ``m`` being text; None: none.
     """
 
     def __init__(
@@ -86,6 +88,27 @@ class ZipVLCache(DynamicCache):
         self.config, self.cost_key = config, policy.cost_key(config) if cost_key is None else cost_key
         self.candidates, self.assisted = 0, False
         self.plan: Any = None
+        self.visual: torch.Tensor | None = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        super().reorder_cache(beam_idx)
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row ``repeats`` times in place."""
+        super().batch_repeat_interleave(repeats)
+        if self.visual is not None:
+            self.visual = self.visual.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._take_rows(indices)
+
+    def _take_rows(self, rows: torch.Tensor) -> None:
+        if self.visual is not None:
+            self.visual = self.visual[rows.to(self.visual.device)]
 
     @property
     def cache_bytes(self) -> int:

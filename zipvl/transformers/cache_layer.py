@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from zipvl.config import ZipVLConfig
 from zipvl.stats import LayerStats
 from zipvl.transformers.quantized import QuantizedKV
-from zipvl.transformers.storage import RaggedKV, Trimmer, can_wait, is_exact, is_writable
+from zipvl.transformers.storage import RaggedKV, Tokens, Trimmer, can_wait, is_exact, is_writable
 
 
 class ZipVLCacheLayer(DynamicLayer):
@@ -37,6 +37,8 @@ class ZipVLCacheLayer(DynamicLayer):
         self._record: LayerStats | None = None
         self._untrimmed = False
         """A compiled prefill left buffers of the prompt's length."""
+        self._awaited = False
+        """The counts of what was packed are on their way to the host."""
         self._seen = 0
 
     # What the model calls
@@ -69,8 +71,9 @@ class ZipVLCacheLayer(DynamicLayer):
             self.is_initialized = True
             self._pending = self.returned = (key_states, value_states)
             return key_states, value_states
-        if self.trimmer.waiting or self._untrimmed:
+        if self._awaited or self._untrimmed:
             self.settle()
+        self.trimmer.advance()
         self._thaw()
         self._pending = (key_states, value_states)
         cached = self._placeholder(key_states)
@@ -89,11 +92,12 @@ class ZipVLCacheLayer(DynamicLayer):
         self.lazy_initialization(key_states, value_states)
         super().update(key_states, value_states)
 
-    def keep_whole(self, token_mask: torch.Tensor | None) -> None:
-        """The prefill was dense, and is packed whole for a captured step; ``token_mask [B, N]`` or None: all real."""
+    def keep_whole(self, token_mask: torch.Tensor | None, visual: torch.Tensor | None = None) -> None:
+        """The prefill was dense, and is packed whole for a captured step; ``token_mask [B, N]`` or None: all real;
+        ``visual [B, N]`` or None: none."""
         keys, values = self.pending()
         self._take_prompt(candidates=0)
-        self.packed = RaggedKV.real(keys, values, token_mask)
+        self.packed = RaggedKV.real(keys, values, token_mask, visual)
 
     def keep_packed(
         self,
@@ -102,6 +106,7 @@ class ZipVLCacheLayer(DynamicLayer):
         count: torch.Tensor,
         max_kept: int | None = None,
         candidates: int = 0,
+        visual: torch.Tensor | None = None,
     ) -> None:
         """The prefill was sparse and this is what it attended to, which becomes a ``drop`` cache.
 
@@ -109,12 +114,13 @@ class ZipVLCacheLayer(DynamicLayer):
             keys, values: ``[B, Hkv, N, D]``, of which the first ``count [B]`` tokens are kept; taken, not copied.
             max_kept: no count is known to be larger (``policy.max_kept``).
             candidates: as many last tokens of the update are no part of the prompt, and stay pending.
+            visual: ``[B, N]``, which of the packed tokens are visual; None: none.
         """
         self._take_prompt(candidates)
         if max_kept is None or is_exact(count) or count.numel() == 0 or can_wait(count.device):
-            self._keep(RaggedKV.packed(keys, values, count))
+            self._keep(RaggedKV.packed(keys, values, count, visual))
         else:
-            self.packed = RaggedKV.cut(keys, values, count, max_kept)
+            self.packed = RaggedKV.cut(keys, values, count, max_kept, visual)
 
     def keep_selected(
         self,
@@ -125,6 +131,7 @@ class ZipVLCacheLayer(DynamicLayer):
         token_mask: torch.Tensor | None,
         query_heads: int,
         candidates: int = 0,
+        visual: torch.Tensor | None = None,
     ) -> None:
         """The prefill was sparse: a ``quantize`` or ``full`` cache keeps what the configuration says.
 
@@ -134,12 +141,66 @@ class ZipVLCacheLayer(DynamicLayer):
             token_mask: ``[B, N]``, the real ones, or None: all.
             query_heads: ``Hq``.
             candidates: as many last tokens of the update are no part of the prompt, and stay pending.
+            visual: ``[B, N]``, which tokens of the prompt are visual; None: none.
         """
         self._take_prompt(candidates)
         if self.config.cache == "quantize":
             self._keep(QuantizedKV(keys, values, index, count, token_mask, query_heads, self.config))
         else:
-            self.packed = RaggedKV.real(keys, values, token_mask)
+            self.packed = RaggedKV.real(keys, values, token_mask, visual)
+
+    def with_new(self, token_mask: torch.Tensor | None, visual: torch.Tensor | None) -> Tokens:
+        """What a chunk behind packed tokens attends to: those, and the tokens of the last update at the end. A ``full``
+        cache stores them; in a ``drop`` cache they stay pending, until ``keep_chunk``.
+
+        Args:
+            token_mask: ``[B, n]`` or None: all real.
+            visual: ``[B, n]`` or None: none.
+        """
+        assert isinstance(self.packed, RaggedKV)
+        drops = self.config.cache == "drop"
+        keys, values = (states.to(self.packed.dtype) for states in (self.pending() if drops else self._take()))
+        return self.packed.with_new(keys, values, token_mask, visual, store=not drops)
+
+    def keep_chunk(self, index: torch.Tensor, visual: torch.Tensor | None) -> None:
+        """Of a chunk behind packed tokens, a ``drop`` cache stores what was selected; what it held it holds.
+
+        Args:
+            index: ``[B, S]``, the selected ones among all ``S`` tokens, ``S`` where there is none.
+            visual: ``[B, n]`` or None: none.
+        """
+        assert isinstance(self.packed, RaggedKV)
+        keys, values = (states.to(self.packed.dtype) for states in self._take())
+        self.packed.append(keys, values, _chosen(index)[:, -keys.shape[2] :], visual)
+        if is_exact(keys) and keys.shape[0]:
+            self.packed.trim(int(self.packed.lengths.max()))
+        self._keep(self.packed)
+
+    def pack(
+        self,
+        index: torch.Tensor,
+        new: int,
+        token_mask: torch.Tensor | None,
+        visual: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """A chunk behind dense ones, which are stored as they came, was sparse: this is a packed layer from here on. A
+        ``drop`` cache stores what it held, and of the ``new`` tokens those that were selected; a ``full`` one all.
+
+        Args:
+            index: ``[B, S]``, the selected ones among all ``S`` tokens, ``S`` where there is none.
+            token_mask, visual: ``[B, S]`` of all tokens, or None: all real, none visual.
+            dtype: of the chunk's queries.
+        """
+        assert self.keys is not None and self.values is not None
+        keys, values = self.keys.to(dtype), self.values.to(dtype)
+        self._placeholder(keys)
+        if self.config.cache == "drop":
+            chosen = _chosen(index)
+            chosen[:, : chosen.shape[1] - new] = True if token_mask is None else token_mask[:, : chosen.shape[1] - new]
+            self._keep(RaggedKV.real(keys, values, chosen, visual))
+        else:
+            self.packed = RaggedKV.real(keys, values, token_mask, visual, copy=False)
 
     def _keep(self, packed: RaggedKV | QuantizedKV) -> None:
         """Takes ``packed`` and sees to it that it is trimmed."""
@@ -148,6 +209,7 @@ class ZipVLCacheLayer(DynamicLayer):
         if not is_exact(counts[0]) and counts[0].numel():
             if can_wait(counts[0].device):
                 self.trimmer.add(counts, self._trim)
+                self._awaited = True
             else:
                 packed.clear()
                 self._untrimmed = torch.compiler.is_compiling()
@@ -178,6 +240,7 @@ class ZipVLCacheLayer(DynamicLayer):
             self._pending = (keys[:, :, -candidates:], values[:, :, -candidates:])
 
     def _trim(self, *longest: int) -> None:
+        self._awaited = False
         assert self.packed is not None
         self.packed.trim(*longest)
 
@@ -187,9 +250,14 @@ class ZipVLCacheLayer(DynamicLayer):
             self.packed.thaw()
 
     def append(
-        self, token_mask: torch.Tensor | None, query: torch.Tensor, scale: float | None
+        self,
+        token_mask: torch.Tensor | None,
+        query: torch.Tensor,
+        scale: float | None,
+        visual: torch.Tensor | None = None,
     ) -> RaggedKV | QuantizedKV:
-        """Stores the tokens of the last update, ``token_mask [B, n]`` or None: all real; returns what is stored.
+        """Stores the tokens of the last update, ``token_mask [B, n]`` or None: all real; ``visual [B, n]`` or None:
+        none; returns what is stored.
 
         ``query [B, Hq, n, D]`` are theirs, and ``scale`` the factor of their scores: what a quantised cache needs to
         tell later which of them matter."""
@@ -198,7 +266,7 @@ class ZipVLCacheLayer(DynamicLayer):
         if isinstance(self.packed, QuantizedKV):
             self.packed.append(keys, values, token_mask, query, scale)
         else:
-            self.packed.append(keys, values, token_mask)
+            self.packed.append(keys, values, token_mask, visual)
         return self.packed
 
     def reserve(self, tokens: int) -> None:
@@ -296,7 +364,7 @@ class ZipVLCacheLayer(DynamicLayer):
         super().reset()
         self.keys = self.values = None
         self.packed = self._pending = self.returned = self._record = None
-        self._untrimmed = False
+        self._untrimmed = self._awaited = False
         self._seen = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -350,3 +418,10 @@ class ZipVLCacheLayer(DynamicLayer):
         if self.packed is not None:
             return self.packed.tensors()
         return () if self.keys is None or self.values is None else (self.keys, self.values)
+
+
+def _chosen(index: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool of ``index [B, S]``, which holds ``S`` where it holds nothing."""
+    batch, tokens = index.shape
+    chosen = torch.zeros(batch, tokens + 1, dtype=torch.bool, device=index.device)
+    return chosen.scatter_(1, index.to(torch.int64), True)[:, :tokens]

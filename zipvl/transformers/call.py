@@ -15,8 +15,9 @@ from zipvl.config import ZipVLConfig
 from zipvl.stats import Stats
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
-from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, Dense, reason_dense
+from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, TEXT, Dense, reason_dense
 from zipvl.transformers.target import layer_index
+from zipvl.transformers.visual import Visual, VisualMask
 
 
 class Run:
@@ -27,12 +28,19 @@ class Run:
         stats: where prefills are recorded; None: nowhere.
         in_block: in force for the length of a block: a copy of the model would stay behind after it, and record here.
         cost_key: ``policy.cost_key(config)``, where it was made beforehand.
+        visual_mask: what the caller says of visual tokens; None: input ids decide.
     """
 
     def __init__(
-        self, config: ZipVLConfig, stats: Stats | None = None, *, in_block: bool = False, cost_key: str | None = None
+        self,
+        config: ZipVLConfig,
+        stats: Stats | None = None,
+        *,
+        in_block: bool = False,
+        cost_key: str | None = None,
+        visual_mask: VisualMask | None = None,
     ) -> None:
-        self.config, self.stats, self.in_block = config, stats, in_block
+        self.config, self.stats, self.in_block, self.visual_mask = config, stats, in_block, visual_mask
         self.cost_key = policy.cost_key(config) if cost_key is None else cost_key
         self._warned: set[str] = set()
 
@@ -53,8 +61,9 @@ class Run:
         warnings.warn(text, stacklevel=3)
 
 
-DEFAULT_RUN = Run(ZipVLConfig())
-"""Of a model with ``attn_implementation="zipvl"`` that nobody configured."""
+DEFAULT_RUN = Run(ZipVLConfig(text_prompts="sparse", keep_text=False))
+"""Of a model with ``attn_implementation="zipvl"`` that nobody configured. It has no hooks that could see which tokens
+are visual."""
 
 
 class Call:
@@ -63,6 +72,7 @@ class Call:
     Args:
         run: the run in force.
         cache: the cache that the decoder is given, if any. A ``ZipVLCache``'s own configuration decides.
+        visual: which tokens are visual; None: none.
 
     Attributes:
         candidates: how many last tokens are guesses of assisted decoding, behind the end of the prompt.
@@ -70,8 +80,8 @@ class Call:
         saw_prefill: whether any layer ran a prefill.
     """
 
-    def __init__(self, run: Run, cache: Cache | None) -> None:
-        self.run, self.cache = run, cache
+    def __init__(self, run: Run, cache: Cache | None, visual: Visual | None = None) -> None:
+        self.run, self.cache, self.visual = run, cache, Visual() if visual is None else visual
         self.config, self.cost_key, self.candidates = run.config, run.cost_key, 0
         if isinstance(cache, ZipVLCache):
             self.config, self.cost_key = cache.config, cache.cost_key
@@ -79,6 +89,7 @@ class Call:
         self.reached = self.saw_prefill = False
         self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
+        self._extra: tuple[torch.Tensor, torch.Tensor] | None = None
         self._new: list[torch.Tensor | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
@@ -104,6 +115,13 @@ class Call:
             )
         return layer
 
+    def stored_in(self, module: nn.Module, keys: torch.Tensor) -> ZipVLCacheLayer | None:
+        """The ``ZipVLCacheLayer`` whose storage ``keys`` is: one that holds tokens as they came; None: there is
+        none."""
+        layers, index = [] if self.cache is None else self.cache.layers, layer_index(module)
+        layer = layers[index] if index is not None and 0 <= index < len(layers) else None
+        return layer if isinstance(layer, ZipVLCacheLayer) and layer.packed is None and layer.keys is keys else None
+
     @property
     def captures(self) -> bool:
         """Whether this is a forward of a ``generate()`` that captures its steps; dense prefills are packed for it."""
@@ -111,14 +129,27 @@ class Call:
 
     # The decision
 
-    def dense_below(self, query_heads: int, head_dim: int, states: torch.Tensor) -> int:
-        """``policy.dense_below`` of a layer with so many heads; ``states`` has its dtype and device."""
-        return policy.dense_below(self.config, query_heads, head_dim, states, self.cost_key)
+    def is_chunk(self, new: int, tokens: int) -> bool:
+        """Whether ``new`` of ``tokens`` tokens are a chunk of a prompt, behind a filled cache, that may be sparse.
+
+        Not so few that their probes would be all of them, which costs what dense attention does: decoded tokens, a
+        short turn. Nor candidates of assisted generation, nor what comes behind a quantised cache.
+        """
+        if self.config.cache == "quantize" or getattr(self.cache, "assisted", False):
+            return False
+        return self.config.num_recent + self.config.num_random < new < tokens
+
+    def dense_below(self, query_heads: int, head_dim: int, states: torch.Tensor, queries: int | None = None) -> int:
+        """``policy.dense_below`` of a layer with so many heads; ``states`` has its dtype and device. ``queries`` is the
+        length of a chunk, or None: all tokens are new."""
+        if torch.compiler.is_compiling():
+            queries = None  # it may be a symbol, and the answer is a constant
+        return policy.dense_below(self.config, query_heads, head_dim, states, self.cost_key, queries)
 
     def reason_dense(
         self, module: nn.Module, dense_below: int, tokens: int, attention_mask: torch.Tensor | None, **facts: Any
     ) -> Dense | None:
-        """``reasons.reason_dense``, asked once a layer.
+        """``reasons.reason_dense``, and that all rows are text which is to be dense; asked once a layer.
 
         Raises:
             ValueError: the layer is named in ``config.layers``, and is dense for more than its length.
@@ -126,6 +157,8 @@ class Call:
         key = layer_index(module), bool(getattr(module, "is_causal", False))  # cross-attention may share the index
         if key not in self._answers:
             answer = reason_dense(module, self.config, dense_below, tokens, attention_mask, **facts)
+            if answer is None and self.config.text_prompts == "dense" and self.visual.kind() == "text":
+                answer = Dense(TEXT, always=False)
             self._answers[key] = answer
             if answer is not None:
                 self._tell(module, answer)
@@ -139,6 +172,12 @@ class Call:
                 f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): ZipVLConfig.layers names "
                 f"this layer, but it cannot be sparse: {dense.words}. Leave it out, or use layers=None for every layer "
                 "that can be."
+            )
+        if dense.words == TEXT:
+            self.run.warn_once(
+                f"zipvl: layers of {type(module).__name__} are dense for this prompt: {TEXT}. For sparse text use "
+                'text_prompts="sparse"; where visual tokens cannot be known by their input ids (inputs_embeds, '
+                "cross-attention), name them by visual_mask=."
             )
         if dense.words == NOT_PLAIN_CAUSAL:
             self.run.warn_once(
@@ -188,9 +227,59 @@ class Call:
             layer.measured_by(entry)
 
     def idle_reasons(self) -> list[str]:
-        """Why every layer's prefill was dense, for a prompt that is long enough; empty if one was sparse, or if there
-        was none."""
-        return [] if None in self._prefills else sorted({words for words in self._prefills if words})
+        """Why every layer's prefill was dense, for a prompt that is long enough; empty if one was sparse, if there was
+        none, or if a layer was dense for the prompt's text, of which there is a warning."""
+        found = set(self._prefills)
+        return [] if found & {None, TEXT} else sorted(words for words in found if words)
+
+    # What is kept beside the selection
+
+    def keeps_more(self) -> bool:
+        """Whether tokens that the device alone knows may be kept on top of a selection: text, or rows of text."""
+        config, kind = self.config, self.visual.kind
+        return (config.keep_text and kind() != "text") or (config.text_prompts == "dense" and kind() == "mixed")
+
+    def extra_mask(self, visual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+        """``[B, S]`` bool: the text to keep on top, in rows with visual tokens; None: none. Padding counts as text.
+
+        Args:
+            visual: ``[B, S]``, which of the tokens are visual; None: none.
+            like: ``[B, H, S, D]``, gives sizes and the device.
+        """
+        if not self.config.keep_text or self.visual.kind() == "text":
+            return None
+        rows = self.visual.rows(like.device)[:, None]
+        if visual is None:
+            return rows.repeat(1, like.shape[2])
+        if (
+            self._extra is None or self._extra[0] is not visual
+        ):  # one mask for all layers, unless they hold other tokens
+            self._extra = visual, ~visual & rows
+        return self._extra[1]
+
+    def visual_of(self, tokens: int, device: torch.device, *, new: bool = False) -> torch.Tensor | None:
+        """``[B, tokens]`` bool: which of the first ``tokens`` so far, with ``new`` of this forward, are visual. None:
+        none is, or it makes no difference."""
+        if not self.config.keep_text or self.visual.kind() == "text":
+            return None
+        return self.visual.of(tokens, device, new=new)
+
+    def keep_mask(self, token_mask: torch.Tensor | None, dense_below: int, like: torch.Tensor) -> torch.Tensor | None:
+        """``[B, S]`` bool: the tokens of rows that keep them all, as they do alone; None: there are no such rows.
+
+        Those are rows of fewer than ``dense_below`` real tokens, and rows of text where that is to be dense.
+
+        Args:
+            token_mask: ``[B, S]`` or None: all real.
+            like: ``[B, H, S, D]``, gives sizes and the device.
+        """
+        whole = None if token_mask is None else token_mask.sum(-1, keepdim=True) < dense_below
+        if self.config.text_prompts == "dense" and self.visual.kind() == "mixed":
+            text = ~self.visual.rows(like.device)[:, None]
+            whole = text if whole is None else whole | text
+        if whole is None:
+            return None
+        return whole.repeat(1, like.shape[2]) if token_mask is None else token_mask & whole
 
     # The mask
 

@@ -1,5 +1,6 @@
 """The hooks of a model that runs with ZipVL: one before the decoder's forward, which makes the ``Call`` that its
-attention layers are handed, one after it, and what ``generate()`` asks.
+attention layers are handed, one after it, one before the whole model's, which sees the input ids, and what
+``generate()`` asks.
 
 A model has them while a block or ``configure`` is in force, or for good once a ``ZipVLCache`` was made for it. They
 are parts of the model: its deep copies, pickles and saved files have copies of their own.
@@ -25,6 +26,7 @@ from zipvl.transformers.call import Call, Run
 from zipvl.transformers.decode import Replaying, plan_decoding
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
 from zipvl.transformers.vision import VISION
+from zipvl.transformers.visual import Noted, Visual, is_visual, named, visual_ids
 
 _PREPARE = "_prepare_cache_for_generation"
 
@@ -44,6 +46,8 @@ class DecoderHook:
         self.target, self.runs, self.stays = target, list[Run](), False
         self._configured: tuple[Run, list[tuple[Any, Any]]] | None = None
         self.cache_name = cache_names.name_for(type(target.decoder).forward)
+        self.visual_ids = visual_ids(target.outer.config)
+        self.noted = Noted()
         self._handles: list[Any] = []
 
     @classmethod
@@ -60,6 +64,12 @@ class DecoderHook:
         try:
             add(target.decoder.register_forward_pre_hook(self, with_kwargs=True))
             add(target.decoder.register_forward_hook(_after_forward, with_kwargs=True))
+            for model in target.around:
+                add(
+                    model.register_forward_pre_hook(
+                        _NoteIds(self, outermost=model is target.around[0]), with_kwargs=True
+                    )
+                )
             for generator in target.generators:
                 add(generator.register_forward_pre_hook(_note_candidates, with_kwargs=True))
                 if _PREPARE not in generator.__dict__:
@@ -142,7 +152,8 @@ class DecoderHook:
         if not self.runs:
             if not isinstance(cache, ZipVLCache):
                 return None
-            return args, kwargs | {KEYWORD: Call(Run(cache.config, cost_key=cache.cost_key), cache)}
+            run = Run(cache.config, cost_key=cache.cost_key)
+            return args, kwargs | {KEYWORD: Call(run, cache, self._visual(run, cache, args, kwargs))}
         run = self.runs[-1]
         use_cache = kwargs.get("use_cache")
         if cache is not None:
@@ -152,7 +163,46 @@ class DecoderHook:
             kwargs = cache_names.without(kwargs) | {self.cache_name: cache}
         elif is_tracing():
             kwargs = kwargs | _all_real(args, kwargs)
-        return args, kwargs | {KEYWORD: Call(run, cache)}
+        return args, kwargs | {KEYWORD: Call(run, cache, self._visual(run, cache, args, kwargs))}
+
+    def _visual(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visual:
+        """Which tokens of this forward of the decoder are visual, and of those before it; the cache remembers them."""
+        noted, embeds = self.noted.take(), kwargs.get("inputs_embeds")
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+        tokens = ids if embeds is None else embeds
+        ours = cache if isinstance(cache, ZipVLCache) else None
+        seen, before = (0, None) if ours is None else (ours.get_seq_length(), ours.visual)
+        if tokens is None or tokens.shape[1] <= 1:  # a decoded token is text
+            return Visual(None, before, seen)
+        if ids is None and noted is not None and noted.shape == tokens.shape[:2]:
+            ids = noted
+        if run.visual_mask is not None:
+            new = named(run.visual_mask, ids, embeds, seen)
+        else:
+            new = None if ids is None else is_visual(ids, self.visual_ids)
+        visual = Visual(new, before, seen)
+        if ours is not None and new is not None:
+            ours.visual = visual.all()
+        return visual
+
+
+class _NoteIds:
+    """Forward pre-hook of a model around the decoder: leaves the input ids for the decoder's. The outermost has the
+    say.
+
+    Args:
+        hook: the decoder's.
+        outermost: whether the model is.
+    """
+
+    def __init__(self, hook: DecoderHook, *, outermost: bool) -> None:
+        self.hook, self.outermost = hook, outermost
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+        is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        if self.outermost or is_ids:
+            self.hook.noted.put(ids if is_ids else None)
 
 
 def _restore(before: list[tuple[Any, Any]]) -> None:

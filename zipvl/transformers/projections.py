@@ -130,7 +130,7 @@ def reason(
         return "another attention implementation is in force"
     if config.skip_projections is False:
         return "switched off"
-    if config.all_queries:
+    if config.all_queries or config.local_window > 0:
         return "every query is computed"
     if static_reason(module) is not None:
         return static_reason(module)

@@ -11,6 +11,7 @@ from zipvl.config import ZipVLConfig
 from zipvl.transformers.target import layer_index, layer_type
 
 NOT_PLAIN_CAUSAL = "the mask is not plain causal"
+TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 
 # Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
 _PAGED = ("cache", "block_table", "read_index")
@@ -54,6 +55,9 @@ def reason_dense(
         return Dense(kind, always=True)
     if config.layers is not None and layer_index(module) not in config.layers:
         return Dense("not among ZipVLConfig.layers", always=False)
+    index = layer_index(module)
+    if index is not None and index < config.dense_first_layers:
+        return Dense(f"among the first dense_first_layers={config.dense_first_layers}", always=False)
     if tokens < dense_below:
         return Dense(f"prompt shorter than dense_below={dense_below}", always=False)
     if attention_mask is not None and attention_mask.dim() != 2:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -57,6 +58,25 @@ def _gather(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return states.gather(2, order[:, None, :, None].expand(batch, heads, order.shape[1], dim))
 
 
+def packed_mask(mask: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """``mask [B, N]`` at the tokens ``order [B, M]`` of each row, false from ``count [B]`` on; ``[B, M]`` bool."""
+    places = order.clamp(max=max(mask.shape[1] - 1, 0)).to(torch.int64)
+    return mask.gather(1, places) & (torch.arange(order.shape[1], device=mask.device) < count[:, None])
+
+
+class Tokens(NamedTuple):
+    """What a chunk attends to: what was stored, and its own tokens at the end."""
+
+    keys: torch.Tensor
+    """``[B, Hkv, S, D]``."""
+    values: torch.Tensor
+    """``[B, Hkv, S, Dv]``."""
+    token_mask: torch.Tensor | None
+    """``[B, S]`` bool: which places hold a token; None: all."""
+    visual: torch.Tensor | None
+    """``[B, S]`` bool: which tokens are visual; None: none."""
+
+
 class RaggedKV:
     """``keys [B, Hkv, C, D]`` and ``values [B, Hkv, C, Dv]``; row ``b`` holds tokens in slots ``[0, lengths[b])``.
 
@@ -67,10 +87,23 @@ class RaggedKV:
         keys, values: the storage; not shared with anything else, and written to.
         lengths: ``[B]`` int32, on the device of ``keys``; changed in place, so that a CUDA graph sees it.
         longest: an upper bound of ``lengths``.
+        even: whether the host knows that every row holds ``longest`` tokens.
+        visual: ``[B, V]`` bool, which slots hold a visual token: none beyond ``V``, nor beyond a row's length. None:
+        none.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, longest: int) -> None:
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        longest: int,
+        *,
+        even: bool = False,
+        visual: torch.Tensor | None = None,
+    ) -> None:
         self.keys, self.values, self.lengths, self.longest = keys, values, lengths, longest
+        self.even, self.visual = even, visual
         self.tail = 0
         """How many last tokens every row holds, appended after the prompt: what ``crop`` may remove."""
 
@@ -80,13 +113,15 @@ class RaggedKV:
         return self.keys.dtype
 
     @classmethod
-    def packed(cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> RaggedKV:
+    def packed(
+        cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, visual: torch.Tensor | None = None
+    ) -> RaggedKV:
         """``keys``, ``values [B, Hkv, N, D]`` whose first ``count [B]`` tokens are kept ones, the others undefined.
 
         On the CPU the storage is trimmed to the longest row. Elsewhere, and while a graph is traced, it is taken as it
         is, and ``trim`` or ``clear`` has to be called before anything else is.
         """
-        made = cls(keys, values, count.to(torch.int32, copy=True), keys.shape[2])
+        made = cls(keys, values, count.to(torch.int32, copy=True), keys.shape[2], visual=visual)
         if is_exact(keys):
             made.trim(int(count.max()) if count.numel() else 0, room=0)
         return made
@@ -97,7 +132,9 @@ class RaggedKV:
         slots = self.keys.shape[2]
         if room is None:
             room = min(slots // _ROOM_SHARE, _growth(longest))
-        self.longest = longest
+        self.longest, self.even = longest, self.keys.shape[0] == 1
+        if self.visual is not None and self.visual.shape[1] > longest:
+            self.visual = self.visual[:, :longest].clone()
         self.clear(min(longest + room, slots))
 
     def clear(self, slots: int | None = None) -> None:
@@ -111,7 +148,14 @@ class RaggedKV:
             self.keys, self.values = (s[:, :, :slots].masked_fill(unused, 0) for s in (self.keys, self.values))
 
     @classmethod
-    def cut(cls, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, slots: int) -> RaggedKV:
+    def cut(
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        count: torch.Tensor,
+        slots: int,
+        visual: torch.Tensor | None = None,
+    ) -> RaggedKV:
         """``packed`` in storage of ``slots``, by what the host knew before the counts were: nothing is read.
 
         A row that holds more becomes NaN. Every token of a row is selected where its scores are not finite, and what
@@ -124,30 +168,52 @@ class RaggedKV:
         keys, values = (
             states[:, :, :slots].masked_fill(unused, 0).masked_fill(too_long, torch.nan) for states in (keys, values)
         )
-        return cls(keys, values, count.to(torch.int32).clamp(max=slots), slots)
+        lengths = count.to(torch.int32).clamp(max=slots)
+        return cls(keys, values, lengths, slots, visual=None if visual is None else visual[:, :slots])
 
     @classmethod
-    def real(cls, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> RaggedKV:
+    def real(
+        cls,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        visual: torch.Tensor | None = None,
+        *,
+        copy: bool = True,
+    ) -> RaggedKV:
         """Every real token of ``k``, ``v [B, Hkv, N, D]`` (what ``full`` keeps); ``token_mask [B, N]`` or None: all.
+
+        ``visual [B, N]`` are the visual ones, or None: none. Without ``copy``, ``k`` and ``v`` themselves become the
+        storage where all are real.
 
         On CUDA ``longest`` stays ``N``: a prompt is as long as the longest row of its batch, so nothing is gained."""
         batch, _, tokens, _ = k.shape
         if token_mask is None:
             lengths = torch.full((batch,), tokens, dtype=torch.int32, device=k.device)
-            keys, values = (states.clone(memory_format=torch.contiguous_format) for states in (k, v))
-            return cls(keys, values, lengths, tokens)
+            if copy:
+                k, v = (states.clone(memory_format=torch.contiguous_format) for states in (k, v))
+            return cls(k, v, lengths, tokens, even=True, visual=visual)
         lengths = token_mask.sum(-1, dtype=torch.int32)
         longest = int(lengths.max()) if batch and is_exact(k) else tokens
         order = _real_first(token_mask)[:, :longest]
-        return cls(_gather(k, order), _gather(v, order), lengths, longest)
+        visual = None if visual is None else packed_mask(visual, order, lengths)
+        even = batch == 1 and is_exact(k)
+        return cls(_gather(k, order), _gather(v, order), lengths, longest, even=even, visual=visual)
 
     @staticmethod
     def real_first(states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         """``states [B, H, n, D]`` with the real tokens of each row in front, ``token_mask [B, n]``."""
         return states if states.shape[2] == 1 else _gather(states, _real_first(token_mask))
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> None:
-        """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all."""
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        visual: torch.Tensor | None = None,
+    ) -> None:
+        """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all.
+        ``visual [B, n]`` are the visual ones, or None: none."""
         new = k.shape[2]
         if self.longest + new > self.keys.shape[2]:
             self.reserve(new + _growth(self.longest))
@@ -156,15 +222,73 @@ class RaggedKV:
             self.tail += new
         else:
             added = token_mask.sum(-1, dtype=torch.int32)
-            self.tail = 0
+            self.tail, self.even = 0, False
             k, v = self.real_first(k, token_mask), self.real_first(v, token_mask)
+            if visual is not None:
+                visual = packed_mask(visual, _real_first(token_mask), added)
         slot = self.lengths.view(-1, 1, 1, 1).to(torch.int64)
         if new > 1:  # one token, a decoding step, is spared two launches
             slot = slot + torch.arange(new, device=k.device)[:, None]
         for storage, states in ((self.keys, k), (self.values, v)):
             storage.scatter_(2, slot.expand(states.shape), states)
+        if visual is not None:
+            before = visual.new_zeros(visual.shape[0], 0) if self.visual is None else self.visual
+            before = torch.nn.functional.pad(before, (0, self.longest + new - before.shape[1]))
+            self.visual = before.scatter(1, slot[:, 0, :, 0], visual)
         self.lengths.add_(added)
         self.longest += new
+
+    def with_new(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        visual: torch.Tensor | None,
+        *,
+        store: bool,
+    ) -> Tokens:
+        """What is held, and ``k``, ``v [B, Hkv, n, D]`` behind it, right-aligned, and the new ones in
+        the last ``n`` places.
+
+        Args:
+            token_mask: ``[B, n]`` or None: all real.
+            visual: ``[B, n]`` or None: none.
+            store: whether the real ones are appended too.
+        """
+        if store and self.even and token_mask is None:
+            self.append(k, v, None, visual)
+            return Tokens(*self.visible(), None, self._visual(self.longest))
+        tokens = self._joined(k, v, token_mask, visual)
+        if store:
+            self.append(k, v, token_mask, visual)
+        return tokens
+
+    def _visual(self, slots: int) -> torch.Tensor | None:
+        """``visual`` of the first ``slots`` slots."""
+        if self.visual is None:
+            return None
+        return torch.nn.functional.pad(self.visual, (0, max(slots - self.visual.shape[1], 0)))[:, :slots]
+
+    def _joined(
+        self, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None, visual: torch.Tensor | None
+    ) -> Tokens:
+        held, new = self.longest, k.shape[2]
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(self.visible(), (k, v), strict=True))
+        known = self._visual(held)
+        if known is not None or visual is not None:
+            shape = self.lengths.shape[0]
+            known = keys.new_zeros(shape, held, dtype=torch.bool) if known is None else known
+            visual = keys.new_zeros(shape, new, dtype=torch.bool) if visual is None else visual
+            visual = torch.cat([known, visual], dim=1)
+        if self.even and token_mask is None:
+            return Tokens(keys, values, None, visual)
+        # What is held moves up to the new tokens. It stays behind padding in front of them: those places are queries.
+        real = keys.new_ones(keys.shape[0], new, dtype=torch.bool) if token_mask is None else token_mask
+        free, slot = held - self.lengths[:, None].to(torch.int64), torch.arange(held + new, device=k.device)
+        source = torch.where(slot < held, (slot - free).clamp(min=0), slot)
+        there = (slot >= free) & torch.nn.functional.pad(real, (held, 0), value=True)
+        visual = None if visual is None else visual.gather(1, source) & there
+        return Tokens(_gather(keys, source), _gather(values, source), there, visual)
 
     def thaw(self) -> None:
         """Copies what was made under ``torch.inference_mode``, so that it can be written outside of it."""
@@ -193,6 +317,9 @@ class RaggedKV:
         """Forgets the last ``tokens`` tokens of every row; at most ``tail``."""
         self.lengths.sub_(tokens)
         self.advance(-tokens)
+        if self.visual is not None:
+            visual = self.visual[:, : self.longest]
+            self.visual = visual & (torch.arange(visual.shape[1], device=visual.device) < self.lengths[:, None])
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was; ``rows`` may repeat, reorder or leave out."""
@@ -201,6 +328,7 @@ class RaggedKV:
             rows = rows.nonzero().squeeze(-1)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.lengths = self.lengths.index_select(0, rows)
+        self.visual = None if self.visual is None else self.visual.index_select(0, rows)
 
     def attend(self, query: torch.Tensor, scale: float | None) -> torch.Tensor:
         """One new token, already appended, against everything: ``query [B, Hq, 1, D]``; returns the same shape."""
@@ -211,6 +339,7 @@ class RaggedKV:
         """Forgets every token; the storage stays where it is."""
         self.lengths.zero_()
         self.longest = self.tail = 0
+        self.visual = None
 
     def counts(self) -> tuple[torch.Tensor, ...]:
         """What has to reach the host before ``trim``."""
@@ -218,7 +347,8 @@ class RaggedKV:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything held."""
-        return self.keys, self.values, self.lengths
+        held = self.keys, self.values, self.lengths
+        return held if self.visual is None else (*held, self.visual)
 
     def token_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``keys`` and ``values`` at full precision, whatever their number: what a token would take."""

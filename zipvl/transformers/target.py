@@ -33,6 +33,7 @@ class Target:
         attention: its attention modules.
         configs: the configuration objects that decide their attention implementation.
         generators: the models around it that have ``generate``.
+        around: the models that hold the decoder, the outermost first.
     """
 
     outer: PreTrainedModel
@@ -40,6 +41,7 @@ class Target:
     attention: list[nn.Module]
     configs: list[PretrainedConfig]
     generators: list[Any]
+    around: list[Any]
 
 
 def find(model: nn.Module) -> Target:
@@ -68,7 +70,8 @@ def find(model: nn.Module) -> Target:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
     configs: dict[int, Any] = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
     generators = [m for m, _ in models if hasattr(m, "_prepare_cache_for_generation")]
-    return Target(outer, decoder, attention, list(configs.values()), generators)
+    around = [m for m, parts in models if m is not decoder and decoder in parts]
+    return Target(outer, decoder, attention, list(configs.values()), generators, around)
 
 
 def _why_not(decoder: PreTrainedModel) -> str | None:

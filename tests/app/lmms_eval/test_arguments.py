@@ -20,7 +20,8 @@ def test_defaults() -> None:
 
 def test_every_field_of_the_configuration_is_an_argument() -> None:
     given = {"tau": 1, "ratio": 0.5, "num_recent": 128, "num_random": 0, "seed": 3, "keep_recent": 2, "min_tokens": 5}
-    given |= {"all_queries": True, "cache": "full", "dense_below": 0, "layers": "1-3"}
+    given |= {"all_queries": True, "cache": "full", "dense_below": 0, "layers": "1-3", "max_ratio": 0.5}
+    given |= {"local_window": 64, "num_sinks": 4, "dense_first_layers": 1, "keep_text": False, "text_prompts": "sparse"}
     arguments = parse({"pretrained": "some/model", **given})
     assert arguments.zipvl == ZipVLConfig(**given | {"layers": (1, 2, 3)})
     assert parse({"pretrained": "m", "layers": "0+4"}).zipvl.layers == (0, 4)

@@ -90,7 +90,7 @@ def small_prompt(subject: Subject) -> dict[str, torch.Tensor]:
 def test_variant_is_zipvl(subject: Subject) -> None:
     inputs, model = small_prompt(subject), subject.model
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
-    with zipvl.sparse(model, tau=0.97, seed=3, record_index=True) as stats:
+    with zipvl.sparse(model, zipvl.ZipVLConfig.paper(), tau=0.97, seed=3, record_index=True) as stats:
         expected = model.generate(**inputs, **options, return_dict_in_generate=True)
     with variant(model, Variant(tau=0.97, seed=3)) as record:
         found = model.generate(**inputs, **options, return_dict_in_generate=True)
