@@ -114,8 +114,8 @@ struct ProbeScoresStep {
 };
 
 ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
-                                  std::int64_t probes, double scale, bool causal,
-                                  const ops::OptionalTensor& token_mask, const ops::OptionalTensor& last_key);
+                                  std::int64_t probes, double scale, bool causal, const ops::OptionalTensor& token_mask,
+                                  const ops::OptionalTensor& last_key);
 
 plan::SelectTokensPlan select_tokens_plan(std::int64_t batch, std::int64_t tokens, int device);
 

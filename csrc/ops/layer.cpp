@@ -278,9 +278,8 @@ class Layer {
     const double scale = ops::scale_or_default(options_.scale, sizes_.head_dim);
     const bool scored = args_.budget_score.has_value();
     if (!scored) {
-      steps_.scores =
-          probe_scores_step(sizes_, *queries_, args_.k, probes, scale, options_.causal, options_.token_mask,
-                            options_.last_key);
+      steps_.scores = probe_scores_step(sizes_, *queries_, args_.k, probes, scale, options_.causal, options_.token_mask,
+                                        options_.last_key);
       if (steps_.scores.launch == nullptr) {
         return false;
       }
@@ -425,10 +424,9 @@ class Layer {
       project_queries(chosen_rows(*index_, *count_, sizes_.tokens));
     }
     // Queries that are the layer's own are read once, and outputs take their places; two passes read them twice.
-    const Tensor out =
-        projects() && !ranged_
-            ? *queries_
-            : empty_attention_output(sizes_.batch, sizes_.query_heads, sizes_.queries, sizes_.head_dim, args_.k);
+    const Tensor out = projects() && !ranged_ ? *queries_
+                                              : empty_attention_output(sizes_.batch, sizes_.query_heads, sizes_.queries,
+                                                                       sizes_.head_dim, args_.k);
     SparseAttnParams& params = steps_.attention.params;
     params.out = out.mutable_data_ptr();
     if (projects_chosen_outputs()) {  // it reads and writes selected rows alone
@@ -493,9 +491,10 @@ class Layer {
 
 ops::Implementation explain(const Tensor& q) {
   const auto sizes = sizes_like(q);
-  const std::string reasons[] = {probe_scores_step(sizes, q, q, /*probes=*/128, 1.0, true, std::nullopt, std::nullopt).plan.reason,
-                                 select_tokens_plan(sizes.batch, sizes.tokens, q.get_device_index()).reason,
-                                 sparse_attn_step(sizes, q, q, q, 1.0, true, false).plan.reason};
+  const std::string reasons[] = {
+      probe_scores_step(sizes, q, q, /*probes=*/128, 1.0, true, std::nullopt, std::nullopt).plan.reason,
+      select_tokens_plan(sizes.batch, sizes.tokens, q.get_device_index()).reason,
+      sparse_attn_step(sizes, q, q, q, 1.0, true, false).plan.reason};
   const std::string* reason =
       std::find_if(std::begin(reasons), std::end(reasons) - 1, [](const std::string& text) { return !text.empty(); });
   return implementation_of(kernel_family(q.get_device_index()), *reason);

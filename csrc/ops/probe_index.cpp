@@ -59,8 +59,8 @@ Tensor run(const ops::ProbeIndexArgs& args) {
     return out;
   }
   const DeviceGuard guard(args.q.get_device_index());
-  ProbeIndexParams params =
-      probe_index_params(args.q.size(0), args.q.size(2), (args.k ? *args.k : args.q).size(2), args.num_recent, args.num_random, args.seed, args.token_mask);
+  ProbeIndexParams params = probe_index_params(args.q.size(0), args.q.size(2), (args.k ? *args.k : args.q).size(2),
+                                               args.num_recent, args.num_random, args.seed, args.token_mask);
   params.out = out.mutable_data_ptr<std::int32_t>();
   check_launch(kOp, launch_probe_index(params, stream_of(args.q)));
   return out;

@@ -71,8 +71,8 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const Tensor&
 }  // namespace
 
 ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
-                                  std::int64_t probes, double scale, bool causal,
-                                  const ops::OptionalTensor& token_mask, const ops::OptionalTensor& last_key) {
+                                  std::int64_t probes, double scale, bool causal, const ops::OptionalTensor& token_mask,
+                                  const ops::OptionalTensor& last_key) {
   ProbeScoresStep step{};
   step.family = KernelFamily::kSm80;
   step.params = make_params(sizes, q, k, probes, scale, causal, token_mask, last_key);
@@ -109,8 +109,7 @@ std::optional<ops::TensorPair> run(const ops::ProbeScoresArgs& args, const check
   const DeviceGuard guard(args.q.get_device_index());
   auto [plan, params, launch, family] =
       probe_scores_step(sizes, args.q, args.k, args.probe_index.size(1),
-                        ops::scale_or_default(args.scale, sizes.head_dim), args.causal, args.token_mask,
-                        args.last_key);
+                        ops::scale_or_default(args.scale, sizes.head_dim), args.causal, args.token_mask, args.last_key);
   if (launch == nullptr) {
     return std::nullopt;
   }

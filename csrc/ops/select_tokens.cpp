@@ -114,8 +114,8 @@ std::optional<ops::TensorPair> run(const ops::SelectTokensArgs& args) {
   }
   const Tensor extended = empty({batch, tokens}, ScalarType::Int, score);
   const Tensor num_extended = empty({batch}, ScalarType::Int, score);
-  ExtendSelectionParams extend = extend_selection_params(batch, tokens, args.local_window, args.num_sinks,
-                                                         args.extra_mask, args.token_mask);
+  ExtendSelectionParams extend =
+      extend_selection_params(batch, tokens, args.local_window, args.num_sinks, args.extra_mask, args.token_mask);
   extend.index = params.index;
   extend.count = params.count;
   extend.extended_index = extended.mutable_data_ptr<std::int32_t>();

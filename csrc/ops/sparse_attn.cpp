@@ -201,7 +201,8 @@ void launch_ranged_attn(const char* op, const SparseAttnParams& params, const pl
                                      stream));
   }
   SparseAttnParams far = params;
-  far.ranges = {rows.pass[0].range, rows.pass[0].group, rows.pass[0].query, rows.pass[0].num_rows, 0, lse, /*in_window=*/false,
+  far.ranges = {rows.pass[0].range,  rows.pass[0].group, rows.pass[0].query, rows.pass[0].num_rows, 0, lse,
+                /*in_window=*/false,
                 /*merges=*/window};
   launch_ranged_pass(op, far, plan, /*packs=*/true, device, stream);
 }

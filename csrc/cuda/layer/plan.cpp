@@ -24,8 +24,8 @@ LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& sco
   if (!plan.native) {
     return plan;
   }
-  plan.draws_ahead = problem.masked ||
-                     (!problem.scored && (problem.projects || problem.last_alone || scores.cluster_blocks == 0));
+  plan.draws_ahead =
+      problem.masked || (!problem.scored && (problem.projects || problem.last_alone || scores.cluster_blocks == 0));
   plan.selects_sums = scores.cluster_blocks > 0 && select.team == SelectTeam::kBlock &&
                       select.tokens_per_block == kSelectTokensPerCopy &&
                       problem.kv_heads * scores.row_splits * problem.tokens * kWordBytes <= kMaxSumsBytes;

@@ -12,12 +12,12 @@ namespace zipvl::plan {
 
 struct LayerProblem {
   std::int64_t batch, kv_heads, tokens, head_dim, probes;
-  bool masked;          // some tokens may not be real
-  bool returns_packed;  // the packed keys and values are results, and no workspace
-  bool projects;        // the probes' queries are projected before their scores
-  bool scored;          // scores are given
-  bool last_alone;      // queries are those of the last tokens alone
-  bool extends;         // a neighbourhood adds tokens to the selection
+  bool masked;                // some tokens may not be real
+  bool returns_packed;        // the packed keys and values are results, and no workspace
+  bool projects;              // the probes' queries are projected before their scores
+  bool scored;                // scores are given
+  bool last_alone;            // queries are those of the last tokens alone
+  bool extends;               // a neighbourhood adds tokens to the selection
   std::int64_t ranged_bytes;  // of ranged attention (plan_ranged_attn), or 0: the usual one
 };
 

@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
   if (mask == nullptr) {
     return;
   }
-  const std::int64_t all = earlier + real, kept_rank = max(all - params.keep_recent, std::int64_t{0});  // the first kept
+  const std::int64_t all = earlier + real,
+                     kept_rank = max(all - params.keep_recent, std::int64_t{0});  // the first kept
   if (params.keep_from != nullptr && threadIdx.x == 0 && kept_rank >= all) {
     params.keep_from[b] = static_cast<std::int32_t>(params.tokens);
   }

@@ -36,8 +36,8 @@ __device__ __forceinline__ int limit_of(const ProbeScoresParams& params, std::in
     return -1;
   }
   if (params.last_key != nullptr) {
-    const std::int32_t last = params.last_key[b * params.last_key_stride[0] +
-                                              (position - params.first_query) * params.last_key_stride[1]];
+    const std::int32_t last =
+        params.last_key[b * params.last_key_stride[0] + (position - params.first_query) * params.last_key_stride[1]];
     return min(max(last, -1), params.tokens - 1);
   }
   return params.causal ? position : params.tokens - 1;

@@ -188,8 +188,9 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
     ptx::wait_on_dependent_grids();
   }
   const bool valid = token < params.tokens;
-  const int limit =
-      static_cast<int>(threadIdx.x) < params.probes ? limit_of(params, b, new_probe_position(params, b, threadIdx.x)) : -1;
+  const int limit = static_cast<int>(threadIdx.x) < params.probes
+                        ? limit_of(params, b, new_probe_position(params, b, threadIdx.x))
+                        : -1;
   // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
   const auto count_viewers = [&] {
     if (limit >= first && limit < first + kThreads - 1) {

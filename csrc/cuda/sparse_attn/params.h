@@ -14,16 +14,16 @@ namespace zipvl::cuda {
 // one: within or outside a window, of queries that are the last of the tokens, up to a given last key
 // (row_ranges.cu). A list of keys is the packed selection, the packed real tokens, or all tokens as they lie.
 struct RowRanges {
-  const int2* range;               // [batch, queries]: a row sees places [x, y) of the list
-  // [batch, ceil(queries / 32)], of 32 rows: the least x and the largest y of those that see anything, the largest x and
-  // the least y of all
+  const int2* range;  // [batch, queries]: a row sees places [x, y) of the list
+  // [batch, ceil(queries / 32)], of 32 rows: the least x and the largest y of those that see anything, the largest x
+  // and the least y of all
   const int4* group;
-  const std::int32_t* query;       // [batch, queries]: the query of each row; null: row r is query r
-  const std::int32_t* num_rows;    // [batch]; null: every query has a row
-  int num_sinks;                   // a row sees the places below min(num_sinks, range.x) as well
-  float* lse;                      // [batch, query_heads, queries]: log2 of the sum of 2**score of a row; or null
-  bool in_window;                  // a pass within a window
-  bool merges;                     // lse and `out` hold another pass over other keys, with which this one's is merged
+  const std::int32_t* query;     // [batch, queries]: the query of each row; null: row r is query r
+  const std::int32_t* num_rows;  // [batch]; null: every query has a row
+  int num_sinks;                 // a row sees the places below min(num_sinks, range.x) as well
+  float* lse;                    // [batch, query_heads, queries]: log2 of the sum of 2**score of a row; or null
+  bool in_window;                // a pass within a window
+  bool merges;                   // lse and `out` hold another pass over other keys, with which this one's is merged
 };
 constexpr int kRowGroup = 32;
 

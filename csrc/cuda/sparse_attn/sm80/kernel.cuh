@@ -23,10 +23,9 @@ template <typename Traits>
 __device__ __forceinline__ void begin_loads(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
   load_index(params, shared, tile);
   ptx::cp_async_commit();
-  load_rows<Traits, Traits::kBlockM, true>(ptx::shared_address(shared.q),
-                                           head_of<Traits>(params.q, params.q_stride, blockIdx.y, blockIdx.x),
-                                           params.q_stride[2], shared.queries,
-                                           [&](int row) { return shared.query_token[row]; });
+  load_rows<Traits, Traits::kBlockM, true>(
+      ptx::shared_address(shared.q), head_of<Traits>(params.q, params.q_stride, blockIdx.y, blockIdx.x),
+      params.q_stride[2], shared.queries, [&](int row) { return shared.query_token[row]; });
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -104,8 +103,8 @@ struct Merge {
   float own, other;
 };
 
-// lse: of the row and head, written or, with ranges.merges, read; null: there is none. Every lane of the row's quad calls
-// it.
+// lse: of the row and head, written or, with ranges.merges, read; null: there is none. Every lane of the row's quad
+// calls it.
 __device__ __forceinline__ Merge merge_row(const RowRanges& ranges, float max, float sum, float* lse) {
   Merge merge{sum == 0.0F ? 0.0F : 1.0F / sum, 0.0F};  // a row that sees no key is 0; NaN stays
   if (lse == nullptr) {
@@ -148,8 +147,8 @@ __device__ __forceinline__ void store_rows(const SparseAttnParams& params, const
       if constexpr (Traits::kRanged) {
         const bool exists = first_row + row < shared.queries;
         const std::int64_t query = shared.query_token[first_row + row];
-        const Merge merge = merge_row(params.ranges, rows.max[m][i], sum,
-                                      lse == nullptr || !exists ? nullptr : lse + query);
+        const Merge merge =
+            merge_row(params.ranges, rows.max[m][i], sum, lse == nullptr || !exists ? nullptr : lse + query);
         const auto* before = reinterpret_cast<const std::uint32_t*>(out + query * row_elements) + lane % 4;
 #pragma unroll
         for (int j = 0; j < Traits::kHeadDim / 8; ++j) {

@@ -68,8 +68,7 @@ __device__ __forceinline__ void load_ranged_keys_values(const AttnParams& params
     if (tile.batch < 0) {
       return;
     }
-    const TileBlocks blocks =
-        tile_blocks<Traits>(params, [&](int i) { return shared.ranged.group[place.index][i]; });
+    const TileBlocks blocks = tile_blocks<Traits>(params, [&](int i) { return shared.ranged.group[place.index][i]; });
     ptx::mbarrier_arrive(&shared.ranged.rows_empty[place.index]);
     place.advance();
     for (int sink = 0; sink < (blocks.sinks ? params.ranges.num_sinks : 0); sink += Traits::kSinkRows) {

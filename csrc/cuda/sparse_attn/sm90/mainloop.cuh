@@ -209,7 +209,9 @@ class Consumer {
   }
 
   // This thread's, which it writes before attend.
-  __device__ __forceinline__ RowPlaces<Traits::kRanged>& places() const { return shared_.rows[threadIdx.x - kWarpgroupThreads]; }
+  __device__ __forceinline__ RowPlaces<Traits::kRanged>& places() const {
+    return shared_.rows[threadIdx.x - kWarpgroupThreads];
+  }
 
   // The queries of a tile without keys were loaded all the same.
   __device__ __forceinline__ void skip() {
@@ -217,8 +219,8 @@ class Consumer {
     release_queries();
   }
 
-  // Ranged attention: takes over what the rows of the next tile see, and says what there is to `attend`; batch -1: there
-  // are no more tiles. row_of_thread: of the thread's first row in the tile.
+  // Ranged attention: takes over what the rows of the next tile see, and says what there is to `attend`; batch -1:
+  // there are no more tiles. row_of_thread: of the thread's first row in the tile.
   struct RangedTile {
     Tile tile;
     int blocks, clear_end, clear_first, sinks;
@@ -292,8 +294,7 @@ class Consumer {
     rescale_o(o, rescale);
     std::uint32_t p[1][4];
     to_fragments<Element>(s, p);
-    const std::uint64_t value =
-        ptx::wgmma_descriptor(shared_.ranged.sink_v, Sinks::kGroupBytes, Sinks::kSlabBytes);
+    const std::uint64_t value = ptx::wgmma_descriptor(shared_.ranged.sink_v, Sinks::kGroupBytes, Sinks::kSlabBytes);
     ptx::warpgroup_fence_operand(o);
     ptx::warpgroup_arrive();
     ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[0], value, 1);

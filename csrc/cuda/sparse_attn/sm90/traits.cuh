@@ -27,8 +27,8 @@ struct Traits {
   static constexpr int kHeadDim = HeadDim;
   static constexpr bool kRanged = Rows != Seen::kSelection;
   // Within a window a tile of 64 rows visits three blocks of 64 keys, where one of 128 rows would visit two of 128:
-  // three quarters of the work. So few steps leave little to overlap within a block of one consumer: two of them share a
-  // multiprocessor.
+  // three quarters of the work. So few steps leave little to overlap within a block of one consumer: two of them share
+  // a multiprocessor.
   static constexpr bool kWindow = Rows == Seen::kWindow && HeadDim != 256;
   static constexpr int kBlocksPerSm = kWindow ? 2 : 1;
   // Each consumer warpgroup owns 64 query rows. Two of them at 232 registers hold the scores, the weights and the
@@ -101,7 +101,7 @@ struct RangedStorage<Traits, true> {
   alignas(1024) typename Traits::Element sink_k[Traits::Sinks::kElements];
   alignas(1024) typename Traits::Element sink_v[Traits::Sinks::kElements];
   alignas(16) int4 group[Traits::kQueryStages][Traits::kBlockM / kRowGroup];  // RowRanges::group of the tile
-  Tile tile[Traits::kQueryStages];  // batch -1: there are no more
+  Tile tile[Traits::kQueryStages];                                            // batch -1: there are no more
   int2 range[Traits::kQueryStages][Traits::kBlockM];
   int row[Traits::kQueryStages][Traits::kBlockM];  // RowPlaces::row
   std::uint64_t rows_full[Traits::kQueryStages], rows_empty[Traits::kQueryStages];
