@@ -46,8 +46,8 @@ struct SelectTokensArgs {
   std::int64_t local_window = 0, num_sinks = 0;
   OptionalTensor extra_mask = std::nullopt;
   double max_ratio = 1.0;
-  // Whether T gains tokens or loses its budget after what the paper selects.
-  bool adjusts() const { return local_window > 0 || num_sinks > 0 || extra_mask || max_ratio < 1.0; }
+  // Whether T gains tokens on top of its budget.
+  bool extends() const { return local_window > 0 || num_sinks > 0 || extra_mask; }
   static SelectTokensArgs read(Arguments& in) {
     return {in.tensor(),          in.tensor(),  in.real(),    in.optional_real(),   in.integer(), in.optional_tensor(),
             in.optional_tensor(), in.integer(), in.integer(), in.optional_tensor(), in.real()};

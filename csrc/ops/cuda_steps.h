@@ -19,6 +19,7 @@
 #include "cuda/probe_scores/params.h"
 #include "cuda/probe_scores/plan.h"
 #include "cuda/projections/projections.h"
+#include "cuda/select_tokens/extend_selection.h"
 #include "cuda/select_tokens/params.h"
 #include "cuda/select_tokens/plan.h"
 #include "cuda/sparse_attn/params.h"
@@ -99,9 +100,10 @@ checks::AttentionSizes sizes_like(const Tensor& q);
 ops::Implementation implementation_of(KernelFamily family, const std::string& reason);
 
 // ---- the steps of the layer
-// Without `out` and `keep_from`.
-ProbeIndexParams probe_index_params(std::int64_t batch, std::int64_t tokens, std::int64_t num_recent,
-                                    std::int64_t num_random, std::int64_t seed, const ops::OptionalTensor& token_mask);
+// Without `out` and `keep_from`. The probes are drawn among the last `queries` of the tokens.
+ProbeIndexParams probe_index_params(std::int64_t batch, std::int64_t queries, std::int64_t tokens,
+                                    std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                                    const ops::OptionalTensor& token_mask);
 
 struct ProbeScoresStep {
   using Launch = cudaError_t (*)(const ProbeScoresParams&, cudaStream_t);
@@ -112,18 +114,24 @@ struct ProbeScoresStep {
 };
 
 ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
-                                  std::int64_t probes, double scale, bool causal,
-                                  const ops::OptionalTensor& token_mask);
+                                  std::int64_t probes, double scale, bool causal, const ops::OptionalTensor& token_mask,
+                                  const ops::OptionalTensor& last_key);
 
 plan::SelectTokensPlan select_tokens_plan(std::int64_t batch, std::int64_t tokens, int device);
 
 // Without scores, keep_from, results and workspace.
 SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens, const plan::SelectTokensPlan& plan,
-                                        double tau, std::optional<double> ratio, std::int64_t min_tokens,
-                                        const ops::OptionalTensor& keep_mask, const ops::OptionalTensor& token_mask);
+                                        double tau, std::optional<double> ratio, double max_ratio,
+                                        std::int64_t min_tokens, const ops::OptionalTensor& keep_mask,
+                                        const ops::OptionalTensor& token_mask);
 
 cudaError_t launch_select_tokens(const SelectTokensParams& params, const plan::SelectTokensPlan& plan,
                                  cudaStream_t stream);
+
+// What a neighbourhood adds to a selection. Without index, count and what is written.
+ExtendSelectionParams extend_selection_params(std::int64_t batch, std::int64_t tokens, std::int64_t local_window,
+                                              std::int64_t num_sinks, const ops::OptionalTensor& extra_mask,
+                                              const ops::OptionalTensor& token_mask);
 
 // k, v and their packed forms [B, H, capacity, D]; `packed_stride` of both. Without index and count.
 PackKvParams pack_kv_params(const Tensor& k, const Tensor& v, void* k_packed, void* v_packed, std::int64_t capacity);
@@ -140,6 +148,28 @@ SparseAttnStep sparse_attn_step(const checks::AttentionSizes& sizes, const Tenso
 // params is complete; `seen` is [B, N], or null where it is not asked for.
 void launch_sparse_attn(const char* op, const SparseAttnParams& params, const plan::SparseAttnCudaPlan& plan,
                         std::int32_t* seen, int device, cudaStream_t stream);
+
+// Zeros in params.out of tokens that are not real, where attention computed every row.
+void zero_padding(const char* op, const SparseAttnParams& params, const Tensor& token_mask, cudaStream_t stream);
+
+// Attention in which rows see a window and the selection before it, or the selection up to a last key: where there is a
+// window, queries are the last of the tokens, or last_key is given.
+struct RangedAttnStep {
+  bool all_queries;
+  std::int64_t local_window, num_sinks;
+  const ops::OptionalTensor &token_mask, &last_key;
+  bool lists_real;  // the window's pass runs over the list of real tokens
+  plan::RangedAttnWorkspace workspace;
+};
+
+RangedAttnStep ranged_attn_step(const checks::AttentionSizes& sizes, const SparseAttnStep& attention, bool all_queries,
+                                std::int64_t local_window, std::int64_t num_sinks,
+                                const ops::OptionalTensor& token_mask, const ops::OptionalTensor& last_key);
+
+// params as for launch_sparse_attn, with queries and without ranges; `zeros` is not looked at: rows without output are
+// 0. space: step.workspace.bytes of device memory. lists: the real tokens are still to be listed there.
+void launch_ranged_attn(const char* op, const SparseAttnParams& params, const plan::SparseAttnCudaPlan& plan,
+                        const RangedAttnStep& step, unsigned char* space, bool lists, int device, cudaStream_t stream);
 
 // ---- projections of chosen rows
 // The places of `index` [B, M], and the `tokens` they name; `count` [B] says how many of a row count, null: all.

@@ -227,9 +227,6 @@ class Layer {
   // Nothing where a step has no kernel for these inputs.
   std::optional<ops::LayerResult> run() {
     const auto [B, Hq, Hkv, n, N, D] = sizes_;
-    if (n != N || options_.local_window > 0 || options_.extra_mask || options_.last_key || options_.max_ratio < 1.0) {
-      return std::nullopt;
-    }
     if (!projections_have_kernels()) {
       return std::nullopt;
     }
@@ -257,7 +254,14 @@ class Layer {
 
  private:
   bool projects() const { return args_.projections.hidden.has_value(); }
-  bool projects_chosen_outputs() const { return args_.projections.o_weight && !options_.all_queries; }
+  bool last_alone() const { return sizes_.queries != sizes_.tokens; }
+  // Whether projections are of every row, because every row has an output, or because rows are not tokens.
+  bool every_row() const { return options_.all_queries || is_ranged(); }
+  bool projects_chosen_outputs() const { return args_.projections.o_weight && !every_row(); }
+  bool is_ranged() const { return options_.local_window > 0 || last_alone() || options_.last_key.has_value(); }
+  bool extends() const {
+    return options_.local_window > 0 || options_.num_sinks > 0 || options_.extra_mask.has_value();
+  }
 
   bool projections_have_kernels() const {
     const ops::LayerProjections& given = args_.projections;
@@ -274,8 +278,8 @@ class Layer {
     const double scale = ops::scale_or_default(options_.scale, sizes_.head_dim);
     const bool scored = args_.budget_score.has_value();
     if (!scored) {
-      steps_.scores =
-          probe_scores_step(sizes_, *queries_, args_.k, probes, scale, options_.causal, options_.token_mask);
+      steps_.scores = probe_scores_step(sizes_, *queries_, args_.k, probes, scale, options_.causal, options_.token_mask,
+                                        options_.last_key);
       if (steps_.scores.launch == nullptr) {
         return false;
       }
@@ -283,10 +287,17 @@ class Layer {
     steps_.select = select_tokens_plan(sizes_.batch, sizes_.tokens, args_.k.get_device_index());
     steps_.attention =
         sparse_attn_step(sizes_, *queries_, args_.k, args_.v, scale, options_.causal, options_.all_queries);
-    steps_.plan =
-        plan::plan_layer({sizes_.batch, sizes_.kv_heads, sizes_.tokens, sizes_.head_dim, probes,
-                          options_.token_mask.has_value(), args_.pack, projects() && !options_.all_queries, scored},
-                         steps_.scores.plan, steps_.select, steps_.attention.plan);
+    if (steps_.attention.plan.kernel == plan::SparseAttnKernel::kAten) {
+      return false;
+    }
+    if (is_ranged()) {
+      ranged_.emplace(ranged_attn_step(sizes_, steps_.attention, options_.all_queries, options_.local_window,
+                                       options_.num_sinks, options_.token_mask, options_.last_key));
+    }
+    steps_.plan = plan::plan_layer({sizes_.batch, sizes_.kv_heads, sizes_.tokens, sizes_.head_dim, probes,
+                                    options_.token_mask.has_value(), args_.pack, projects() && !every_row(), scored,
+                                    last_alone(), extends(), ranged_ ? ranged_->workspace.bytes : 0},
+                                   steps_.scores.plan, steps_.select, steps_.attention.plan);
     return steps_.plan.native;
   }
 
@@ -305,7 +316,7 @@ class Layer {
   // Steps 1 to 4.
   void select() {
     const plan::LayerWorkspace& space = steps_.plan.workspace;
-    if (projects() && options_.all_queries) {
+    if (projects() && every_row()) {
       const ops::LayerProjections& given = args_.projections;
       project_all_queries(op_, *given.hidden, *given.q_weight, given.q_bias, *given.cos, *given.sin,
                           given.q_norm_weight, given.q_norm_eps, aten::transpose(*queries_, 1, 2));
@@ -319,7 +330,7 @@ class Layer {
     }
     SelectTokensParams select =
         select_tokens_params(sizes_.batch, sizes_.tokens, steps_.select, options_.tau, options_.ratio,
-                             options_.min_tokens, options_.keep_mask, options_.token_mask);
+                             options_.max_ratio, options_.min_tokens, options_.keep_mask, options_.token_mask);
     if (args_.budget_score) {
       select.budget_score = matrix<float>(*args_.budget_score, select.budget_stride);
       select.rank_score = matrix<float>(*args_.rank_score, select.rank_stride);
@@ -331,9 +342,16 @@ class Layer {
     }
     select.keep_from = keep_from;
     select.keep_last = static_cast<int>(std::min(options_.keep_recent, sizes_.tokens));
-    select.index = index_->mutable_data_ptr<std::int32_t>();
-    select.count = count_->mutable_data_ptr<std::int32_t>();
+    select.index = extends() ? at<std::int32_t>(space.selected) : index_->mutable_data_ptr<std::int32_t>();
+    select.count = extends() ? at<std::int32_t>(space.num_selected) : count_->mutable_data_ptr<std::int32_t>();
     select.workspace = steps_.select.workspace_bytes > 0 ? space_ + space.select_tokens : nullptr;
+    launch_selection(select);
+    if (extends()) {
+      extend(select);
+    }
+  }
+
+  void launch_selection(const SelectTokensParams& select) const {
 #ifdef ZIPVL_HAS_SM90
     if (steps_.plan.selects_sums) {
       check_launch(op_, launch_select_sums(select, steps_.scores.params, stream_));
@@ -343,15 +361,32 @@ class Layer {
     check_launch(op_, launch_select_tokens(select, steps_.select, stream_));
   }
 
+  // The last of step 4: what is selected on top of the budget; and the real tokens, where attention needs their list.
+  void extend(const SelectTokensParams& selected) {
+    ExtendSelectionParams extend =
+        extend_selection_params(sizes_.batch, sizes_.tokens, options_.local_window, options_.num_sinks,
+                                options_.extra_mask, options_.token_mask);
+    extend.index = selected.index;
+    extend.count = selected.count;
+    extend.extended_index = index_->mutable_data_ptr<std::int32_t>();
+    extend.extended_count = count_->mutable_data_ptr<std::int32_t>();
+    if (ranged_ && ranged_->lists_real) {
+      const std::int64_t ranged = steps_.plan.workspace.ranged;
+      extend.real_index = at<std::int32_t>(ranged + ranged_->workspace.real_index);
+      extend.real_count = at<std::int32_t>(ranged + ranged_->workspace.real_count);
+    }
+    check_launch(op_, launch_extend_selection(extend, stream_));
+  }
+
   // Step 1: the probes, and where the last real tokens of each row begin.
   void draw(std::int32_t* keep_from) {
-    ProbeIndexParams draw = probe_index_params(sizes_.batch, sizes_.tokens, options_.num_recent, options_.num_random,
-                                               options_.seed, options_.token_mask);
+    ProbeIndexParams draw = probe_index_params(sizes_.batch, sizes_.queries, sizes_.tokens, options_.num_recent,
+                                               options_.num_random, options_.seed, options_.token_mask);
     draw.out = at<std::int32_t>(steps_.plan.workspace.probe_index);
     draw.keep_from = keep_from;
     draw.keep_recent = options_.keep_recent;
     check_launch(op_, launch_probe_index(draw, stream_));
-    if (projects() && !options_.all_queries && !args_.budget_score) {
+    if (projects() && !every_row() && !args_.budget_score) {
       ChosenRows chosen{};
       chosen.index = draw.out;
       chosen.index_stride[0] = chosen.places = options_.num_recent + options_.num_random;
@@ -385,13 +420,13 @@ class Layer {
   // Step 5, and the packed keys and values; [B, Hq, N, D].
   Tensor attend() {
     const plan::LayerWorkspace& space = steps_.plan.workspace;
-    if (projects() && !options_.all_queries) {
+    if (projects() && !every_row()) {
       project_queries(chosen_rows(*index_, *count_, sizes_.tokens));
     }
-    // Queries that are the layer's own are read once, and outputs take their places.
-    const Tensor out =
-        projects() ? *queries_
-                   : empty_attention_output(sizes_.batch, sizes_.query_heads, sizes_.queries, sizes_.head_dim, args_.k);
+    // Queries that are the layer's own are read once, and outputs take their places; two passes read them twice.
+    const Tensor out = projects() && !ranged_ ? *queries_
+                                              : empty_attention_output(sizes_.batch, sizes_.query_heads, sizes_.queries,
+                                                                       sizes_.head_dim, args_.k);
     SparseAttnParams& params = steps_.attention.params;
     params.out = out.mutable_data_ptr();
     if (projects_chosen_outputs()) {  // it reads and writes selected rows alone
@@ -399,7 +434,7 @@ class Layer {
           empty({sizes_.batch, sizes_.queries, args_.projections.o_weight->size(0)}, args_.k.scalar_type(), args_.k);
       params.zeros = projected_->mutable_data_ptr();
       params.zero_row_bytes = projected_->size(2) * static_cast<std::int64_t>(args_.k.element_size());
-    } else if (!options_.all_queries) {
+    } else if (!options_.all_queries && !ranged_) {
       params.zeros = params.out;
     }
     params.index = matrix<std::int32_t>(*index_, params.index_stride);
@@ -415,16 +450,15 @@ class Layer {
       pack.count_stride = params.count_stride;
       check_launch(op_, launch_pack_kv(pack, stream_));
     }
+    if (ranged_) {
+      launch_ranged_attn(op_, params, steps_.attention.plan, *ranged_, at<unsigned char>(space.ranged), !extends(),
+                         args_.k.get_device_index(), stream_);
+      return out;
+    }
     launch_sparse_attn(op_, params, steps_.attention.plan, at<std::int32_t>(space.seen), args_.k.get_device_index(),
                        stream_);
     if (options_.all_queries && options_.token_mask) {
-      ZeroPaddingParams padding{};
-      padding.out = params.out;
-      padding.token_mask = matrix<bool>(*options_.token_mask, padding.mask_stride);
-      padding.batch = sizes_.batch;
-      padding.tokens = sizes_.queries;
-      padding.row_bytes = sizes_.query_heads * sizes_.head_dim * static_cast<std::int64_t>(args_.k.element_size());
-      check_launch(op_, launch_zero_padding(padding, stream_));
+      zero_padding(op_, params, *options_.token_mask, stream_);
     }
     return out;
   }
@@ -450,15 +484,17 @@ class Layer {
   const checks::AttentionSizes sizes_;
   const cudaStream_t stream_;
   Steps steps_{};
+  std::optional<RangedAttnStep> ranged_;
   unsigned char* space_ = nullptr;
   std::optional<Tensor> queries_, index_, count_, k_packed_, v_packed_, projected_;
 };
 
 ops::Implementation explain(const Tensor& q) {
   const auto sizes = sizes_like(q);
-  const std::string reasons[] = {probe_scores_step(sizes, q, q, /*probes=*/128, 1.0, true, std::nullopt).plan.reason,
-                                 select_tokens_plan(sizes.batch, sizes.tokens, q.get_device_index()).reason,
-                                 sparse_attn_step(sizes, q, q, q, 1.0, true, false).plan.reason};
+  const std::string reasons[] = {
+      probe_scores_step(sizes, q, q, /*probes=*/128, 1.0, true, std::nullopt, std::nullopt).plan.reason,
+      select_tokens_plan(sizes.batch, sizes.tokens, q.get_device_index()).reason,
+      sparse_attn_step(sizes, q, q, q, 1.0, true, false).plan.reason};
   const std::string* reason =
       std::find_if(std::begin(reasons), std::end(reasons) - 1, [](const std::string& text) { return !text.empty(); });
   return implementation_of(kernel_family(q.get_device_index()), *reason);

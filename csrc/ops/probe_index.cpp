@@ -35,11 +35,13 @@ void check(const ops::ProbeIndexArgs& args) {
 #ifdef ZIPVL_CUDA_OPS
 namespace cuda {
 
-ProbeIndexParams probe_index_params(std::int64_t batch, std::int64_t tokens, std::int64_t num_recent,
-                                    std::int64_t num_random, std::int64_t seed, const ops::OptionalTensor& token_mask) {
+ProbeIndexParams probe_index_params(std::int64_t batch, std::int64_t queries, std::int64_t tokens,
+                                    std::int64_t num_recent, std::int64_t num_random, std::int64_t seed,
+                                    const ops::OptionalTensor& token_mask) {
   ProbeIndexParams params{};
   params.batch = batch;
   params.tokens = tokens;
+  params.first = tokens - queries;
   params.num_recent = num_recent;
   params.num_random = num_random;
   params.seed = static_cast<std::uint64_t>(seed);
@@ -57,8 +59,8 @@ Tensor run(const ops::ProbeIndexArgs& args) {
     return out;
   }
   const DeviceGuard guard(args.q.get_device_index());
-  ProbeIndexParams params =
-      probe_index_params(args.q.size(0), args.q.size(2), args.num_recent, args.num_random, args.seed, args.token_mask);
+  ProbeIndexParams params = probe_index_params(args.q.size(0), args.q.size(2), (args.k ? *args.k : args.q).size(2),
+                                               args.num_recent, args.num_random, args.seed, args.token_mask);
   params.out = out.mutable_data_ptr<std::int32_t>();
   check_launch(kOp, launch_probe_index(params, stream_of(args.q)));
   return out;
@@ -69,32 +71,25 @@ Tensor run(const ops::ProbeIndexArgs& args) {
 #endif
 
 namespace ops {
-namespace {
-
-// Among all of q's tokens.
-Tensor draw(const ProbeIndexArgs& args) {
-#ifdef ZIPVL_CUDA_OPS
-  return cuda::run(args);
-#else
-  return cpu::probe_index(args);
-#endif
-}
-
-}  // namespace
 
 Tensor probe_index(const ProbeIndexArgs& args) {
   check(args);
+#ifdef ZIPVL_CUDA_OPS
+  return cuda::run(args);
+#else
   const std::int64_t queries = args.q.size(2), first = args.k ? args.k->size(2) - queries : 0;
-  if (first > 0) {  // drawn among the last `queries` tokens, as positions in all
-    ProbeIndexArgs last{args.q, args.num_recent, args.num_random, args.seed, std::nullopt};
-    if (args.token_mask) {
-      last.token_mask = aten::slice(*args.token_mask, 1, first, queries);
-    }
-    const Tensor drawn = draw(last);
-    const Tensor none = aten::scalar(-1, aten::ScalarType::Int, args.q.device());
-    return aten::where(aten::less(none, drawn), aten::shifted(drawn, first), none);
+  if (first == 0) {
+    return cpu::probe_index(args);
   }
-  return draw(args);
+  // Drawn among the last `queries` tokens, as positions in all.
+  ProbeIndexArgs last{args.q, args.num_recent, args.num_random, args.seed, std::nullopt};
+  if (args.token_mask) {
+    last.token_mask = aten::slice(*args.token_mask, 1, first, queries);
+  }
+  const Tensor drawn = cpu::probe_index(last);
+  const Tensor none = aten::scalar(-1, aten::ScalarType::Int, args.q.device());
+  return aten::where(aten::less(none, drawn), aten::shifted(drawn, first), none);
+#endif
 }
 
 }  // namespace ops

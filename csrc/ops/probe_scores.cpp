@@ -42,13 +42,16 @@ namespace {
 
 // Without what the plan says.
 ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
-                              std::int64_t probes, double scale, bool causal, const ops::OptionalTensor& token_mask) {
+                              std::int64_t probes, double scale, bool causal, const ops::OptionalTensor& token_mask,
+                              const ops::OptionalTensor& last_key) {
   ProbeScoresParams params{};
   params.q = q.const_data_ptr();
   params.k = k.const_data_ptr();
   copy_strides(q, params.q_stride);
   copy_strides(k, params.k_stride);
   params.token_mask = optional_matrix<bool>(token_mask, params.mask_stride);
+  params.last_key = optional_matrix<std::int32_t>(last_key, params.last_key_stride);
+  params.first_query = static_cast<int>(sizes.tokens - sizes.queries);
   params.element = element_of(q);
   params.head_dim = static_cast<int>(sizes.head_dim);
   params.batch = static_cast<int>(sizes.batch);
@@ -68,11 +71,11 @@ ProbeScoresParams make_params(const checks::AttentionSizes& sizes, const Tensor&
 }  // namespace
 
 ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Tensor& q, const Tensor& k,
-                                  std::int64_t probes, double scale, bool causal,
-                                  const ops::OptionalTensor& token_mask) {
+                                  std::int64_t probes, double scale, bool causal, const ops::OptionalTensor& token_mask,
+                                  const ops::OptionalTensor& last_key) {
   ProbeScoresStep step{};
   step.family = KernelFamily::kSm80;
-  step.params = make_params(sizes, q, k, probes, scale, causal, token_mask);
+  step.params = make_params(sizes, q, k, probes, scale, causal, token_mask, last_key);
 #ifdef ZIPVL_HAS_SM90
   if (kernel_family(q.get_device_index()) == KernelFamily::kSm90 && probe_scores_fits_sm90(step.params)) {
     step.launch = &launch_probe_scores_sm90;
@@ -97,19 +100,16 @@ ProbeScoresStep probe_scores_step(const checks::AttentionSizes& sizes, const Ten
 namespace {
 
 ops::Implementation explain(const Tensor& q) {
-  const auto step = probe_scores_step(sizes_like(q), q, q, /*probes=*/128, 1.0, true, std::nullopt);
+  const auto step = probe_scores_step(sizes_like(q), q, q, /*probes=*/128, 1.0, true, std::nullopt, std::nullopt);
   return implementation_of(step.family, step.plan.reason);
 }
 
 // Nothing where no kernel takes these inputs.
 std::optional<ops::TensorPair> run(const ops::ProbeScoresArgs& args, const checks::AttentionSizes& sizes) {
-  if (sizes.queries != sizes.tokens || args.last_key) {
-    return std::nullopt;
-  }
   const DeviceGuard guard(args.q.get_device_index());
   auto [plan, params, launch, family] =
       probe_scores_step(sizes, args.q, args.k, args.probe_index.size(1),
-                        ops::scale_or_default(args.scale, sizes.head_dim), args.causal, args.token_mask);
+                        ops::scale_or_default(args.scale, sizes.head_dim), args.causal, args.token_mask, args.last_key);
   if (launch == nullptr) {
     return std::nullopt;
   }

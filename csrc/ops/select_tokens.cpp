@@ -36,8 +36,9 @@ plan::SelectTokensPlan select_tokens_plan(std::int64_t batch, std::int64_t token
 }
 
 SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens, const plan::SelectTokensPlan& plan,
-                                        double tau, std::optional<double> ratio, std::int64_t min_tokens,
-                                        const ops::OptionalTensor& keep_mask, const ops::OptionalTensor& token_mask) {
+                                        double tau, std::optional<double> ratio, double max_ratio,
+                                        std::int64_t min_tokens, const ops::OptionalTensor& keep_mask,
+                                        const ops::OptionalTensor& token_mask) {
   SelectTokensParams params{};
   params.keep_mask = optional_matrix<bool>(keep_mask, params.keep_stride);
   params.token_mask = optional_matrix<bool>(token_mask, params.mask_stride);
@@ -46,10 +47,24 @@ SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens,
   params.min_tokens = static_cast<int>(std::min(min_tokens, tokens));
   params.tau = tau;
   params.ratio = ratio.value_or(0.0);
+  params.max_ratio = max_ratio;
   params.blocks_per_row = static_cast<int>(plan.blocks_per_row);
   params.tokens_per_block = static_cast<int>(plan.tokens_per_block);
   params.row_groups = static_cast<int>(plan.row_groups);
   params.row_workspace_bytes = plan.row_workspace_bytes;
+  return params;
+}
+
+ExtendSelectionParams extend_selection_params(std::int64_t batch, std::int64_t tokens, std::int64_t local_window,
+                                              std::int64_t num_sinks, const ops::OptionalTensor& extra_mask,
+                                              const ops::OptionalTensor& token_mask) {
+  ExtendSelectionParams params{};
+  params.token_mask = optional_matrix<bool>(token_mask, params.token_stride);
+  params.extra_mask = optional_matrix<bool>(extra_mask, params.extra_stride);
+  params.batch = batch;
+  params.tokens = static_cast<int>(tokens);
+  params.local_window = static_cast<int>(std::min(local_window, tokens));
+  params.num_sinks = static_cast<int>(std::min(num_sinks, tokens));
   return params;
 }
 
@@ -73,9 +88,6 @@ ops::Implementation explain(const Tensor& q) {
 
 // Nothing where no kernel takes these inputs.
 std::optional<ops::TensorPair> run(const ops::SelectTokensArgs& args) {
-  if (args.adjusts()) {
-    return std::nullopt;
-  }
   const Tensor& score = args.budget_score;
   const std::int64_t batch = score.size(0), tokens = score.size(1);
   const DeviceGuard guard(score.get_device_index());
@@ -85,8 +97,8 @@ std::optional<ops::TensorPair> run(const ops::SelectTokensArgs& args) {
   }
   const Tensor index = empty({batch, tokens}, ScalarType::Int, score);
   const Tensor count = empty({batch}, ScalarType::Int, score);
-  SelectTokensParams params =
-      select_tokens_params(batch, tokens, plan, args.tau, args.ratio, args.min_tokens, args.keep_mask, args.token_mask);
+  SelectTokensParams params = select_tokens_params(batch, tokens, plan, args.tau, args.ratio, args.max_ratio,
+                                                   args.min_tokens, args.keep_mask, args.token_mask);
   params.budget_score = matrix<float>(score, params.budget_stride);
   params.rank_score = matrix<float>(args.rank_score, params.rank_stride);
   params.index = index.mutable_data_ptr<std::int32_t>();
@@ -97,7 +109,19 @@ std::optional<ops::TensorPair> run(const ops::SelectTokensArgs& args) {
     params.workspace = workspace->mutable_data_ptr();
   }
   check_launch(kOp, launch_select_tokens(params, plan, stream_of(score)));
-  return ops::TensorPair{index, count};
+  if (!args.extends()) {
+    return ops::TensorPair{index, count};
+  }
+  const Tensor extended = empty({batch, tokens}, ScalarType::Int, score);
+  const Tensor num_extended = empty({batch}, ScalarType::Int, score);
+  ExtendSelectionParams extend =
+      extend_selection_params(batch, tokens, args.local_window, args.num_sinks, args.extra_mask, args.token_mask);
+  extend.index = params.index;
+  extend.count = params.count;
+  extend.extended_index = extended.mutable_data_ptr<std::int32_t>();
+  extend.extended_count = num_extended.mutable_data_ptr<std::int32_t>();
+  check_launch(kOp, launch_extend_selection(extend, stream_of(score)));
+  return ops::TensorPair{extended, num_extended};
 }
 
 }  // namespace

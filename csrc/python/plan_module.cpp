@@ -168,7 +168,8 @@ PYBIND11_MODULE(_plan, m) {
         check_sizes(batch, query_heads, kv_heads, tokens, head_dim, 1);
         check_positive({{"tokens", tokens}, {"probes", probes}, {"num_sms", num_sms}});
         return plan_layer(
-            {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed, projects, scored},
+            {batch, kv_heads, tokens, head_dim, probes, masked, returns_packed, projects, scored, /*last_alone=*/false,
+             /*extends=*/false, /*ranged_bytes=*/0},
             plan_probe_scores_cuda({batch, query_heads, kv_heads, tokens, probes, head_dim, masked, hopper,
                                     half_precision, /*aligned=*/true}),
             plan_select_tokens({batch, tokens, num_sms, shared_bytes, hopper}),

@@ -52,4 +52,16 @@ __device__ __forceinline__ std::uint32_t pack_pair<__nv_bfloat16>(float low, flo
   return reinterpret_cast<const std::uint32_t&>(pair);
 }
 
+// The two floats of a pair of elements, the low half first.
+template <typename Element>
+__device__ __forceinline__ float2 unpack_pair(std::uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack_pair<__half>(std::uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(std::uint32_t pair) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
 }  // namespace zipvl::cuda

@@ -24,7 +24,8 @@ LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& sco
   if (!plan.native) {
     return plan;
   }
-  plan.draws_ahead = problem.masked || (!problem.scored && (problem.projects || scores.cluster_blocks == 0));
+  plan.draws_ahead =
+      problem.masked || (!problem.scored && (problem.projects || problem.last_alone || scores.cluster_blocks == 0));
   plan.selects_sums = scores.cluster_blocks > 0 && select.team == SelectTeam::kBlock &&
                       select.tokens_per_block == kSelectTokensPerCopy &&
                       problem.kv_heads * scores.row_splits * problem.tokens * kWordBytes <= kMaxSumsBytes;
@@ -50,9 +51,14 @@ LayerPlan plan_layer(const LayerProblem& problem, const ProbeScoresCudaPlan& sco
       packs ? problem.batch * problem.kv_heads * problem.tokens * problem.head_dim * kElementBytes : 0;
   space.k_packed = take(packed_bytes);
   space.v_packed = take(packed_bytes);
-  space.seen = take(attention.seen_tokens ? row_bytes : 0);
+  space.seen = take(attention.seen_tokens && problem.ranged_bytes == 0 ? row_bytes : 0);
   plan.attention_bytes = end;
-  space.bytes = std::max(plan.selection_bytes, plan.attention_bytes);
+
+  end = std::max(plan.selection_bytes, plan.attention_bytes);
+  space.selected = take(problem.extends ? row_bytes : 0);
+  space.num_selected = take(problem.extends ? problem.batch * kWordBytes : 0);
+  space.ranged = take(problem.ranged_bytes);
+  space.bytes = end;
   return plan;
 }
 

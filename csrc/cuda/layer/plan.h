@@ -12,10 +12,13 @@ namespace zipvl::plan {
 
 struct LayerProblem {
   std::int64_t batch, kv_heads, tokens, head_dim, probes;
-  bool masked;          // some tokens may not be real
-  bool returns_packed;  // the packed keys and values are results, and no workspace
-  bool projects;        // the probes' queries are projected before their scores
-  bool scored;          // scores are given
+  bool masked;                // some tokens may not be real
+  bool returns_packed;        // the packed keys and values are results, and no workspace
+  bool projects;              // the probes' queries are projected before their scores
+  bool scored;                // scores are given
+  bool last_alone;            // queries are those of the last tokens alone
+  bool extends;               // a neighbourhood adds tokens to the selection
+  std::int64_t ranged_bytes;  // of ranged attention (plan_ranged_attn), or 0: the usual one
 };
 
 // Byte offsets, each a multiple of 256. What the selection needs and what the attention needs begin at the same byte:
@@ -30,6 +33,9 @@ struct LayerWorkspace {
   // From then on:
   std::int64_t k_packed, v_packed;  // [B, Hkv, N, D] of a 16-bit dtype; unused where they are results or not needed
   std::int64_t seen;                // [B, N] int32; unused unless SparseAttnCudaPlan asks for it
+  // Beside all of these:
+  std::int64_t selected, num_selected;  // [B, N], [B] int32: the selection before it is extended
+  std::int64_t ranged;                  // RangedAttnWorkspace
   std::int64_t bytes;
 };
 

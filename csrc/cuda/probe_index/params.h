@@ -12,6 +12,7 @@ struct ProbeIndexParams {
   const bool* token_mask;       // [batch, tokens], or null: every token is real
   std::int64_t mask_stride[2];  // of token_mask, in elements
   std::int64_t batch, tokens;
+  std::int64_t first;  // probes are drawn among the tokens from here on, which are those that have queries
   std::int64_t num_recent, num_random;
   std::uint64_t seed;
   // [batch], or null; with token_mask only: the position of the first of the keep_recent last real tokens, and `tokens`

@@ -55,12 +55,16 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
   std::int32_t* out = params.out + b * probes;
   const bool* mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.mask_stride[0];
 
-  std::int64_t real = params.tokens;
+  std::int64_t real = params.tokens - params.first, earlier = params.first;  // real tokens from `first` on, before it
   if (mask != nullptr) {
-    real = 0;
+    real = earlier = 0;
     for (std::int64_t first = 0; first < params.tokens; first += kThreads) {
       const std::int64_t n = first + threadIdx.x;
-      real += __syncthreads_count(n < params.tokens && mask[n * params.mask_stride[1]]);
+      const bool is_real = n < params.tokens && mask[n * params.mask_stride[1]];
+      real += __syncthreads_count(is_real && n >= params.first);
+      if (first < params.first) {
+        earlier += __syncthreads_count(is_real && n < params.first);
+      }
     }
   }
   const ProbeDraw draw = draw_probes(real, params.num_recent, params.num_random, params.seed);
@@ -68,14 +72,16 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
   const std::int64_t count = split.random + split.recent;
   for (std::int64_t slot = threadIdx.x; slot < probes; slot += kThreads) {
     if (mask == nullptr || slot >= count) {
-      out[slot] = static_cast<std::int32_t>(draw.rank(slot));
+      const std::int64_t rank = draw.rank(slot);
+      out[slot] = static_cast<std::int32_t>(rank < 0 ? rank : rank + params.first);
     }
   }
   if (mask == nullptr) {
     return;
   }
-  const std::int64_t kept_rank = max(real - params.keep_recent, std::int64_t{0});  // of the first one kept
-  if (params.keep_from != nullptr && threadIdx.x == 0 && kept_rank >= real) {
+  const std::int64_t all = earlier + real,
+                     kept_rank = max(all - params.keep_recent, std::int64_t{0});  // the first kept
+  if (params.keep_from != nullptr && threadIdx.x == 0 && kept_rank >= all) {
     params.keep_from[b] = static_cast<std::int32_t>(params.tokens);
   }
   std::int64_t numbered = 0;
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) probe_index_kernel(ProbeIndexParams 
       if (params.keep_from != nullptr && rank == kept_rank) {
         params.keep_from[b] = static_cast<std::int32_t>(n);
       }
-      const std::int64_t slot = slot_of(rank, split, params);
+      const std::int64_t slot = rank < earlier ? -1 : slot_of(rank - earlier, split, params);
       if (slot >= 0) {
         out[slot] = static_cast<std::int32_t>(n);
       }

@@ -16,13 +16,17 @@
 namespace zipvl::cuda {
 
 struct ProbeScoresParams {
-  const void* q;                    // [batch, query_heads, tokens, head_dim], unit last stride
+  const void* q;                    // [batch, query_heads, tokens - first_query, head_dim], unit last stride
   std::int64_t q_stride[3];         // of dimensions 0 to 2, in elements
   const void* k;                    // [batch, kv_heads, tokens, head_dim], unit last stride
   std::int64_t k_stride[3];         // of dimensions 0 to 2, in elements
   const std::int32_t* probe_index;  // [batch, probes]; what is no position is no probe; null: every row's are `draw`'s
   std::int64_t probe_stride[2];     // in elements
   ProbeDraw draw;                   // where cluster_blocks > 0 and there is no mask: nobody reads a probe often
+  // [batch, queries]: the last key that a query may see, or null: under `causal` its own position
+  const std::int32_t* last_key;
+  std::int64_t last_key_stride[2];  // in elements
+  int first_query;                  // position of q's first row: queries are those of the last tokens
   const bool* token_mask;           // [batch, tokens], or null: every token is real
   std::int64_t mask_stride[2];      // in elements
   // [batch, tokens], contiguous; or null where cluster_blocks > 0: the sums are all that is wanted

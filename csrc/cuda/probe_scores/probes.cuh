@@ -16,7 +16,7 @@ namespace zipvl::cuda::probe_scores {
 constexpr int kUnitRows = static_cast<int>(plan::kProbeUnitRows);  // rows that share one range of limits
 
 __device__ __forceinline__ bool is_token(const ProbeScoresParams& params, int position) {
-  return position >= 0 && position < params.tokens;
+  return position >= params.first_query && position < params.tokens;
 }
 
 __device__ __forceinline__ int probe_position(const ProbeScoresParams& params, std::int64_t b, int probe) {
@@ -31,8 +31,16 @@ __device__ __forceinline__ int new_probe_position(const ProbeScoresParams& param
 }
 
 // The last key a probe may see, or -1.
-__device__ __forceinline__ int limit_of(const ProbeScoresParams& params, int position) {
-  return !is_token(params, position) ? -1 : params.causal ? position : params.tokens - 1;
+__device__ __forceinline__ int limit_of(const ProbeScoresParams& params, std::int64_t b, int position) {
+  if (!is_token(params, position)) {
+    return -1;
+  }
+  if (params.last_key != nullptr) {
+    const std::int32_t last =
+        params.last_key[b * params.last_key_stride[0] + (position - params.first_query) * params.last_key_stride[1]];
+    return min(max(last, -1), params.tokens - 1);
+  }
+  return params.causal ? position : params.tokens - 1;
 }
 
 // Whether every piece of q is aligned to its 16 bytes.

@@ -44,7 +44,7 @@ __device__ void gather_pieces(const ProbeScoresParams& params, int block, int bl
     uint4 value = make_uint4(0, 0, 0, 0);
     if (is_token(params, position)) {
       const std::uint16_t* source = q + b * params.q_stride[0] + (kv_head * group + row % group) * params.q_stride[1] +
-                                    position * params.q_stride[2] + piece * kPieceElements;
+                                    (position - params.first_query) * params.q_stride[2] + piece * kPieceElements;
       value = load_piece(params, source, aligned);
     }
     static_cast<uint4*>(params.probe_rows)[i] = value;
@@ -54,7 +54,7 @@ __device__ void gather_pieces(const ProbeScoresParams& params, int block, int bl
 __device__ void write_limits(const ProbeScoresParams& params, int b) {
   __shared__ std::int32_t limits[kMaxProbes];
   if (static_cast<int>(threadIdx.x) < params.probes) {
-    limits[threadIdx.x] = limit_of(params, probe_position(params, b, threadIdx.x));
+    limits[threadIdx.x] = limit_of(params, b, probe_position(params, b, threadIdx.x));
   }
   __syncthreads();
   const int group = params.query_heads / params.kv_heads;
@@ -188,8 +188,9 @@ __global__ void __launch_bounds__(kThreads) finish_scores_kernel(ProbeScoresPara
     ptx::wait_on_dependent_grids();
   }
   const bool valid = token < params.tokens;
-  const int limit =
-      static_cast<int>(threadIdx.x) < params.probes ? limit_of(params, new_probe_position(params, b, threadIdx.x)) : -1;
+  const int limit = static_cast<int>(threadIdx.x) < params.probes
+                        ? limit_of(params, b, new_probe_position(params, b, threadIdx.x))
+                        : -1;
   // Probes whose limit is past the block see all of it; those whose limit lies in it are few, and compared one by one.
   const auto count_viewers = [&] {
     if (limit >= first && limit < first + kThreads - 1) {

@@ -73,10 +73,12 @@ struct WgmmaAtoms;
     using SS = cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_SS<kA, kB>;    \
     using RS = cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_RS<kA, kB>;    \
   };
+ZIPVL_WGMMA_ATOMS(__half, 16, F16)
 ZIPVL_WGMMA_ATOMS(__half, 64, F16)
 ZIPVL_WGMMA_ATOMS(__half, 96, F16)
 ZIPVL_WGMMA_ATOMS(__half, 128, F16)
 ZIPVL_WGMMA_ATOMS(__half, 256, F16)
+ZIPVL_WGMMA_ATOMS(__nv_bfloat16, 16, BF16)
 ZIPVL_WGMMA_ATOMS(__nv_bfloat16, 64, BF16)
 ZIPVL_WGMMA_ATOMS(__nv_bfloat16, 96, BF16)
 ZIPVL_WGMMA_ATOMS(__nv_bfloat16, 128, BF16)

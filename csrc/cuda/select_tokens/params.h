@@ -25,7 +25,8 @@ struct SelectTokensParams {
   int min_tokens;  // at most `tokens`
   int keep_last;   // at most `tokens`
   double tau;
-  double ratio;  // 0: the budget is by tau
+  double ratio;      // 0: the budget is by tau
+  double max_ratio;  // of the real tokens: the budget is no larger
 
   int blocks_per_row;    // that share a row's tokens
   int tokens_per_block;  // 4,096, 8,192 or 16,384

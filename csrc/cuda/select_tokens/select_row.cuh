@@ -246,6 +246,7 @@ __device__ void select_row(Group& group, const Scores& scores, std::int64_t b, c
       target = budget_by_mass(group, keys, buckets, row.top, Scores::kSigned && row.some_negative ? &sums : nullptr,
                               params, mass_histogram, shared);
     }
+    target = min(target, static_cast<int>(ceil(params.max_ratio * row.real)));
     target = min(max(max(target, row.kept), params.min_tokens), row.real);
   }
   ThresholdBucket threshold{0, kNotReal, 0, 0, 0};  // every real token

@@ -12,6 +12,8 @@ cudaError_t launch_kernel(const SparseAttnParams& params, cudaStream_t stream);
 namespace sparse_attn::sm90 {
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& params, const std::int32_t* seen, int num_sms, cudaStream_t stream);
+template <typename ElementType, int HeadDim>
+cudaError_t launch_ranged_kernel(const SparseAttnParams& params, int num_sms, cudaStream_t stream);
 }  // namespace sparse_attn::sm90
 
 cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t stream) {
@@ -30,7 +32,8 @@ cudaError_t launch_sparse_attn_sm80(const SparseAttnParams& params, cudaStream_t
 cudaError_t sparse_attn::sm90::launch_sparse_attn(const SparseAttnParams& params, const std::int32_t* seen, int num_sms,
                                                   cudaStream_t stream) {
   return dispatch(params.element, params.head_dim, [&]<typename ElementType, int HeadDim>() {
-    return launch_kernel<ElementType, HeadDim>(params, seen, num_sms, stream);
+    return params.ranges.range != nullptr ? launch_ranged_kernel<ElementType, HeadDim>(params, num_sms, stream)
+                                          : launch_kernel<ElementType, HeadDim>(params, seen, num_sms, stream);
   });
 }
 #endif

@@ -10,6 +10,23 @@
 
 namespace zipvl::cuda {
 
+// Rows of queries and the keys that each of them sees, where a pass of attention over a list of keys is not the usual
+// one: within or outside a window, of queries that are the last of the tokens, up to a given last key
+// (row_ranges.cu). A list of keys is the packed selection, the packed real tokens, or all tokens as they lie.
+struct RowRanges {
+  const int2* range;  // [batch, queries]: a row sees places [x, y) of the list
+  // [batch, ceil(queries / 32)], of 32 rows: the least x and the largest y of those that see anything, the largest x
+  // and the least y of all
+  const int4* group;
+  const std::int32_t* query;     // [batch, queries]: the query of each row; null: row r is query r
+  const std::int32_t* num_rows;  // [batch]; null: every query has a row
+  int num_sinks;                 // a row sees the places below min(num_sinks, range.x) as well
+  float* lse;                    // [batch, query_heads, queries]: log2 of the sum of 2**score of a row; or null
+  bool in_window;                // a pass within a window
+  bool merges;                   // lse and `out` hold another pass over other keys, with which this one's is merged
+};
+constexpr int kRowGroup = 32;
+
 struct SparseAttnParams {
   // Strides are of batch, head and token, in elements; the last dimension's is 1. Every row starts at a multiple of 16
   // bytes, so strides of dimensions larger than 1 are multiples of 8.
@@ -37,7 +54,47 @@ struct SparseAttnParams {
   Element element;
   float scale;  // above 0
   bool causal, all_queries;
+
+  // ranges.range null: q and out have `tokens` rows, and rows see the selection up to themselves. Otherwise they have
+  // `queries` rows, `zeros` is null, causal and all_queries do not matter, and the list of keys is
+  //   sm_80: the tokens that index and count name; with index null all tokens.
+  //   sm_90: k_packed and v_packed; with those null k and v themselves.
+  RowRanges ranges;
+  std::int64_t queries;
 };
+
+// What fills RowRanges: one pass's rows and list of keys.
+struct RowRangesPass {
+  int2* range;
+  int4* group;
+  std::int32_t* query;     // null: a row for every query
+  std::int32_t* num_rows;  // null with `query`
+  // The tokens whose queries have rows, as `index` and `count` of a selection; unused where every query has a row.
+  const std::int32_t* row_index;
+  const std::int32_t* row_count;
+  std::int64_t row_index_stride[2], row_count_stride;
+  // The list of keys likewise; null: all tokens.
+  const std::int32_t* key_index;
+  const std::int32_t* key_count;
+  std::int64_t key_index_stride[2], key_count_stride;
+  bool in_window;  // the keys of the window, or those before it that are no sinks
+};
+
+// Causal. Strides in elements.
+struct RowRangesParams {
+  RowRangesPass pass[2];
+  int passes;
+  const bool* token_mask;  // [batch, tokens], or null: every token is real; rows of others see nothing
+  std::int64_t mask_stride[2];
+  const std::int32_t* last_key;  // [batch, queries]: the last token a query sees, or null: its own
+  std::int64_t last_key_stride[2];
+  const std::int32_t* real_index;  // [batch, tokens], contiguous: the real tokens; null with token_mask
+  const std::int32_t* real_count;  // [batch]
+  int batch, queries, tokens;      // the queries are those of the last tokens
+  int local_window, num_sinks;
+};
+
+cudaError_t launch_row_ranges(const RowRangesParams& params, cudaStream_t stream);
 
 // How many selected tokens stand at or before each token: what a query of all_queries sees under causal attention.
 struct SeenTokensParams {

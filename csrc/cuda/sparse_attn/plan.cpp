@@ -55,6 +55,32 @@ SparseAttnCudaPlan plan_sparse_attn_cuda(const SparseAttnCudaProblem& problem) {
   return plan;
 }
 
+RangedAttnWorkspace plan_ranged_attn(const RangedAttnProblem& problem) {
+  constexpr std::int64_t kAlignment = 256, kIntBytes = 4, kElementBytes = 2, kGroup = 32;
+  RangedAttnWorkspace space{};
+  const auto take = [&space](bool needed, std::int64_t bytes) {
+    const std::int64_t begin = space.bytes;
+    space.bytes += needed ? round_up(bytes, kAlignment) : 0;
+    return begin;
+  };
+  const std::int64_t rows = problem.batch * problem.queries;
+  const std::int64_t groups = problem.batch * ceil_div(problem.queries, kGroup);
+  const std::int64_t packed = problem.batch * problem.kv_heads * problem.tokens * problem.head_dim * kElementBytes;
+  const bool packs = problem.lists_real && problem.kernel == SparseAttnKernel::kSm90;
+  space.real_index = take(problem.lists_real, problem.batch * problem.tokens * kIntBytes);
+  space.real_count = take(problem.lists_real, problem.batch * kIntBytes);
+  space.real_k = take(packs, packed);
+  space.real_v = take(packs, packed);
+  space.window_range = take(problem.window, rows * 2 * kIntBytes);
+  space.window_group = take(problem.window, groups * 4 * kIntBytes);
+  space.range = take(true, rows * 2 * kIntBytes);
+  space.group = take(true, groups * 4 * kIntBytes);
+  space.query = take(!problem.all_queries, rows * kIntBytes);
+  space.num_rows = take(!problem.all_queries, problem.batch * kIntBytes);
+  space.lse = take(problem.window, rows * problem.query_heads * kIntBytes);
+  return space;
+}
+
 std::string SparseAttnCudaPlan::describe() const {
   switch (kernel) {
     case SparseAttnKernel::kAten:

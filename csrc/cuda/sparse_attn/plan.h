@@ -34,4 +34,27 @@ struct SparseAttnCudaPlan {
 
 SparseAttnCudaPlan plan_sparse_attn_cuda(const SparseAttnCudaProblem& problem);
 
+// Attention in which rows see what RowRanges says: a pass over the keys of the window, where there is one, and a pass
+// over the selection, merged by log-sum-exp.
+struct RangedAttnProblem {
+  std::int64_t batch, query_heads, kv_heads, queries, tokens, head_dim;
+  bool window;       // there is a pass over the window
+  bool lists_real;   // that pass runs over the list of real tokens, not over all tokens as they lie
+  bool all_queries;  // the pass over the selection has a row for every query
+  SparseAttnKernel kernel;
+};
+
+// Byte offsets, each a multiple of 256; what a pass does not need has no bytes.
+struct RangedAttnWorkspace {
+  std::int64_t real_index, real_count;  // [B, S], [B] int32
+  std::int64_t real_k, real_v;          // [B, Hkv, S, D] of a 16-bit dtype, kSm90
+  std::int64_t window_range, window_group;
+  std::int64_t range, group;     // [B, n] int2, [B, ceil(n / 32)] int4, as are those of the window
+  std::int64_t query, num_rows;  // [B, n], [B] int32
+  std::int64_t lse;              // [B, n, Hq] float32
+  std::int64_t bytes;
+};
+
+RangedAttnWorkspace plan_ranged_attn(const RangedAttnProblem& problem);
+
 }  // namespace zipvl::plan

@@ -104,10 +104,10 @@ __device__ __forceinline__ void place_rows(const ProbeScoresParams& params, Clus
     std::int64_t source = -1;
     if (row < params.rows) {
       const int position = new_probe_position(params, item.b, row / group);
-      limit = limit_of(params, position);
+      limit = limit_of(params, item.b, position);
       if (limit >= 0) {
         source = item.b * params.q_stride[0] + (item.h * group + row % group) * params.q_stride[1] +
-                 position * params.q_stride[2];
+                 (position - params.first_query) * params.q_stride[2];
       }
     }
     shared.limit[slot * kUnitRows + thread] = limit;

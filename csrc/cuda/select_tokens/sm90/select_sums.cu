@@ -29,7 +29,7 @@ struct SummedScores {
     for (int begin = 0; begin < from.probes; begin += 32) {
       const int probe = begin + lane;
       const int limit =
-          probe < from.probes ? probe_scores::limit_of(from, probe_scores::new_probe_position(from, b, probe)) : -1;
+          probe < from.probes ? probe_scores::limit_of(from, b, probe_scores::new_probe_position(from, b, probe)) : -1;
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
         const int n = first_token(quad), first = n - 4 * lane, last = min(first + 128, from.tokens) - 1;  // of the warp

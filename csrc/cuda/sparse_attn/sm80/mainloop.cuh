@@ -25,7 +25,9 @@ __device__ __forceinline__ void load_rows(std::uint32_t tile, const typename Tra
   using Rows = typename Traits::Rows;
   constexpr int kRowsAtOnce = Traits::kThreads / Rows::kPeriodPieces;
   static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0, "a thread's rows share their swizzle");
-  const int first = threadIdx.x / Rows::kPeriodPieces, piece = threadIdx.x % Rows::kPeriodPieces;
+  // In ranged attention registers are so short that this is found anew at every use.
+  const unsigned thread = Traits::kRanged ? ptx::opaque(static_cast<int>(threadIdx.x)) : threadIdx.x;
+  const int first = thread / Rows::kPeriodPieces, piece = thread % Rows::kPeriodPieces;
   const std::uint32_t target = tile + Rows::offset(first, piece);
   constexpr int kOwnRows = kRows / kRowsAtOnce;
   const char* own_piece = reinterpret_cast<const char*>(head) + piece * kPieceBytes;
@@ -54,32 +56,58 @@ __device__ __forceinline__ const typename Traits::Element* head_of(const void* d
   return static_cast<const typename Traits::Element*>(data) + batch * stride[0] + head * stride[1];
 }
 
+// The tile of the list of keys that a tile of the walk is.
+template <typename Traits>
+__device__ __forceinline__ int list_tile(const SharedStorage<Traits>& shared, int tile) {
+  if constexpr (Traits::kRanged) {
+    return tile < shared.ranged.sink_tiles ? tile : tile - shared.ranged.sink_tiles + shared.ranged.first_tile;
+  } else {
+    return tile;
+  }
+}
+
+// How many keys of the list some row sees, those of the tile included.
+template <typename Traits>
+__device__ __forceinline__ int keys_up_to(const SharedStorage<Traits>& shared, int tile) {
+  if constexpr (Traits::kRanged) {
+    return tile < shared.ranged.sink_tiles ? shared.ranged.num_sinks : shared.seen;
+  } else {
+    return shared.seen;
+  }
+}
+
 // Starts on the index entries of a tile of keys; those nobody sees are not read.
 template <typename Traits>
 __device__ __forceinline__ void load_index(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
-  const int thread = static_cast<int>(threadIdx.x), key = tile * Traits::kBlockN + thread;
-  if (thread < Traits::kBlockN && key < shared.seen) {
-    ptx::cp_async_4(ptx::shared_address(&shared.index[tile % 2][thread]),
-                    shared.index_row + key * params.index_stride[1]);
+  const int thread = static_cast<int>(threadIdx.x), key = list_tile(shared, tile) * Traits::kBlockN + thread;
+  if (thread < Traits::kBlockN && key < keys_up_to(shared, tile)) {
+    if (Traits::kRanged && shared.index_row == nullptr) {  // the list is all tokens
+      shared.index[tile % 2][thread] = key;
+    } else {
+      ptx::cp_async_4(ptx::shared_address(&shared.index[tile % 2][thread]),
+                      shared.index_row + key * params.index_stride[1]);
+    }
   }
 }
 
 // Starts on the rows of a tile of keys whose index entries are here. kPartial: rows that nobody sees are 0.
 template <typename Traits, bool kPartial>
 __device__ __forceinline__ void load_keys(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
+  constexpr bool kChecked = kPartial || Traits::kRanged;
   const std::int32_t* index = shared.index[tile % 2];
-  load_rows<Traits, Traits::kBlockN, kPartial>(
+  load_rows<Traits, Traits::kBlockN, kChecked>(
       ptx::shared_address(shared.k[tile % Traits::kStages]), shared.k_head, params.k_stride[2],
-      kPartial ? shared.seen - tile * Traits::kBlockN : 0,
+      kChecked ? keys_up_to(shared, tile) - list_tile(shared, tile) * Traits::kBlockN : 0,
       [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
 }
 
 template <typename Traits, bool kPartial>
 __device__ __forceinline__ void load_values(const SparseAttnParams& params, SharedStorage<Traits>& shared, int tile) {
+  constexpr bool kChecked = kPartial || Traits::kRanged;
   const std::int32_t* index = shared.index[tile % 2];
-  load_rows<Traits, Traits::kBlockN, kPartial>(
+  load_rows<Traits, Traits::kBlockN, kChecked>(
       ptx::shared_address(shared.v[tile % Traits::kStages]), shared.v_head, params.v_stride[2],
-      kPartial ? shared.seen - tile * Traits::kBlockN : 0,
+      kChecked ? keys_up_to(shared, tile) - list_tile(shared, tile) * Traits::kBlockN : 0,
       [&](int row) { return token_of(index[row], static_cast<std::uint32_t>(params.tokens)); });
 }
 
@@ -169,6 +197,32 @@ __device__ __forceinline__ void apply_mask(float (&s)[kRowTiles][kColumnTiles][4
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           if (8 * j + c >= left) {
+            s[m][j][2 * i + c] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same of ranged attention: -inf before places `first` and from places `limit` on; sinks: [0, min(first, sinks)).
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void apply_mask(float (&s)[kRowTiles][kColumnTiles][4], const int* first, const int* limit,
+                                           int sinks, int first_column) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpThreads);
+  const int column = first_column + 2 * (lane % 4);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = m * 16 + i * 8 + lane / 4;
+      const int begin = (sinks > 0 ? 0 : first[row]) - column;
+      const int end = (sinks > 0 ? min(first[row], sinks) : limit[row]) - column;
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          if (static_cast<unsigned>(8 * j + c - begin) >= static_cast<unsigned>(end - begin)) {
             s[m][j][2 * i + c] = -INFINITY;
           }
         }

@@ -9,10 +9,12 @@
 namespace zipvl::cuda::sparse_attn::sm80 {
 
 // Stages: tiles of K and of V at hand. With two a tile's copies have a whole tile's time and one barrier is enough.
-template <typename ElementType, int HeadDim, int Stages>
+// Ranged: rows see what RowRanges says.
+template <typename ElementType, int HeadDim, int Stages, bool Ranged>
 struct Traits {
   using Element = ElementType;
   static constexpr int kHeadDim = HeadDim;
+  static constexpr bool kRanged = Ranged;
   static constexpr int kStages = Stages;
   // At D 256 a warp's output leaves no registers for more than 16 rows, and K and V go through shared memory once for
   // each warp: its bandwidth is the limit, and eight warps on one tile halve what is copied into it.
@@ -33,6 +35,18 @@ struct Traits {
   static constexpr int kPeriodsAtOnce = HeadDim == 128 ? 1 : Rows::kPieces / Rows::kPeriodPieces;
 };
 
+// What ranged attention adds to what a block shares. Its tiles are those of the sinks, and then those of the rows'
+// ranges, numbered through.
+template <int BlockM, bool Ranged>
+struct RangedStorage {};
+template <int BlockM>
+struct RangedStorage<BlockM, true> {
+  int first[BlockM];           // a query row sees places [first, limit) of the list of keys
+  int num_sinks, sink_tiles;   // sinks, which rows see as far as they are before `first`; tiles of them, or 0
+  int first_tile;              // of the list of keys: the first of the ranges
+  int clear_first, clear_end;  // every row sees places [clear_first, clear_end)
+};
+
 // What a block shares. A thread's registers are all taken by sums, so whatever is needed once a tile waits here too.
 template <typename Traits>
 struct SharedStorage {
@@ -48,6 +62,7 @@ struct SharedStorage {
   int seen;                    // the most of them
   int whole_tiles;             // that every query row sees whole
   int queries;                 // query rows that exist, at least 1
+  [[no_unique_address]] RangedStorage<Traits::kBlockM, Traits::kRanged> ranged;
 };
 
 }  // namespace zipvl::cuda::sparse_attn::sm80

@@ -13,36 +13,120 @@
 
 namespace zipvl::cuda::sparse_attn::sm90 {
 
-// One thread. Keys of a tile go from the last block to the first; values follow one block behind, as they are used.
+// Blocks [first, end) of a tile's keys from the last to the first; values follow one block behind, as they are used.
 template <typename Traits>
-__device__ __forceinline__ void load_keys_values(const AttnParams& params, const CUtensorMap* k_map,
-                                                 const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
+__device__ __forceinline__ void load_blocks(const AttnParams& params, const CUtensorMap* k_map,
+                                            const CUtensorMap* v_map, SharedStorage<Traits>& shared, const Tile& tile,
+                                            int first, int end, StageParity& k_parity, StageParity& v_parity) {
   using Keys = typename Traits::Keys;
-  constexpr int kBlockN = Traits::kBlockN;
-  StageParity k_parity, v_parity;
-  ptx::wait_on_dependent_grids();  // it packs what is loaded here
   const auto load = [&](const CUtensorMap* map, typename Traits::Element* target, std::uint64_t* full,
-                        std::uint64_t* empty, StageParity& parity, int stage, const Tile& tile, int block) {
+                        std::uint64_t* empty, StageParity& parity, int stage, int block) {
     ptx::mbarrier_wait(&empty[stage], parity.of(stage) ^ 1);
     ptx::mbarrier_arrive_expect_tx(&full[stage], Keys::kBytes);
 #pragma unroll
     for (int slab = 0; slab < Keys::kSlabs; ++slab) {
       ptx::tma_load_4d(target + stage * Keys::kElements + slab * Keys::kSlabElements, map, &full[stage],
-                       slab * kSlabColumns, block * kBlockN, tile.head / params.group, tile.batch);
+                       slab * kSlabColumns, block * Traits::kBlockN, tile.head / params.group, tile.batch);
     }
     parity.flip(stage);
   };
+  const int blocks = end - first;
+  for (int i = 0; i <= blocks && blocks > 0; ++i) {
+    if (i < blocks) {
+      load(k_map, shared.k[0], shared.k_full, shared.k_empty, k_parity, i % 2, end - 1 - i);
+    }
+    if (i > 0) {
+      load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_parity, (i - 1) % 2, end - i);
+    }
+  }
+}
+
+// One thread.
+template <typename Traits>
+__device__ __forceinline__ void load_keys_values(const AttnParams& params, const CUtensorMap* k_map,
+                                                 const CUtensorMap* v_map, SharedStorage<Traits>& shared) {
+  StageParity k_parity, v_parity;
+  ptx::wait_on_dependent_grids();  // it packs what is loaded here
   for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
     const Tile tile = walk.tile();
-    const int blocks = (keys_seen<Traits::kBlockM>(params, tile, 0).last + kBlockN - 1) / kBlockN;
-    for (int i = 0; i <= blocks && blocks > 0; ++i) {
-      if (i < blocks) {
-        load(k_map, shared.k[0], shared.k_full, shared.k_empty, k_parity, i % 2, tile, blocks - 1 - i);
-      }
-      if (i > 0) {
-        load(v_map, shared.v[0], shared.v_full, shared.v_empty, v_parity, (i - 1) % 2, tile, blocks - i);
-      }
+    const int blocks = (keys_seen<Traits::kBlockM>(params, tile, 0).last + Traits::kBlockN - 1) / Traits::kBlockN;
+    load_blocks(params, k_map, v_map, shared, tile, 0, blocks, k_parity, v_parity);
+  }
+}
+
+// The same of ranged attention. Sinks come before the blocks, 16 at a time.
+template <typename Traits>
+__device__ __forceinline__ void load_ranged_keys_values(const AttnParams& params, const RangedMaps& maps,
+                                                        SharedStorage<Traits>& shared) {
+  using Sinks = typename Traits::Sinks;
+  StageParity k_parity, v_parity;
+  std::uint32_t sinks_phase = 0;
+  PipelineState<Traits::kQueryStages> place;
+  while (true) {
+    ptx::mbarrier_wait(&shared.ranged.rows_full[place.index], place.phase);
+    const Tile tile = shared.ranged.tile[place.index];
+    if (tile.batch < 0) {
+      return;
     }
+    const TileBlocks blocks = tile_blocks<Traits>(params, [&](int i) { return shared.ranged.group[place.index][i]; });
+    ptx::mbarrier_arrive(&shared.ranged.rows_empty[place.index]);
+    place.advance();
+    for (int sink = 0; sink < (blocks.sinks ? params.ranges.num_sinks : 0); sink += Traits::kSinkRows) {
+      ptx::mbarrier_wait(&shared.ranged.sinks_empty, sinks_phase ^ 1);
+      ptx::mbarrier_arrive_expect_tx(&shared.ranged.sinks_full, 2 * Sinks::kBytes);
+#pragma unroll 1
+      for (int slab = 0; slab < Sinks::kSlabs; ++slab) {
+        const int column = slab * kSlabColumns, head = tile.head / params.group;
+        ptx::tma_load_4d(shared.ranged.sink_k + slab * Sinks::kSlabElements, &maps.sink_k, &shared.ranged.sinks_full,
+                         column, sink, head, tile.batch);
+        ptx::tma_load_4d(shared.ranged.sink_v + slab * Sinks::kSlabElements, &maps.sink_v, &shared.ranged.sinks_full,
+                         column, sink, head, tile.batch);
+      }
+      sinks_phase ^= 1;
+    }
+    load_blocks(params, &maps.k, &maps.v, shared, tile, blocks.first, blocks.end, k_parity, v_parity);
+  }
+}
+
+// Ranged attention: the queries of a warp's rows, and in shared memory what they see.
+template <typename Traits, int kEach>
+__device__ __forceinline__ void load_row_ranges(const AttnParams& params, SharedStorage<Traits>& shared,
+                                                const Tile& tile, int rows, int warp, int lane,
+                                                const PipelineState<Traits::kQueryStages>& place,
+                                                int (&position)[kEach]) {
+  const RowRanges& from = params.ranges;
+  const std::int64_t batch = static_cast<std::int64_t>(tile.batch) * params.tokens;
+  int2 range[kEach];
+  int4 group = make_int4(0, 0, 0, 0);
+  const bool has_group = warp == 0 && lane < Traits::kBlockM / kRowGroup;
+  if (has_group) {
+    group = load_group<Traits>(params, tile, lane);
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int row = tile.block * Traits::kBlockM + (warp * kEach + i) * kWarpThreads + lane;
+    position[i] = -1;
+    range[i] = make_int2(0, 0);
+    if (row < rows) {
+      position[i] = from.query == nullptr ? row : min(max(__ldcg(from.query + batch + row), 0), params.tokens - 1);
+      range[i] = __ldcg(from.range + batch + row);
+    }
+  }
+  ptx::mbarrier_wait(&shared.ranged.rows_empty[place.index], place.phase ^ 1);
+  if (has_group) {
+    shared.ranged.group[place.index][lane] = group;
+    shared.ranged.tile[place.index] = tile;
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int row = (warp * kEach + i) * kWarpThreads + lane;
+    shared.ranged.range[place.index][row] = range[i];
+    shared.ranged.row[place.index][row] = position[i] < 0 ? -1 : static_cast<int>(batch) + position[i];
+    position[i] = max(position[i], 0);
+  }
+  __syncwarp();
+  if (lane == 0) {
+    ptx::mbarrier_arrive(&shared.ranged.rows_full[place.index]);
   }
 }
 
@@ -55,25 +139,30 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
   using Queries = typename Traits::Queries;
   constexpr int kPieces = Queries::kPieces;
   constexpr int kRowsAtOnce = kWarpThreads / (kPieces < 32 ? kPieces : 32);
-  constexpr int kRowsAhead = Traits::kProducerRegisters < 40 ? 1 : 4;  // addresses of more would spill
+  // Addresses of more would spill.
+  constexpr int kRowsAhead = Traits::kProducerRegisters < 40 || Traits::kRanged ? 1 : 4;
   static_assert(kPieces <= kWarpThreads && kRows % kWarpThreads == 0);
   const int piece = lane % kPieces, row_of_lane = lane / kPieces;
   const bool inside = piece * kPieceElements < Traits::kHeadDim;
   PipelineState<Traits::kQueryStages> place;
   for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
     const Tile tile = walk.tile();
-    const int rows = query_rows(params, tile.batch);
-    const std::int32_t* index = params.index + tile.batch * params.index_stride[0];
+    const int rows = query_rows<Traits::kRanged>(params, tile.batch);
+    [[maybe_unused]] const std::int32_t* index = params.index + tile.batch * params.index_stride[0];
     const auto* q = static_cast<const typename Traits::Element*>(params.q) + tile.batch * params.q_stride[0] +
                     tile.head * params.q_stride[1] + piece * kPieceElements;
     int position[kRows / kWarpThreads];
+    if constexpr (Traits::kRanged) {
+      load_row_ranges(params, shared, tile, rows, warp, lane, place, position);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kRows / kWarpThreads; ++i) {
-      const int row = tile.block * Traits::kBlockM + warp * kRows + i * kWarpThreads + lane;
-      position[i] = 0;
-      if (row < rows) {
-        position[i] =
-            params.all_queries ? row : min(max(__ldcg(index + row * params.index_stride[1]), 0), params.tokens - 1);
+      for (int i = 0; i < kRows / kWarpThreads; ++i) {
+        const int row = tile.block * Traits::kBlockM + warp * kRows + i * kWarpThreads + lane;
+        position[i] = 0;
+        if (row < rows) {
+          position[i] =
+              params.all_queries ? row : min(max(__ldcg(index + row * params.index_stride[1]), 0), params.tokens - 1);
+        }
       }
     }
     ptx::mbarrier_wait(&shared.q_empty[place.index], place.phase ^ 1);
@@ -91,6 +180,15 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
     }
     ptx::cp_async_mbarrier_arrive_noinc(&shared.q_full[place.index]);
     place.advance();
+  }
+  if constexpr (Traits::kRanged) {  // there are no more tiles
+    ptx::mbarrier_wait(&shared.ranged.rows_empty[place.index], place.phase ^ 1);
+    if (lane == 0) {
+      if (warp == 0) {
+        shared.ranged.tile[place.index].batch = -1;
+      }
+      ptx::mbarrier_arrive(&shared.ranged.rows_full[place.index]);
+    }
   }
 }
 

@@ -11,6 +11,7 @@
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sparse_attn/sm90/scheduler.cuh"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
@@ -36,16 +37,43 @@ __device__ __forceinline__ void apply_mask(float (&s)[kScores], int i, int seen)
   }
 }
 
+// The same before column `first`, and from column `end` on.
+template <int kScores>
+__device__ __forceinline__ void apply_mask(float (&s)[kScores], int i, int first, int end) {
+#pragma unroll
+  for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (static_cast<unsigned>(8 * j + c - first) >= static_cast<unsigned>(end - first)) {
+        s[4 * j + 2 * i + c] = -INFINITY;
+      }
+    }
+  }
+}
+
+// What the thread's two rows see: packed keys up to `limit`, or places [first, limit) of a list.
+template <bool kRanged>
+struct RowLimits {
+  const int (&limit)[2];
+};
+template <>
+struct RowLimits<true> {
+  const int (&first)[2];
+  const int (&limit)[2];
+};
+
 // Scores [64, kBlockN] of packed keys from `first_column` on -> weights exp2(scale_log2 * (score - max)), in place.
-// rescale: what sums and outputs so far must be multiplied by, as the maximum moved. limit: how many packed keys the
-// rows see.
-template <bool kMasked, int kScores>
+// rescale: what sums and outputs so far must be multiplied by, as the maximum moved.
+template <bool kMasked, bool kRanged, int kScores>
 __device__ __forceinline__ void online_softmax(float (&s)[kScores], RowState& rows, float (&rescale)[2],
-                                               float scale_log2, const int (&limit)[2], int first_column) {
+                                               float scale_log2, const RowLimits<kRanged>& seen, int first_column) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if constexpr (kMasked) {
-      apply_mask(s, i, limit[i] - first_column - 2 * static_cast<int>(threadIdx.x % 4));
+    const int own_column = first_column + 2 * static_cast<int>(threadIdx.x % 4);
+    if constexpr (kMasked && kRanged) {
+      apply_mask(s, i, seen.first[i] - own_column, seen.limit[i] - own_column);
+    } else if constexpr (kMasked) {
+      apply_mask(s, i, seen.limit[i] - first_column - 2 * static_cast<int>(threadIdx.x % 4));
     }
     float max = rows.max[i];
 #pragma unroll
@@ -115,8 +143,9 @@ class Consumer {
       : shared_(shared), scale_log2_(scale_log2), warpgroup_(warpgroup) {}
 
   // Output [64, D] of this warpgroup's rows, not yet divided by the sums; `blocks` key blocks, all of them seen by
-  // every row up to packed key `clear`.
-  __device__ __forceinline__ void attend(float (&o)[kOutputs], RowState& rows, int blocks, int clear) {
+  // every row from key `clear_first` up to key `clear`, and up to `sinks` sinks before them (kRanged).
+  __device__ __forceinline__ void attend(float (&o)[kOutputs], RowState& rows, int blocks, int clear,
+                                         [[maybe_unused]] int clear_first = 0, [[maybe_unused]] int sinks = 0) {
     float s[kScores];
     std::uint32_t p[kScores / 8][4];
     float rescale[2];
@@ -133,6 +162,11 @@ class Consumer {
       ptx::fence_view_async_shared();  // they came by cp.async, which the tensor cores' reads are not ordered with
       query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.index] + QueryLayout::row_elements(warpgroup_ * 64));
     }
+    if constexpr (Traits::kRanged) {
+      for (int sink = 0; sink < sinks; sink += Traits::kSinkRows) {
+        attend_sinks(o, rows, query, sink);
+      }
+    }
     int block = blocks - 1;
     ptx::mbarrier_wait(&shared_.k_full[0], k_parity_.of(0));
     ptx::warpgroup_arrive();
@@ -142,7 +176,12 @@ class Consumer {
     ptx::warpgroup_fence_operand(s);
     release(shared_.k_empty, 0, k_parity_);
     const bool arrived = next_arrived<0>(block);
-    online_softmax<true>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
+    online_softmax<true>(s, rows, rescale, scale_log2_, limits(), block * kBlockN);
+    if constexpr (Traits::kRanged) {
+      if (sinks > 0) {
+        rescale_o(o, rescale);
+      }
+    }
     to_fragments<Element>(s, p);
     await_next<0>(block, arrived);
     --block;
@@ -150,8 +189,17 @@ class Consumer {
     while (block >= 0 && (block + 1) * kBlockN > clear) {
       odd = two_steps<true>(s, p, o, rows, query, block);
     }
-    while (block >= 0) {
-      odd = two_steps<false>(s, p, o, rows, query, block);
+    if constexpr (Traits::kRanged) {
+      while (block >= 0 && max(block - 1, 0) * kBlockN >= clear_first) {
+        odd = two_steps<false>(s, p, o, rows, query, block);
+      }
+      while (block >= 0) {
+        odd = two_steps<true>(s, p, o, rows, query, block);
+      }
+    } else {
+      while (block >= 0) {
+        odd = two_steps<false>(s, p, o, rows, query, block);
+      }
     }
     if (odd) {
       finish<1>(o, p);
@@ -161,12 +209,45 @@ class Consumer {
   }
 
   // This thread's, which it writes before attend.
-  __device__ __forceinline__ RowPlaces& places() const { return shared_.rows[threadIdx.x - kWarpgroupThreads]; }
+  __device__ __forceinline__ RowPlaces<Traits::kRanged>& places() const {
+    return shared_.rows[threadIdx.x - kWarpgroupThreads];
+  }
 
   // The queries of a tile without keys were loaded all the same.
   __device__ __forceinline__ void skip() {
     ptx::mbarrier_wait(&shared_.q_full[q_.index], q_.phase);
     release_queries();
+  }
+
+  // Ranged attention: takes over what the rows of the next tile see, and says what there is to `attend`; batch -1:
+  // there are no more tiles. row_of_thread: of the thread's first row in the tile.
+  struct RangedTile {
+    Tile tile;
+    int blocks, clear_end, clear_first, sinks;
+  };
+  __device__ __forceinline__ RangedTile next_tile(const AttnParams& params, int row_of_thread) {
+    RangedStorage<Traits>& from = shared_.ranged;
+    ptx::mbarrier_wait(&from.rows_full[q_.index], q_.phase);
+    const Tile tile = from.tile[q_.index];
+    if (tile.batch < 0) {
+      return {tile, 0, 0, 0, 0};
+    }
+    const TileBlocks blocks = tile_blocks<Traits>(params, [&](int i) { return from.group[q_.index][i]; });
+    const int begin = blocks.first * kBlockN;
+    RowPlaces<true>& own = places();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int2 range = from.range[q_.index][row_of_thread + 8 * i];
+      own.first[i] = range.x - begin;
+      own.limit[i] = range.y - begin;
+      own.sinks[i] = min(range.x, params.ranges.num_sinks);
+      own.row[i] = from.row[q_.index][row_of_thread + 8 * i];
+    }
+    const int4 low = from.group[q_.index][2 * warpgroup_], high = from.group[q_.index][2 * warpgroup_ + 1];
+    __syncwarp();
+    arrive(&from.rows_empty[q_.index]);
+    return {tile, blocks.end - blocks.first, min(low.w, high.w) - begin, max(low.z, high.z) - begin,
+            blocks.sinks ? params.ranges.num_sinks : 0};
   }
 
   // Before the first tile: the first warpgroup's turn.
@@ -177,6 +258,52 @@ class Consumer {
   }
 
  private:
+  // What the rows see.
+  __device__ __forceinline__ RowLimits<Traits::kRanged> limits() const {
+    if constexpr (Traits::kRanged) {
+      return {places().first, places().limit};
+    } else {
+      return {places().limit};
+    }
+  }
+
+  // The sinks from `sink` on, as many as one product takes: a tile of keys in small, before the others.
+  __device__ __forceinline__ void attend_sinks(float (&o)[kOutputs], RowState& rows, const Queries& query, int sink) {
+    using Sinks = typename Traits::Sinks;
+    constexpr int kSinkScores = Traits::kSinkRows / 2;
+    float s[kSinkScores], rescale[2];
+    ptx::mbarrier_wait(&shared_.ranged.sinks_full, sinks_phase_);
+    sinks_phase_ ^= 1;
+    const std::uint64_t key = ptx::wgmma_descriptor(shared_.ranged.sink_k);
+    ptx::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < kFragments; ++k) {
+      const std::uint64_t key_step = ptx::wgmma_advance(key, Sinks::column_step(k));
+      if constexpr (Traits::kQueriesInRegisters) {
+        ptx::Wgmma<Element, Traits::kSinkRows, false>::rs(s, query.fragment[k], key_step, k > 0);
+      } else {
+        ptx::Wgmma<Element, Traits::kSinkRows, false>::ss(
+            s, ptx::wgmma_advance(operand(query.descriptor), QueryLayout::column_step(k)), key_step, k > 0);
+      }
+    }
+    ptx::warpgroup_commit_batch();
+    ptx::warpgroup_wait<0>();
+    ptx::warpgroup_fence_operand(s);
+    const int none[2] = {0, 0};
+    online_softmax<true>(s, rows, rescale, scale_log2_, RowLimits<true>{none, places().sinks}, sink);
+    rescale_o(o, rescale);
+    std::uint32_t p[1][4];
+    to_fragments<Element>(s, p);
+    const std::uint64_t value = ptx::wgmma_descriptor(shared_.ranged.sink_v, Sinks::kGroupBytes, Sinks::kSlabBytes);
+    ptx::warpgroup_fence_operand(o);
+    ptx::warpgroup_arrive();
+    ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[0], value, 1);
+    ptx::warpgroup_commit_batch();
+    ptx::warpgroup_wait<0>();
+    ptx::warpgroup_fence_operand(o);
+    arrive(&shared_.ranged.sinks_empty);
+  }
+
   // Steps of `block` and the block before it, or of `block` alone where it is the first; says whether it was.
   template <bool kMasked>
   __device__ __forceinline__ bool two_steps(float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4],
@@ -196,7 +323,9 @@ class Consumer {
   __device__ __forceinline__ void step(float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4], float (&o)[kOutputs],
                                        RowState& rows, const Queries& query, int block) {
     float rescale[2];
-    ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
+    if constexpr (Traits::kConsumers > 1) {
+      ptx::named_barrier_sync(turn(warpgroup_), 2 * kWarpgroupThreads);
+    }
     ptx::warpgroup_fence_operand(s);
     ptx::warpgroup_fence_operand(o);
     ptx::warpgroup_arrive();
@@ -210,7 +339,7 @@ class Consumer {
     ptx::warpgroup_fence_operand(s);
     release(shared_.k_empty, kStage, k_parity_);
     const bool arrived = next_arrived<kStage>(block);
-    online_softmax<kMasked>(s, rows, rescale, scale_log2_, places().limit, block * kBlockN);
+    online_softmax<kMasked>(s, rows, rescale, scale_log2_, limits(), block * kBlockN);
     // The exponentials belong here, under the product of the weights before. Left in one basic block with the wait
     // below, the compiler sinks them behind it; waiting for what comes next ends the block.
     ptx::warpgroup_fence_operand(s);
@@ -320,7 +449,9 @@ class Consumer {
   }
 
   __device__ __forceinline__ void pass_turn() const {
-    ptx::named_barrier_arrive(turn((warpgroup_ + 1) % Traits::kConsumers), 2 * kWarpgroupThreads);
+    if constexpr (Traits::kConsumers > 1) {
+      ptx::named_barrier_arrive(turn((warpgroup_ + 1) % Traits::kConsumers), 2 * kWarpgroupThreads);
+    }
   }
 
   SharedStorage<Traits>& shared_;
@@ -328,6 +459,7 @@ class Consumer {
   int warpgroup_;
   PipelineState<Traits::kQueryStages> q_;
   StageParity k_parity_, v_parity_;
+  std::uint32_t sinks_phase_ = 0;
 };
 
 }  // namespace zipvl::cuda::sparse_attn::sm90

@@ -2,6 +2,8 @@
 // before it. No Torch.
 #pragma once
 
+#include <cuda.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <numbers>
@@ -28,6 +30,13 @@ struct AttnParams {
   int kv_heads;
   float scale_log2;  // scale * log2(e), above 0
   bool causal, all_queries;
+  RowRanges ranges;  // of Traits::kRanged: `tokens` are the queries then, and index, count and seen are unused
+  int keys;          // tokens that a list of keys may have
+};
+
+// How the copy engine reads a list of keys, a block or a few sinks at once.
+struct RangedMaps {
+  CUtensorMap k, v, sink_k, sink_v;
 };
 
 inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* seen) {
@@ -50,6 +59,11 @@ inline AttnParams attn_params(const SparseAttnParams& from, const std::int32_t* 
   params.scale_log2 = from.scale * std::numbers::log2e_v<float>;
   params.causal = from.causal;
   params.all_queries = from.all_queries;
+  params.ranges = from.ranges;
+  params.keys = params.tokens;
+  if (from.ranges.range != nullptr) {
+    params.tokens = static_cast<int>(from.queries);
+  }
   return params;
 }
 

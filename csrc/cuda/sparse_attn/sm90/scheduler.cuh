@@ -3,33 +3,48 @@
 // rows side by side at each level; `count` is read on the device, so batch rows may have any number of blocks.
 #pragma once
 
+#include <climits>
+
 #include "cuda/sparse_attn/sm90/params.h"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
-
-struct Tile {
-  int batch, head, block;
-};
 
 // Selected tokens of a batch row, whatever stands in `count`.
 __device__ __forceinline__ int selected(const AttnParams& params, int batch) {
   return min(max(__ldcg(params.count + batch * params.count_stride), 0), params.tokens);
 }
 
+// Keys that the tiles of a batch row read again and again: of ranged attention those of the packed selection, and none
+// of a window, which moves on.
+template <bool kRanged>
+__device__ __forceinline__ int list_keys(const AttnParams& params, int batch) {
+  if constexpr (kRanged) {
+    return params.ranges.in_window ? 0 : min(max(__ldcg(params.count + batch * params.count_stride), 0), params.keys);
+  } else {
+    return selected(params, batch);
+  }
+}
+
+template <bool kRanged>
 __device__ __forceinline__ int query_rows(const AttnParams& params, int batch) {
-  return params.all_queries ? params.tokens : selected(params, batch);
+  if constexpr (kRanged) {
+    return params.ranges.num_rows == nullptr ? params.tokens
+                                             : min(max(__ldcg(params.ranges.num_rows + batch), 0), params.tokens);
+  } else {
+    return params.all_queries ? params.tokens : selected(params, batch);
+  }
 }
 
 // One warp makes the table: batch rows by descending number of blocks, equal ones in order. key_bytes: of a packed key
 // and its value.
-template <int BlockM>
+template <int BlockM, bool kRanged>
 __device__ __forceinline__ void make_tile_table(const AttnParams& params, TileTable& table, int key_bytes, int lane) {
   int blocks[2], rank[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int b = lane + i * kWarpThreads;
-    blocks[i] = b < params.batch ? (query_rows(params, b) + BlockM - 1) / BlockM : 0;
+    blocks[i] = b < params.batch ? (query_rows<kRanged>(params, b) + BlockM - 1) / BlockM : 0;
   }
   for (int other = 0; other < params.batch; ++other) {
     const int theirs = __shfl_sync(kAllLanes, other < kWarpThreads ? blocks[0] : blocks[1], other % kWarpThreads);
@@ -51,7 +66,7 @@ __device__ __forceinline__ void make_tile_table(const AttnParams& params, TileTa
     int batches = 0, before = 0;
     std::int64_t head_bytes = 1;
     for (int b = 0; b < params.batch; ++b) {
-      head_bytes += static_cast<std::int64_t>(selected(params, b)) * key_bytes;
+      head_bytes += static_cast<std::int64_t>(list_keys<kRanged>(params, b)) * key_bytes;
     }
     table.section_heads = max(1, static_cast<int>(min(kL2Bytes / head_bytes, std::int64_t{params.kv_heads})));
     while (batches < params.batch && table.blocks[batches] > 0) {
@@ -122,6 +137,41 @@ __device__ __forceinline__ KeyRange keys_seen(const AttnParams& params, const Ti
   }
   const std::int32_t* seen = params.seen + static_cast<std::int64_t>(tile.batch) * params.tokens;
   return {__ldcg(seen + min(begin + row, params.tokens - 1)), __ldcg(seen + min(begin + BlockM, params.tokens) - 1)};
+}
+
+// The same of ranged attention: the blocks of keys that a tile visits, [first, end), and whether rows may see sinks.
+// group(i): RowRanges::group of the tile's i-th 32 rows.
+struct TileBlocks {
+  int first, end;
+  bool sinks;
+};
+
+template <typename Traits, typename Group>
+__device__ __forceinline__ TileBlocks tile_blocks(const AttnParams& params, const Group& group) {
+  int begin = INT_MAX, end = 0, max_begin = 0;
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockM / kRowGroup; ++i) {
+    const int4 of_rows = group(i);
+    begin = min(begin, of_rows.x);
+    end = max(end, of_rows.y);
+    max_begin = max(max_begin, of_rows.z);
+  }
+  const bool sinks = params.ranges.num_sinks > 0 && max_begin > 0;
+  if (begin >= end) {
+    return {0, sinks ? 1 : 0, sinks};  // sinks alone: a block that no row sees
+  }
+  return {begin / Traits::kBlockN, (end + Traits::kBlockN - 1) / Traits::kBlockN, sinks};
+}
+
+// RowRanges::group of the tile's i-th 32 rows; rows past the end see nothing and count for nothing.
+template <typename Traits>
+__device__ __forceinline__ int4 load_group(const AttnParams& params, const Tile& tile, int i) {
+  const int groups = (params.tokens + kRowGroup - 1) / kRowGroup;
+  const int group = tile.block * (Traits::kBlockM / kRowGroup) + i;
+  if (group >= groups) {
+    return make_int4(INT_MAX, 0, 0, INT_MAX);
+  }
+  return __ldcg(params.ranges.group + static_cast<std::int64_t>(tile.batch) * groups + group);
 }
 
 }  // namespace zipvl::cuda::sparse_attn::sm90

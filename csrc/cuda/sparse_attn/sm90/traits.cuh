@@ -6,6 +6,7 @@
 #include "cuda/common/pipeline.cuh"
 #include "cuda/common/smem_layout.cuh"
 #include "cuda/common/warp.cuh"
+#include "cuda/sparse_attn/params.h"
 #include "cuda/sparse_attn/plan.h"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
@@ -16,17 +17,27 @@ constexpr int kMaxBatches = plan::kSparseAttnMaxBatches;  // batch rows in the s
 // outputs pass through it.
 constexpr std::int64_t kL2Bytes = std::int64_t{32} << 20;
 
-template <typename ElementType, int HeadDim>
+// What the rows of queries see: the selection up to themselves; what RowRanges says of a long list of keys; or what it
+// says of a window.
+enum class Seen { kSelection, kRanged, kWindow };
+
+template <typename ElementType, int HeadDim, Seen Rows>
 struct Traits {
   using Element = ElementType;
   static constexpr int kHeadDim = HeadDim;
+  static constexpr bool kRanged = Rows != Seen::kSelection;
+  // Within a window a tile of 64 rows visits three blocks of 64 keys, where one of 128 rows would visit two of 128:
+  // three quarters of the work. So few steps leave little to overlap within a block of one consumer: two of them share
+  // a multiprocessor.
+  static constexpr bool kWindow = Rows == Seen::kWindow && HeadDim != 256;
+  static constexpr int kBlocksPerSm = kWindow ? 2 : 1;
   // Each consumer warpgroup owns 64 query rows. Two of them at 232 registers hold the scores, the weights and the
   // output of a 64 x 128 tile at D 128 (160 registers) and the queries; with three there are 160 registers each, which
-  // is enough at D 64 (128) only.
-  static constexpr int kConsumers = HeadDim == 64 ? 3 : 2;
+  // is enough at D 64 (128) only, and there not for what ranged attention keeps.
+  static constexpr int kConsumers = kWindow ? 1 : HeadDim == 64 && !kRanged ? 3 : 2;
   static constexpr int kBlockM = 64 * kConsumers;
   // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
-  static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
+  static constexpr int kBlockN = HeadDim == 256 || kWindow ? 64 : 128;
   // Of K and of V. The first key block of a tile stands in stage 0, the next in stage 1 and so on: then the consumers'
   // loop, unrolled twice, knows its operands' addresses when it is compiled.
   static constexpr int kStages = 2;
@@ -37,11 +48,15 @@ struct Traits {
   static constexpr bool kQueriesInRegisters = HeadDim == 96 || HeadDim == 128;
   // setmaxnreg: 40 + 2 * 232 = 504, what 384 threads at 168 registers were launched with; 32 + 3 * 160 = 512, 512
   // threads at 128.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr bool kWideProducer = kRanged && HeadDim == 256;  // 56 + 2 * 224: with less it spills
+  static constexpr int kProducerRegisters = kWideProducer ? 56 : kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kWideProducer ? 224 : kConsumers == 3 ? 160 : kWindow ? 216 : 232;
 
   using Queries = Sw128Slabs<kBlockM, HeadDim>;
   using Keys = Sw128Slabs<kBlockN, HeadDim>;  // and values
+
+  static constexpr int kSinkRows = 16;  // sinks of one product: its depth in the second one
+  using Sinks = Sw128Slabs<kSinkRows, HeadDim>;
 };
 
 // Warps of the producer warpgroup.
@@ -61,9 +76,36 @@ struct TileTable {
 };
 
 // What a consumer thread needs of its two rows before and after the loop over the keys, but seldom in it.
+template <bool Ranged>
 struct RowPlaces {
   std::int64_t output[2];  // element of the output where the row begins; -1: it is none of the output's
   int limit[2];            // packed keys the row sees
+};
+template <>
+struct RowPlaces<true> {
+  int row[2];              // of the output [batch * queries, query_heads, head_dim]; -1: it is none of the output's
+  int first[2], limit[2];  // the row sees keys [first, limit), counted from the tile's first block
+  int sinks[2];            // and so many sinks
+};
+
+struct Tile {
+  int batch, head, block;
+};
+
+// What ranged attention adds to the shared memory of a block. The warps that load queries say what the rows of the next
+// tile see while this one is computed: nobody else waits for device memory.
+template <typename Traits, bool Ranged = Traits::kRanged>
+struct RangedStorage {};
+template <typename Traits>
+struct RangedStorage<Traits, true> {
+  alignas(1024) typename Traits::Element sink_k[Traits::Sinks::kElements];
+  alignas(1024) typename Traits::Element sink_v[Traits::Sinks::kElements];
+  alignas(16) int4 group[Traits::kQueryStages][Traits::kBlockM / kRowGroup];  // RowRanges::group of the tile
+  Tile tile[Traits::kQueryStages];                                            // batch -1: there are no more
+  int2 range[Traits::kQueryStages][Traits::kBlockM];
+  int row[Traits::kQueryStages][Traits::kBlockM];  // RowPlaces::row
+  std::uint64_t rows_full[Traits::kQueryStages], rows_empty[Traits::kQueryStages];
+  std::uint64_t sinks_full, sinks_empty;
 };
 
 template <typename Traits>
@@ -71,12 +113,13 @@ struct SharedStorage {
   alignas(1024) typename Traits::Element q[Traits::kQueryStages][Traits::Queries::kElements];
   alignas(1024) typename Traits::Element k[Traits::kStages][Traits::Keys::kElements];
   alignas(1024) typename Traits::Element v[Traits::kStages][Traits::Keys::kElements];
-  alignas(128) unsigned char zeros[kZeroBytes];
+  alignas(128) unsigned char zeros[Traits::kRanged ? 16 : kZeroBytes];
   std::uint64_t q_full[Traits::kQueryStages], q_empty[Traits::kQueryStages];
   std::uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
   std::uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
-  RowPlaces rows[Traits::kConsumers * kWarpgroupThreads];  // of each consumer thread, for itself
+  RowPlaces<Traits::kRanged> rows[Traits::kConsumers * kWarpgroupThreads];  // of each consumer thread, for itself
   TileTable table;
+  RangedStorage<Traits> ranged;
 };
 
 // The parities to wait for, a bit a stage, where stages are not taken in turn for ever: each tile begins at stage 0.
