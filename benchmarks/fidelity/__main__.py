@@ -23,7 +23,7 @@ from benchmarks.fidelity.journal import Journal, code_digest
 
 PARTS = ("text", "key", "page")
 SIZES = {"text": (4, 24), "key": (12, 200), "page": (100, 1000)}
-"""Samples of a measure, by default and with --full."""
+"""Samples of a measure, by default and with --full, which is the most."""
 WORK = ROOT / "build" / "fidelity"
 
 
@@ -36,7 +36,11 @@ def main(
     setting: Annotated[
         list[str] | None, typer.Option(help="A setting such as 'tau 0.95, window 128, all queries, full'; repeatable.")
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Samples of each measure at most.")] = None,
+    num_texts: Annotated[
+        int | None, typer.Option("--texts", min=1, help="4 by default, 24 with --full, and at most.")
+    ] = (None),
+    num_keys: Annotated[int | None, typer.Option("--keys", min=1, help="12 by default, 200 with --full.")] = None,
+    num_pages: Annotated[int | None, typer.Option("--pages", min=1, help="100 by default, 1,000 with --full.")] = None,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16; by default by device.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's, on a CPU.")] = None,
@@ -60,7 +64,8 @@ def main(
             settings.config(name)
     except settings.SettingError as error:
         sys.exit(f"--setting: {error}")
-    sizes = {part: min(SIZES[part][full], count or SIZES[part][full]) for part in parts}
+    asked = {"text": num_texts, "key": num_keys, "page": num_pages}
+    sizes = {part: min(asked[part] or SIZES[part][full], SIZES[part][1]) for part in parts}
     run = _Run(cast(texts.Split, split), names, sizes, torch.device(device), dtype, cache_dir, work)
     started = time.perf_counter()
     try:
