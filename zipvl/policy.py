@@ -87,7 +87,7 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, a
     most = math.ceil(min(config.ratio or 1.0, config.max_ratio) * _PARTS)
     share = (tokens * most + _PARTS - 1) // _PARTS
     kept = max(config.keep_recent, config.min_tokens, dense_below if masked else 0)
-    return min(share + kept + config.num_sinks + config.local_window, tokens)
+    return min(share + kept + config.sinks + config.local_window, tokens)
 
 
 @torch.compiler.assume_constant_result

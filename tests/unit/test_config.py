@@ -110,10 +110,11 @@ def test_replace_changes_what_it_names_alone() -> None:
     assert config == ZipVLConfig(tau=0.5, layers=(1,))
 
 
-def test_sinks_need_a_window() -> None:
-    assert ZipVLConfig(local_window=64, num_sinks=np.int64(4)).num_sinks == 4
-    with pytest.raises(ValueError, match="ZipVLConfig: num_sinks must be 0 without a local_window, got 4"):
-        ZipVLConfig(local_window=0, num_sinks=4)
+def test_sinks_take_effect_with_a_window_alone() -> None:
+    config = ZipVLConfig(local_window=64, num_sinks=np.int64(4))
+    assert config.sinks == config.attention_kwargs()["num_sinks"] == 4
+    without = config.replace(local_window=0)
+    assert without.sinks == without.attention_kwargs()["num_sinks"] == 0
 
 
 def test_a_layer_is_not_both_dense_and_named_sparse() -> None:
