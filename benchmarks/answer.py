@@ -132,7 +132,7 @@ def measure(model: Any, case: Case, ratio: float, static: bool, side: int) -> di
         return output
 
     def method(name: str, new: int) -> None:
-        with nullcontext() if name != "zipvl" else zipvl.sparse(model, ratio=ratio, text_prompts="sparse") as stats:
+        with nullcontext() if name != "zipvl" else zipvl.sparse(model, zipvl.ZipVLConfig.paper(ratio=ratio)) as stats:
             generate(new, **({"cache_implementation": "static"} if name == "static" else {}))
         if stats is not None and new > 1:
             decoded[:] = [stats.decodings[-1].to_dict() | {"active": stats.active, "ratio": stats.mean_ratio}]

@@ -37,8 +37,8 @@ MARGIN = 1.1  # between the batch computed and those tried: a step needs memory 
 @contextmanager
 def applied(model: Any, method: str, ratio: float) -> Iterator[None]:
     """``method`` in force on ``model``."""
-    settings: Any = {"ratio": ratio, "cache": method, "text_prompts": "sparse"}
-    with nullcontext() if method == "dense" else zipvl.sparse(model, **settings):
+    settings: Any = {"ratio": ratio, "cache": method}
+    with nullcontext() if method == "dense" else zipvl.sparse(model, zipvl.ZipVLConfig.paper(**settings)):
         yield
 
 
