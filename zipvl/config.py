@@ -139,7 +139,7 @@ class ZipVLConfig:
         Raises:
             TypeError, ValueError: as for a new one.
         """
-        ours: dict[str, Any] = {"local_window": 0, "keep_text": False, "text_prompts": "sparse"}
+        ours: dict[str, Any] = {"local_window": 0, "num_sinks": 0, "keep_text": False, "text_prompts": "sparse"}
         return cls(**({"tau": PAPER_TAU, "cache": "drop"} | ours | changes))
 
     def replace(self, **changes: Any) -> ZipVLConfig:

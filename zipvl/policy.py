@@ -20,9 +20,10 @@ __all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "ma
 # change less than the times.
 DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
-# Keys beyond its window that the tiles of a query's window hold, and what a pair of the window costs, over a pair of
-# the N * N of a causal prompt, of which half are computed. Not measured yet.
-WINDOW_TILE, WINDOW_PAIR = 128, 2.0
+# What a window adds: microseconds of a call; keys that count for a query beyond its window, for the rest of its tiles and
+# its output; and what a pair of the window costs over a pair of the N * N of a causal prompt, of which half are
+# computed. Fitted to the windows of 128 and 512 tokens in docs/kernels/sparse_attn.md, within 15%.
+WINDOW_US, WINDOW_TILE, WINDOW_PAIR = 25.0, 280, 2.3
 
 MAX_FACTOR, MAX_EXTRA_US = 1.03, 10.0  # what ZipVL may cost beyond dense attention where tau decides
 NEVER_PAYS = 2**21  # more tokens than the kernels take
@@ -162,7 +163,11 @@ def layer_cost(
     zipvl, zipvl_per_token, zipvl_per_pair, zipvl_by_tau = ZIPVL_US
     return LayerCost(
         dense + dense_per_token * new_numbers + dense_per_pair * pairs,
-        (zipvl_by_tau if by_tau else 0.0) + zipvl + zipvl_per_token * numbers + zipvl_per_pair * attended,
+        (zipvl_by_tau if by_tau else 0.0)
+        + (WINDOW_US if window > 0 else 0.0)
+        + zipvl
+        + zipvl_per_token * numbers
+        + zipvl_per_pair * attended,
     )
 
 

@@ -46,7 +46,7 @@ def refused(result: Result, *parts: str) -> None:
         (["--dense-below=--5"], ["--dense-below: must be \"auto\" or an integer of at least 0, got '--5'"]),
         (["--max-ratio", "0"], ["--max-ratio: must be in (0, 1], got 0.0"]),
         (["--local-window", "-1"], ["--local-window: must be an integer of at least 0, got -1"]),
-        (["--local-window", "0", "--num-sinks", "4"], ["--num-sinks: must be 0 without a local_window, got 4"]),
+        (["--num-sinks", "-4"], ["--num-sinks: must be an integer of at least 0, got -4"]),
         (["--dense-first-layers", "-1"], ["--dense-first-layers: must be an integer of at least 0, got -1"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens: must be at least 1, got 0"]),
         (["--dense-below", "--5"], ["--dense-below: must be"]),

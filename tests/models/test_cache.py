@@ -419,7 +419,8 @@ def test_chunked_prefill_is_sparse_but_for_a_short_end() -> None:
 
 def test_a_dynamic_cache_stays_full_while_the_prefill_is_sparse() -> None:
     model, inputs = make_llama(), text_inputs(300, 3)
-    with zipvl.sparse(model, PAPER, record_index=True) as stats:
+    default = zipvl.ZipVLConfig(text_prompts="sparse", keep_text=False)
+    with zipvl.sparse(model, default, record_index=True) as stats:
         model(**inputs, use_cache=False)
     assert stats.active and stats.cache_bytes == 0, "not a ZipVLCache"
     model.set_attn_implementation("zipvl")

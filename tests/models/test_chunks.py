@@ -304,6 +304,7 @@ def test_text_so_far_is_dense_and_an_image_makes_a_chunk_sparse(cache: Any) -> N
 def test_rows_of_text_and_rows_with_images_in_chunks(cache: Any) -> None:
     model = looking()
     settings: dict[str, Any] = {"num_recent": 16, "num_random": 16, "dense_below": 0, "cache": cache, "tau": 0.3}
+    settings["local_window"] = 0
     rows = [{"input_ids": torch.cat([page(150, 150, 1), ids(60, 2)], dim=1)}, {"input_ids": ids(300, 3)}]
     for row in rows:
         row["attention_mask"] = torch.ones_like(row["input_ids"])

@@ -122,7 +122,7 @@ def test_a_prompt_of_text_stays_dense_and_says_so_once(make: Any) -> None:
 @pytest.mark.parametrize("make", [make_llama, make_llava_next])
 def test_unless_it_is_asked_for(make: Any) -> None:
     model, inputs = make(), text_inputs(300)
-    with warnings.catch_warnings(), zipvl.sparse(model, tau=0.5, text_prompts="sparse") as stats:
+    with warnings.catch_warnings(), zipvl.sparse(model, tau=0.5, local_window=8, text_prompts="sparse") as stats:
         warnings.simplefilter("error")
         model(**inputs)
     assert modes(stats) == {("sparse", None)} and stats.mean_ratio < 1

@@ -21,7 +21,7 @@ class States:
 
 
 def below(states: Any, heads: int = 28, **config: Any) -> int:
-    return policy.dense_below(ZipVLConfig(**config), heads, 128, states)
+    return policy.dense_below(ZipVLConfig.paper(**config), heads, 128, states)
 
 
 @pytest.mark.parametrize("given", [0, 1, 100, 5000])
@@ -43,7 +43,7 @@ def test_on_a_gpu_the_cost_model_decides() -> None:
 
 
 def test_a_key_made_beforehand_says_the_same() -> None:
-    for settings in (ZipVLConfig(), ZipVLConfig(ratio=0.25), ZipVLConfig(tau=0.6, all_queries=True)):
+    for settings in (ZipVLConfig.paper(), ZipVLConfig.paper(ratio=0.25), ZipVLConfig.paper(tau=0.6, all_queries=True)):
         key = policy.cost_key(settings)
         assert policy.dense_below(settings, 28, 128, States(), key) == policy.dense_below(settings, 28, 128, States())  # type: ignore[arg-type]
 
@@ -56,7 +56,7 @@ def test_numbers_of_any_kind() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("config", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
 def test_the_compiler_takes_it_for_a_constant(config: dict[str, float], dynamic: bool) -> None:
-    states, settings = States(), ZipVLConfig(**config)
+    states, settings = States(), ZipVLConfig.paper(**config)
     key = policy.cost_key(settings)
 
     def added(x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_bad_values_are_errors(bad: Any) -> None:
 def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) -> None:
     for tokens in (1, 10, 99, 100, 1024, 4099):
         for fewest in ({}, {"min_tokens": 30}, {"keep_recent": 17}):
-            config = ZipVLConfig(ratio=ratio, **fewest)
+            config = ZipVLConfig.paper(ratio=ratio, **fewest)
             most = policy.max_kept(config, tokens, 40, masked)
             assert most is not None and most <= tokens
             assert most <= math.ceil(ratio * tokens) + 1 + max(30, 40 * masked)
@@ -92,8 +92,8 @@ def test_no_selection_is_larger_than_known_before(ratio: float, masked: bool) ->
 
 
 def test_what_the_device_decides_is_not_known_before() -> None:
-    assert policy.max_kept(ZipVLConfig(tau=0.5), 1000, 256, False) is None
-    assert policy.max_kept(ZipVLConfig(ratio=0.5), 1000, 256, False, added=True) is None
+    assert policy.max_kept(ZipVLConfig.paper(tau=0.5), 1000, 256, False) is None
+    assert policy.max_kept(ZipVLConfig.paper(ratio=0.5), 1000, 256, False, added=True) is None
 
 
 def test_a_ceiling_is_known_before_and_what_comes_on_top() -> None:
@@ -132,7 +132,7 @@ def test_costs_by_hand() -> None:
 def test_costs_of_a_window_and_a_chunk_by_hand() -> None:
     shape = {"query_heads": 10, "head_dim": 100, "tokens": 1000, "share": 0.5}
     numbers = 1e-3
-    zipvl = 24.47 + 1739 * numbers + 3.377 * (numbers * 1000 / 4 + 2 * numbers * (200 + 128))
+    zipvl = 25 + 24.47 + 1739 * numbers + 3.377 * (numbers * 1000 / 4 + 2.3 * numbers * (200 + 280))
     assert policy.layer_cost(**shape, window=200).zipvl_us == pytest.approx(zipvl)
     assert policy.layer_cost(**shape, window=200).dense_us == policy.layer_cost(**shape).dense_us
     cost, pairs = policy.layer_cost(**shape, queries=400), 0.4e-3 * (400 + 2 * 600)
@@ -148,7 +148,7 @@ def test_a_window_and_a_short_chunk_pay_later() -> None:
     )
     assert policy.pays_from(**LONGVA, ratio=0.25, queries=512) > whole
     assert below(States(), ratio=0.25, local_window=128) == policy.pays_from(**LONGVA, ratio=0.25, window=128)
-    chunk = policy.dense_below(ZipVLConfig(ratio=0.25), 28, 128, States(), queries=512)  # type: ignore[arg-type]
+    chunk = policy.dense_below(ZipVLConfig.paper(ratio=0.25), 28, 128, States(), queries=512)  # type: ignore[arg-type]
     assert chunk == policy.pays_from(**LONGVA, ratio=0.25, queries=512)
 
 

@@ -107,7 +107,7 @@ def evaluate(
 def test_zipvl_reads_the_pages_from_a_part_of_the_tokens(
     task: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = f"tau=0.99,cache=drop,device=cpu,stats={tmp_path / 'stats.json'}"
+    arguments = f"tau=0.99,local_window=0,cache=drop,device=cpu,stats={tmp_path / 'stats.json'}"
     results, printed = evaluate(task, environment, tmp_path, arguments, "--batch_size", "2")
     assert results["results"]["zipvl_pages"]["exact_match,none"] == 1
     beside = results["throughput"]
