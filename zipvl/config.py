@@ -139,8 +139,8 @@ class ZipVLConfig:
         Raises:
             TypeError, ValueError: as for a new one.
         """
-        ours: dict[str, Any] = {"local_window": 0, "num_sinks": 0, "keep_text": False, "text_prompts": "sparse"}
-        return cls(**({"tau": PAPER_TAU, "cache": "drop"} | ours | changes))
+        method: dict[str, Any] = {"tau": PAPER_TAU, "cache": "drop", "local_window": 0, "num_sinks": 0}
+        return cls(**(method | {"keep_text": False, "text_prompts": "sparse"} | changes))
 
     def replace(self, **changes: Any) -> ZipVLConfig:
         """A copy with ``changes``, checked like a new one.

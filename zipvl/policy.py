@@ -20,8 +20,8 @@ __all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "ma
 # change less than the times.
 DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
-# What a window adds: microseconds of a call; keys that count for a query beyond its window, for the rest of its tiles and
-# its output; and what a pair of the window costs over a pair of the N * N of a causal prompt, of which half are
+# What a window adds: microseconds of a call; keys that count for a query beyond its window, for the rest of its tiles
+# and its output; and what a pair of the window costs over a pair of the N * N of a causal prompt, of which half are
 # computed. Fitted to the windows of 128 and 512 tokens in docs/kernels/sparse_attn.md, within 15%.
 WINDOW_US, WINDOW_TILE, WINDOW_PAIR = 25.0, 280, 2.3
 
