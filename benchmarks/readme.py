@@ -333,14 +333,15 @@ def fidelity() -> list[str]:
         return ["No run of `python -m benchmarks.fidelity` is recorded yet."]
     newest: dict[tuple[bool, str], Result] = {}
     for run in results("fidelity"):
-        if run["split"] == "report" and set(run["samples"]) == {"text", "key", "page"}:
+        if run["split"] == "report" and {"text", "page"} <= run["samples"].keys():
             newest[run["full"], run["device"]["name"]] = run
     lines = []
     for (full, _), run in sorted(newest.items(), key=lambda item: item[0]):
         samples = run["samples"]
         lines += [
             *([""] if lines else []),
-            f"{samples['text']} texts, {samples['key']} keys, {samples['page']:,} pages, {run['dtype']}"
+            f"{samples['text']} texts, {f'{keys} keys, ' if (keys := samples.get('key')) else ''}"
+            f"{samples['page']:,} pages, {run['dtype']}"
             f"{', `--full`' if full else ''} ({source(run)}):",
             "",
             "| " + " | ".join(show.HEADER) + " |",

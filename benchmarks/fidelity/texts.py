@@ -38,7 +38,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 INTRODUCTION = (
     "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it."
 )
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+QUESTION = " What is the pass key? The pass key is"
+"""On the line of the filler: behind an empty line this model explains what a pass key is."""
 
 
 class Tokenizer(Protocol):
