@@ -58,6 +58,7 @@ struct Layer : emulated::ScoredLayer<Token, D> {
     params.min_tokens = 1;
     params.tau = c.tau;
     params.ratio = c.ratio;
+    params.max_ratio = 1.0;
     params.blocks_per_row = 1;
     params.tokens_per_block = 4096;
     launch_select_tokens(params, nullptr);
@@ -216,6 +217,7 @@ struct Sums {
     params.min_tokens = 1;
     params.tau = tau;
     params.ratio = ratio;
+    params.max_ratio = 1.0;
     params.blocks_per_row = 1;
     params.tokens_per_block = plan::kSelectTokensPerCopy;
     std::vector<std::int32_t> index[2], count[2];

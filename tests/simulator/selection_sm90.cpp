@@ -71,6 +71,7 @@ void check(emulated::Report& report) {
   params.min_tokens = uniform(0, std::min(tokens, 20));
   params.tau = 0.5 + 0.1 * uniform(0, 5);
   params.ratio = uniform(0, 1) == 0 ? 0.1 * uniform(1, 10) : 0.0;
+  params.max_ratio = 1.0;
   std::vector<std::int32_t> index[2], count[2];
   for (const bool cluster : {false, true}) {
     index[cluster].assign(batch * tokens, -7);
