@@ -434,28 +434,6 @@ def test_a_graph_replays_with_other_counts() -> None:
     assert torch.equal(out, ops.sparse_attn(q, k, v, other_index, other_count, **keywords))
 
 
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("mask", ["none", "inside"])
-@pytest.mark.parametrize(("S", "D"), [(300, 128), (130, 64), (90, 256)])
-def test_small_shapes_under_the_sanitizers(S: int, D: int, mask: str) -> None:
-    q, k, v = make_qkv(2, 4, 2, S, D)
-    token_mask = make_mask(mask, 2, S)
-    extra = torch.zeros(2, S, dtype=torch.bool, device="cuda")
-    extra[:, S // 3] = True
-    for queries, local_window, num_sinks in ((S, 64, 3), (S // 2, 64, 20), (S // 2, 0, 0)):
-        for all_queries in (False, True):
-            out, index, count, k_packed, _ = ops.zipvl_layer(
-                last_queries(q, queries), k, v, ratio=0.3, local_window=local_window, num_sinks=num_sinks,
-                token_mask=token_mask, extra_mask=extra, all_queries=all_queries, pack=True,
-            )  # fmt: skip
-            assert bool(out.isfinite().all()) and index.shape == (2, S) and k_packed.shape == k.shape
-            last_key = torch.full((2, queries), S - 1, dtype=torch.int32, device="cuda")
-            ops.sparse_attn(
-                last_queries(q, queries), k, v, index, count, local_window=local_window, num_sinks=num_sinks,
-                token_mask=token_mask, last_key=last_key, all_queries=all_queries,
-            )  # fmt: skip
-
-
 def test_counts_and_entries_out_of_range_touch_nothing_outside() -> None:
     q, k, v = make_qkv(2, 4, 2, 500, 128)
     index = torch.full((2, 500), 2**31 - 1, dtype=torch.int32, device="cuda")

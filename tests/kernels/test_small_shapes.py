@@ -9,6 +9,7 @@ import torch
 from tests.kernels.test_decode_attn import case, check_bytes, check_quantized
 from tests.kernels.test_decode_attn import check as check_decode_attn
 from tests.kernels.test_ops import cuda
+from tests.kernels.test_neighbourhood import last_queries
 from tests.kernels.test_pack_kv import check as check_pack_kv
 from tests.kernels.test_probe_scores import check as check_probe_scores
 from tests.kernels.test_probe_scores import inputs as probe_inputs
@@ -41,6 +42,10 @@ LAUNCHED_BY = {
     "by_cluster": "test_select_tokens",
     "by_grid": "test_select_tokens",
     "pack_kv_kernel": "test_pack_kv",
+    "extend_selection_kernel": "test_neighbourhoods",
+    "row_ranges_kernel": "test_neighbourhoods",
+    "ranged_attn_sm80": "test_neighbourhoods",
+    "ranged_attn_sm90": "test_neighbourhoods",
     "sparse_attn_sm80": "test_sparse_attn",
     "sparse_attn_sm90": "test_sparse_attn",
     "seen_tokens_kernel": "test_sparse_attn",
@@ -123,6 +128,33 @@ def test_zipvl_attn(dtype: torch.dtype, D: int, all_queries: bool) -> None:
     mask = make_mask("left", 2, 300)
     assert mask is not None
     check_zipvl_attn(*layer_inputs(2, 6, 2, 300, D, dtype), tau=0.8, token_mask=mask.cuda(), all_queries=all_queries)
+
+
+@pytest.mark.usefixtures("family")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("D", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbourhoods(dtype: torch.dtype, D: int, masked: bool) -> None:
+    S = 200
+    q, k, v = qkv_on_gpu(2, 4, 2, S, D, dtype)
+    token_mask = make_mask("inner", 2, S).cuda() if masked else None
+    extra = torch.zeros(2, S, dtype=torch.bool, device="cuda")
+    extra[:, S // 3] = True
+    last_key = torch.full((2, S // 2), S - 1, dtype=torch.int32, device="cuda")
+    for queries, local_window, num_sinks in ((S, 64, 3), (S // 2, 64, 20), (S // 2, 0, 0)):
+        for all_queries in (False, True):
+            rows = last_queries(q, queries)
+            out, index, count, k_packed, _ = ops.zipvl_layer(
+                rows, k, v, ratio=0.3, local_window=local_window, num_sinks=num_sinks, token_mask=token_mask,
+                extra_mask=extra, all_queries=all_queries, pack=True,
+            )  # fmt: skip
+            assert bool(out.isfinite().all()) and k_packed.shape == k.shape
+            if queries < S:
+                ends = ops.sparse_attn(
+                    rows, k, v, index, count, local_window=local_window, num_sinks=num_sinks, token_mask=token_mask,
+                    last_key=last_key, all_queries=all_queries,
+                )  # fmt: skip
+                assert bool(ends.isfinite().all())
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)

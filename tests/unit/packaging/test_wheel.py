@@ -30,7 +30,7 @@ assert (Path(zipvl.__file__).parent / "app" / "page.html").is_file()
 assert _library.build_info()["version"] == zipvl.__version__
 assert find_spec("zipvl._plan") is None
 on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-assert policy.dense_below(ZipVLConfig(dense_below="auto"), 28, 128, on_a_gpu) == policy.pays_from(28, 128) > 256
+assert policy.dense_below(ZipVLConfig.paper(dense_below="auto"), 28, 128, on_a_gpu) == policy.pays_from(28, 128) > 256
 print("works")
 """
 
