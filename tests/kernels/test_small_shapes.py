@@ -8,8 +8,8 @@ import torch
 
 from tests.kernels.test_decode_attn import case, check_bytes, check_quantized
 from tests.kernels.test_decode_attn import check as check_decode_attn
-from tests.kernels.test_ops import cuda
 from tests.kernels.test_neighbourhood import last_queries
+from tests.kernels.test_ops import cuda
 from tests.kernels.test_pack_kv import check as check_pack_kv
 from tests.kernels.test_probe_scores import check as check_probe_scores
 from tests.kernels.test_probe_scores import inputs as probe_inputs
