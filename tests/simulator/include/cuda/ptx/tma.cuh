@@ -36,6 +36,26 @@ inline void tma_load_4d(void* target, const CUtensorMap* map, std::uint64_t* bar
   });
 }
 
+inline void tma_store_4d(const CUtensorMap* map, const void* source, int x, int y, int z, int w) {
+  if (reinterpret_cast<std::uintptr_t>(source) % 1024 != 0) {
+    emulated::fail("a tile is not aligned to its swizzle");
+  }
+  TensorMapView view;
+  std::memcpy(&view, map, sizeof view);
+  constexpr int kElement = 2, kPiece = 16;  // bytes
+  auto* data = static_cast<unsigned char*>(const_cast<void*>(view.data));
+  for (int r = 0; r < static_cast<int>(view.box[1]); ++r) {
+    for (int piece = 0; piece < static_cast<int>(view.box[0]) * kElement / kPiece; ++piece) {
+      const std::int64_t column = x + piece * kPiece / kElement;
+      if (y + r < static_cast<std::int64_t>(view.size[1]) && column < static_cast<std::int64_t>(view.size[0])) {
+        emulated::Block::current_block->start_store(
+            data + (column + (y + r) * view.stride[0] + z * view.stride[1] + w * view.stride[2]) * kElement,
+            static_cast<const unsigned char*>(source) + r * 128 + (piece ^ r % 8) * kPiece, kPiece);
+      }
+    }
+  }
+}
+
 inline void check_bulk(const void* target, const void* source, std::uint32_t bytes) {
   if ((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source) | bytes) % 16 != 0) {
     emulated::fail("a bulk copy is not aligned to 16 bytes");
