@@ -60,6 +60,8 @@ class ZipVLConfig:
             and enough tokens are to come; ``"graph"``: for few tokens too; ``"eager"``: step by step.
         vision_attention: on a GPU, vision towers that attend within windows make one call of exact attention for all
             windows of a layer, instead of one for each.
+        vision_compile: the blocks of vision towers run by ``torch.compile``: the same to rounding, sooner, after the
+            first forward has waited for the compiler (half a minute on a GPU).
 
     Scalars of numpy are taken too. Values are stored as Python's own and ``layers`` as a tuple, so that a configuration
     can be hashed.
@@ -90,6 +92,7 @@ class ZipVLConfig:
     skip_projections: bool | None = None
     decode: DecodeMode = "auto"
     vision_attention: bool = True
+    vision_compile: bool = False
 
     def __post_init__(self) -> None:
         self._store("tau", _share("tau", self.tau))
@@ -107,7 +110,7 @@ class ZipVLConfig:
             raise ValueError("ZipVLConfig: num_recent + num_random must be at least 1, got 0")
         if probes >= 2**31:
             raise ValueError(f"ZipVLConfig: num_recent + num_random must be below 2**31, got {probes}")
-        for name in ("all_queries", "keep_text", "vision_attention"):
+        for name in ("all_queries", "keep_text", "vision_attention", "vision_compile"):
             self._store(name, _flag(name, getattr(self, name), "True or False"))
         if self.skip_projections is not None:
             self._store("skip_projections", _flag("skip_projections", self.skip_projections, "None, True or False"))
