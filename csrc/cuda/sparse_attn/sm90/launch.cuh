@@ -136,7 +136,8 @@ cudaError_t launch_window(const SparseAttnParams& problem, int num_sms, cudaStre
 template <typename ElementType, int HeadDim>
 cudaError_t launch_ranged_kernel(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
   if constexpr (HeadDim != 256) {  // whose outputs leave no room for three consumers
-    const bool fits = problem.query_heads / problem.kv_heads <= WindowTraits<ElementType, HeadDim>::kBlockM;
+    const bool fits = problem.query_heads / problem.kv_heads <= WindowTraits<ElementType, HeadDim>::kBlockM &&
+                      problem.ranges.num_sinks <= kSinkRows;
     if (problem.ranges.in_window && fits && copies_queries(problem)) {
       return launch_window<ElementType, HeadDim>(problem, num_sms, stream);
     }

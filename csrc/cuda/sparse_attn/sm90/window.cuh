@@ -3,7 +3,8 @@
 // A tile's rows are those of all query heads of a key/value head, token by token: 27 tokens of 7 heads. So its rows see
 // nearly the same keys, few more than the window. What bounds so short a tile is how long one step waits for the last.
 // Three consumer warpgroups, each with 64 rows, share the keys, and none waits for another: they are at different steps
-// and fill each other's waits. Queries come and outputs go by the copy engine.
+// and fill each other's waits. Queries come and outputs go by the copy engine. At most kSinkRows sinks: more would come
+// in turns, and a consumer asks for the first keys of its next tile before its sinks.
 #pragma once
 
 #include <cuda.h>
@@ -292,134 +293,153 @@ class WindowConsumer {
   static constexpr int kFragments = Traits::kHeadDim / 16;
   using Stage = PipelineState<Traits::kStages>;
 
+  // The tile's first key; the blocks from there that this consumer's rows see, [first, end); and how many others are
+  // above and below them.
+  struct Blocks {
+    int begin, first, end, above, below;
+  };
+
  public:
   __device__ __forceinline__ WindowConsumer(const AttnParams& params, WindowStorage<Traits>& shared, int warpgroup)
       : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
+  // The first scores of a tile are under way while the outputs of the one before it are finished and stored.
   __device__ __forceinline__ void run() {
-    while (true) {
-      ptx::mbarrier_wait(&shared_.rows_full[place_.index], place_.phase);
-      if (shared_.tile[place_.index].batch < 0) {
-        return;
-      }
-      attend();
-      place_.advance();
-    }
-  }
-
- private:
-  __device__ __forceinline__ void attend() {
-    const Blocks blocks = own_blocks();
-    const int2* range = shared_.range[place_.index] + row();
-    RowState rows;
-    rows.max[0] = rows.max[1] = -INFINITY;
-    rows.sum[0] = rows.sum[1] = 0.0F;
     float o[kOutputs], s[kScores];
     std::uint32_t p[kScores / 8][4];
     float rescale[2];
-#pragma unroll
-    for (float& x : o) {
-      x = 0.0F;
+    Blocks blocks;
+    int none_held = -1;
+    if (!begin_tile(place_, blocks, none_held)) {
+      return;
     }
-    pass_on(blocks.above);
-    ptx::mbarrier_wait(&shared_.q_full[place_.index], place_.phase);
-    if (blocks.sinks) {
-      const int seen[2] = {min(range[0].x, params_.ranges.num_sinks), min(range[8].x, params_.ranges.num_sinks)};
-      const std::uint64_t query = queries();
-      for (int sink = 0; sink < params_.ranges.num_sinks; sink += kSinkRows) {
-        attend_sinks<Traits>(o, rows, shared_.sinks, sinks_phase_, params_.scale_log2, seen, sink,
+    issue_qk(s, place_.index);
+    while (true) {
+      const int2* range = shared_.range[place_.index] + row();
+      RowState rows;
+      rows.max[0] = rows.max[1] = -INFINITY;
+      rows.sum[0] = rows.sum[1] = 0.0F;
+#pragma unroll
+      for (float& x : o) {
+        x = 0.0F;
+      }
+      if (window_blocks(params_, shared_, place_.index).sinks) {  // read again: it would take a register
+        const int seen[2] = {min(range[0].x, params_.ranges.num_sinks), min(range[8].x, params_.ranges.num_sinks)};
+        const std::uint64_t query = queries(place_.index);
+        attend_sinks<Traits>(o, rows, shared_.sinks, sinks_phase_, params_.scale_log2, seen, 0,
                              [&](float (&scores)[kSinkRows / 2], std::uint64_t key, int k) {
                                ptx::Wgmma<Element, kSinkRows, false>::ss(
                                    scores, ptx::wgmma_advance(query, QueryLayout::column_step(k)), key, k > 0);
                              });
       }
-    }
-    if (blocks.first < blocks.end) {
-      int block = blocks.end - 1;
-      ptx::mbarrier_wait(&shared_.k_full[k_.index], k_.phase);
-      ptx::warpgroup_fence_operand(s);
-      ptx::warpgroup_arrive();
-      issue_qk(s);
-      ptx::warpgroup_commit_batch();
       ptx::warpgroup_wait<0>();
       ptx::warpgroup_fence_operand(s);
-      arrive(&shared_.k_empty[k_.index]);
-      k_.advance();
-      weigh(s, rows, rescale, range, blocks.begin + block * kBlockN);
-      rescale_o(o, rescale);  // by the sinks' weights
-      to_fragments<Element>(s, p);
-      while (--block >= blocks.first) {
-        ptx::mbarrier_wait(&shared_.k_full[k_.index], k_.phase);
-        await_values();
-        ptx::warpgroup_fence_operand(s);
-        ptx::warpgroup_fence_operand(o);
-        ptx::warpgroup_arrive();
-        issue_qk(s);
-        ptx::warpgroup_commit_batch();
-        ptx::warpgroup_arrive();
-        issue_pv(o, p);
-        ptx::warpgroup_commit_batch();
-        ptx::warpgroup_wait<1>();
-        ptx::warpgroup_fence_operand(s);
+      const bool sees = blocks.first < blocks.end;
+      if (sees) {
+        int block = blocks.end - 1;
         arrive(&shared_.k_empty[k_.index]);
-        weigh(s, rows, rescale, range, blocks.begin + block * kBlockN);
-        ptx::warpgroup_fence_operand(s);
-        ptx::warpgroup_wait<0>();
-        ptx::warpgroup_fence_operand(o);
-        release_values();
         k_.advance();
-        rescale_o(o, rescale);
+        weigh(s, rows, rescale, range, blocks.begin + block * kBlockN);
+        rescale_o(o, rescale);  // by the sinks' weights
         to_fragments<Element>(s, p);
+        while (--block >= blocks.first) {
+          ptx::mbarrier_wait(&shared_.k_full[k_.index], k_.phase);
+          await_values();
+          ptx::warpgroup_fence_operand(o);
+          issue_qk(s, place_.index);
+          issue_pv(o, p);
+          ptx::warpgroup_wait<1>();
+          ptx::warpgroup_fence_operand(s);
+          arrive(&shared_.k_empty[k_.index]);
+          weigh(s, rows, rescale, range, blocks.begin + block * kBlockN);
+          ptx::warpgroup_fence_operand(s);
+          ptx::warpgroup_wait<0>();
+          ptx::warpgroup_fence_operand(o);
+          arrive(&shared_.v_empty[values()]);
+          k_.advance();
+          rescale_o(o, rescale);
+          to_fragments<Element>(s, p);
+        }
+        await_values();
+        ptx::warpgroup_fence_operand(o);
+        issue_pv(o, p);
       }
-      await_values();
+      int held = sees ? values() : -1;  // the stage of the last values
+      pass_on(own_blocks(place_.index).below, held);
+      PipelineState<Traits::kQueryStages> next = place_;
+      next.advance();
+      const bool more = begin_tile(next, blocks, held);
+      issue_qk(s, next.index);  // of no keys where there are none: nobody looks at them
+      ptx::warpgroup_wait<1>();
       ptx::warpgroup_fence_operand(o);
-      ptx::warpgroup_arrive();
-      issue_pv(o, p);
-      ptx::warpgroup_commit_batch();
-      ptx::warpgroup_wait<0>();
-      ptx::warpgroup_fence_operand(o);
-      release_values();
+      if (held >= 0) {
+        arrive(&shared_.v_empty[held]);
+      }
+      store(o, rows);
+      arrive(&shared_.rows_empty[place_.index]);
+      if (!more) {
+        ptx::warpgroup_wait<0>();
+        return;
+      }
+      place_ = next;
     }
-    pass_on(own_blocks().below);  // read again: it would take registers
-    store(o, rows);
-    arrive(&shared_.rows_empty[place_.index]);
+  }
+
+ private:
+  // Whether there is a tile at this place of the ring. Then its queries are there, and the first keys that this
+  // consumer's rows see.
+  __device__ __forceinline__ bool begin_tile(const PipelineState<Traits::kQueryStages>& place, Blocks& blocks,
+                                             int& held) {
+    ptx::mbarrier_wait(&shared_.rows_full[place.index], place.phase);
+    if (shared_.tile[place.index].batch < 0) {
+      return false;
+    }
+    blocks = own_blocks(place.index);
+    pass_on(blocks.above, held);
+    ptx::mbarrier_wait(&shared_.q_full[place.index], place.phase);
+    if (blocks.first < blocks.end) {
+      ptx::mbarrier_wait(&shared_.k_full[k_.index], k_.phase);
+    }
+    return true;
   }
 
   // What is summed up of the first and the last 32 of this consumer's rows.
-  __device__ __forceinline__ int4 group(int half) const { return shared_.group[place_.index][2 * warpgroup_ + half]; }
-
-  // The tile's first key; the blocks from there that this consumer's rows see, [first, end); how many others are above
-  // and below them; and whether rows may see sinks.
-  struct Blocks {
-    int begin, first, end, above, below;
-    bool sinks;
-  };
-  __device__ __forceinline__ Blocks own_blocks() const {
-    const WindowBlocks all = window_blocks(params_, shared_, place_.index);
-    const int4 low = group(0), high = group(1);
-    const int begin = min(low.x, high.x), end = max(low.y, high.y);
-    if (begin >= end) {
-      return {all.begin, all.count, all.count, 0, all.count, all.sinks};
-    }
-    const int first = (begin - all.begin) / kBlockN, last = (end - all.begin + kBlockN - 1) / kBlockN;
-    return {all.begin, first, last, all.count - last, first, all.sinks};
+  __device__ __forceinline__ int4 group(int stage, int half) const {
+    return shared_.group[stage][2 * warpgroup_ + half];
   }
 
-  // Blocks that this consumer's rows do not see.
-  __device__ __forceinline__ void pass_on(int blocks) {
+  __device__ __forceinline__ Blocks own_blocks(int stage) const {
+    const WindowBlocks all = window_blocks(params_, shared_, stage);
+    const int4 low = group(stage, 0), high = group(stage, 1);
+    const int begin = min(low.x, high.x), end = max(low.y, high.y);
+    if (begin >= end) {
+      return {all.begin, all.count, all.count, 0, all.count};
+    }
+    const int first = (begin - all.begin) / kBlockN, last = (end - all.begin + kBlockN - 1) / kBlockN;
+    return {all.begin, first, last, all.count - last, first};
+  }
+
+  // Blocks that this consumer's rows do not see. The stage of values that a product under way still holds (-1: none) is
+  // released first: the ring may need it for theirs.
+  __device__ __forceinline__ void pass_on(int blocks, int& held) {
+    if (blocks > 0 && held >= 0) {
+      ptx::warpgroup_wait<0>();
+      arrive(&shared_.v_empty[held]);
+      held = -1;
+    }
     for (int i = 0; i < blocks; ++i) {
       ptx::mbarrier_wait(&shared_.k_full[k_.index], k_.phase);
       arrive(&shared_.k_empty[k_.index]);
       k_.advance();
       await_values();
-      release_values();
+      arrive(&shared_.v_empty[values()]);
     }
   }
 
   // Scores of a block of keys -> weights.
   __device__ __forceinline__ void weigh(float (&s)[kScores], RowState& rows, float (&rescale)[2], const int2* range,
                                         int first_key) const {
-    const int4 low = group(0), high = group(1);
+    const int4 low = group(place_.index, 0), high = group(place_.index, 1);
     const bool all_see = first_key >= max(low.z, high.z) && first_key + kBlockN <= min(low.w, high.w);
     if (!all_see) {
       const int2 of_rows[2] = {range[0], range[8]};
@@ -448,8 +468,9 @@ class WindowConsumer {
       inverse[i] = merge_row<false>(rows, i, params_.scale_log2, lse(row() + 8 * i)).inverse;
     }
     ptx::named_barrier_sync(1 + warpgroup_, kWarpgroupThreads);  // the products of all four warps have read the queries
-    const int lane = thread() % kWarpThreads;
-    const int stored_row = row() - lane / 4 + lane % 8 + 8 * (lane / 8 % 2);  // of the matrix row that this lane names
+    // Of the matrix row that this lane names. Made here: kept from tile to tile, what follows from it would spill.
+    const int self = ptx::opaque(thread()), lane = self % kWarpThreads;
+    const int stored_row = warpgroup_ * Traits::kRows + self / kWarpThreads * 16 + lane % 16;
     const std::uint32_t to = ptx::shared_address(shared_.q[place_.index]) + QueryLayout::row(stored_row);
 #pragma unroll
     for (int piece = 0; piece < Traits::kHeadDim / kPieceElements; piece += 2) {
@@ -480,27 +501,32 @@ class WindowConsumer {
   }
 
   // The descriptor of this consumer's rows, made at each use: registers are short.
-  __device__ __forceinline__ std::uint64_t queries() const {
-    return ptx::wgmma_descriptor(shared_.q[ptx::opaque(place_.index)] +
-                                 QueryLayout::row_elements(warpgroup_ * Traits::kRows));
+  __device__ __forceinline__ std::uint64_t queries(int stage) const {
+    return ptx::wgmma_descriptor(shared_.q[ptx::opaque(stage)] + QueryLayout::row_elements(warpgroup_ * Traits::kRows));
   }
 
-  __device__ __forceinline__ void issue_qk(float (&s)[kScores]) const {
-    const std::uint64_t query = queries(), key = ptx::wgmma_descriptor(shared_.k[k_.index]);
+  // A group of products each.
+  __device__ __forceinline__ void issue_qk(float (&s)[kScores], int stage) const {
+    const std::uint64_t query = queries(stage), key = ptx::wgmma_descriptor(shared_.k[k_.index]);
+    ptx::warpgroup_fence_operand(s);
+    ptx::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < kFragments; ++k) {
       ptx::Wgmma<Element, kBlockN, false>::ss(s, ptx::wgmma_advance(query, QueryLayout::column_step(k)),
                                               ptx::wgmma_advance(key, KeyLayout::column_step(k)), k > 0);
     }
+    ptx::warpgroup_commit_batch();
   }
 
   __device__ __forceinline__ void issue_pv(float (&o)[kOutputs], const std::uint32_t (&p)[kScores / 8][4]) const {
     const std::uint64_t value =
         ptx::wgmma_descriptor(shared_.v[values()], KeyLayout::kGroupBytes, KeyLayout::kSlabBytes);
+    ptx::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < kBlockN / 16; ++k) {
       ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[k], ptx::wgmma_advance(value, KeyLayout::row_step(k)), 1);
     }
+    ptx::warpgroup_commit_batch();
   }
 
   // The warp's arrival, once all its lanes have waited for what they release.
@@ -515,7 +541,6 @@ class WindowConsumer {
   __device__ __forceinline__ void await_values() const {
     ptx::mbarrier_wait(&shared_.v_full[values()], k_.index == 0 ? k_.phase ^ 1 : k_.phase);
   }
-  __device__ __forceinline__ void release_values() const { arrive(&shared_.v_empty[values()]); }
 
   const AttnParams& params_;
   WindowStorage<Traits>& shared_;
