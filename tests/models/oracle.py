@@ -27,7 +27,7 @@ class Compressed:
     by one, and a step between codes is large. It checks that each is within half a step of the token it stands for.
 
     Args:
-        config: bits, ``tau`` and ``ratio``.
+        config: bits, ``tau``, ``ratio`` and ``num_sinks``, tokens of the prompt that stay as they came.
         appended: how many tokens each forward after the prompt brought.
         held: of each layer, after the last of them, one row.
     """
@@ -102,7 +102,8 @@ def attend_compressed(
             at = where + tokens.start
             held_k[0, :, at], held_v[0, :, at] = blocks.take(k[0, :, at], v[0, :, at])
 
-    compress(slice(0, prompt), kept)
+    sinks = how.config.num_sinks
+    compress(slice(sinks, prompt), kept[kept >= sinks] - sinks)
     past = slice(0, prompt)
     outputs = [attend(q[:, :, past], k[:, :, past], v[:, :, past], may[past, past], computed[past], scaling)]
     first = end = prompt  # of the window, which is as it came
