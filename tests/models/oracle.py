@@ -51,7 +51,7 @@ def attend(
 class Blocks:
     """The blocks of one segment, read in the order in which they were written."""
 
-    def __init__(self, packed: torch.Tensor, factor: torch.Tensor, bits: int) -> None:
+    def __init__(self, packed: torch.Tensor, factor: torch.Tensor, bits: tuple[int, int]) -> None:
         self.packed, self.factor, self.bits, self.read = packed, factor, bits, 0
 
     def take(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +66,8 @@ class Blocks:
         normal = v / self.factor[0, :, None]
         for first in range(0, k.shape[1], reference_cache.BLOCK_TOKENS):
             part = slice(first, first + reference_cache.BLOCK_TOKENS)
-            assert_close(keys[:, part], k[:, part], dim=1, bits=self.bits)
-            assert_close((values / self.factor[0, :, None])[:, part], normal[:, part], dim=2, bits=self.bits)
+            assert_close(keys[:, part], k[:, part], dim=1, bits=self.bits[0])
+            assert_close((values / self.factor[0, :, None])[:, part], normal[:, part], dim=2, bits=self.bits[1])
         return keys.to(k.dtype), values.to(v.dtype)
 
 
