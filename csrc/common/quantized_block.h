@@ -31,10 +31,9 @@ constexpr int kChannelMultiple = 32;  // at 2 bits a word holds codes of 32 chan
 // Widths of a segment's codes.
 struct Bits {
   int keys, values;
-  friend constexpr bool operator==(const Bits&, const Bits&) = default;
 };
 
-// What segments may have: keys need more bits than values where attention is exponential in them.
+// What segments may have. Attention is exponential in keys, so they may have more bits than values.
 constexpr Bits kSupportedBits[] = {{2, 2}, {4, 2}, {4, 4}, {8, 8}};
 
 // Blocks that a segment made of up to `tokens` tokens has room for. One more than they can fill: with one block or more

@@ -269,6 +269,18 @@ def test_a_prompt_of_sinks_alone_is_exact(tokens: int) -> None:
     assert cache.tail == tokens
 
 
+def test_more_sinks_than_a_row_ever_has_are_an_exact_cache() -> None:
+    cache, (q, k, v, *_) = prompt_cache(lengths=(200, 200), num_sinks=2**40)
+    assert cache.window.keys.shape[2] == 200 + WINDOW, "room for the tokens there are"
+    cache.reserve(250)
+    storage = cache.window.keys.data_ptr()
+    new = fill(cache, 250)
+    assert cache.window.keys.data_ptr() == storage and cache.high.blocks.tolist() == cache.low.blocks.tolist() == [0, 0]
+    keys, values = (torch.cat(pair, dim=2) for pair in ((k, new[1]), (v, new[2])))
+    expected, _ = reference.decode_attn(q[:, :, :1], keys, values, torch.tensor([450, 450], dtype=torch.int32))
+    torch.testing.assert_close(cache.attend(q[:, :, :1], None), expected)
+
+
 def test_rows_copies_and_crops_keep_sinks() -> None:
     cache, _ = prompt_cache(num_sinks=4)
     q, _, _ = fill(cache, WINDOW + 7)

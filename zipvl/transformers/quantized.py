@@ -166,9 +166,9 @@ class QuantizedKV:
         self.recent = RecentQueries(k.new_empty(k.shape[0], query_heads, 0, k.shape[3]))
 
     def _empty_window(self, k: torch.Tensor, v: torch.Tensor) -> RaggedKV:
-        batch, heads, _, dim = k.shape
+        batch, heads, tokens, dim = k.shape
         lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
-        slots = self.sinks + WINDOW
+        slots = min(self.sinks, tokens) + WINDOW  # a longer window grows as it is filled
         return RaggedKV(k.new_zeros(batch, heads, slots, dim), v.new_zeros(batch, heads, slots, dim), lengths, 0)
 
     def _take_sinks(
@@ -182,9 +182,9 @@ class QuantizedKV:
         """Puts the prompt's sinks in the window, and returns ``index``, ``count`` and ``token_mask [B, N]`` without
         them."""
         batch, tokens = index.shape
-        ordinals = torch.arange(self.sinks, device=k.device).expand(batch, -1)
+        ordinals = torch.arange(min(self.sinks, tokens), device=k.device).expand(batch, -1)
         if token_mask is None:
-            place = ordinals.clamp(max=tokens)
+            place = ordinals
         else:
             place = torch.searchsorted(token_mask.cumsum(-1), ordinals + 1)  # tokens: the row has fewer
         there = place < tokens
@@ -351,6 +351,7 @@ class QuantizedKV:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more, compressed ones included, so that steps can be captured in a CUDA graph."""
+        self.window.reserve(max(min(tokens, self.sinks + WINDOW - self.window.longest), 0))
         compressions = tokens // WINDOW + 1
         for segment in (self.high, self.low):
             segment.reserve(compressions * blocks_of(WINDOW))
