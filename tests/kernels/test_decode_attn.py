@@ -194,7 +194,10 @@ def check_quantized(q: Tensor, made: tuple[Tensor, ...], recent: tuple[Tensor, .
         out, lse = decode()
     segments = [
         reference_cache.dequantize_kv(packed, blocks, v_factor, bits=keywords.get(name, bits), dtype=q.dtype)
-        for packed, blocks, name, bits in ((high, high_blocks, "high_bits", 4), (low, low_blocks, "low_bits", (4, 2)))
+        for packed, blocks, name, bits in (
+            (high, high_blocks, "high_bits", (4, 4)),
+            (low, low_blocks, "low_bits", (4, 2)),
+        )
     ]
     for b in range(q.shape[0]):
         keys, values = (torch.cat([segment[b][part] for segment in segments], dim=1) for part in (0, 1))

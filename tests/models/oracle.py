@@ -91,8 +91,8 @@ def attend_compressed(
 ) -> tuple[torch.Tensor, None]:
     """The prompt as sparse attention has it; each later token against what the cache held when it came."""
     packed = how.held[layer]
-    high = Blocks(packed.high.packed, packed.v_factor, how.config.high_bits)
-    low = Blocks(packed.low.packed, packed.v_factor, how.config.low_bits)
+    high = Blocks(packed.high.packed, packed.v_factor, reference_cache.key_and_value_bits(how.config.high_bits))
+    low = Blocks(packed.low.packed, packed.v_factor, reference_cache.key_and_value_bits(how.config.low_bits))
     held_k, held_v = k.clone(), v.clone()
 
     def compress(tokens: slice, chosen: torch.Tensor) -> None:

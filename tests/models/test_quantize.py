@@ -406,6 +406,6 @@ def test_crop_reaches_back_to_the_last_compression() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("high_bits", 3), ("low_bits", (2, 4))])
-def test_bits_are_checked(name: str, value: int) -> None:
+def test_bits_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be 2, 4 or 8, or .*, got {re.escape(str(value))}"):
         config(**{name: value})

@@ -60,7 +60,7 @@ def test_layouts_and_masks(mask: str, layout: str) -> None:
     for b in range(3):
         rows = [
             reference_cache.dequantize_kv(made[i], made[i + 1], made[4], bits=n, dtype=k.dtype)[b]
-            for i, n in ((0, 4), (2, (4, 2)))
+            for i, n in ((0, (4, 4)), (2, (4, 2)))
         ]
         assert [r[0].shape[1] for r in rows] == [int(count[b]), int(real[b].sum()) - int(count[b])]
 
@@ -111,7 +111,7 @@ def test_constant_channels_and_zero_values_are_exact() -> None:
     k, v = torch.full((1, 1, 70, 32), 3.0), torch.zeros(1, 1, 70, 32)
     made = quantized(k, v, *make_selection(1, 70))
     assert bool((made[4] == 1).all())
-    for packed, blocks, bits in ((made[0], made[1], 4), (made[2], made[3], (4, 2))):
+    for packed, blocks, bits in ((made[0], made[1], (4, 4)), (made[2], made[3], (4, 2))):
         ((k_again, v_again),) = reference_cache.dequantize_kv(packed, blocks, made[4], bits=bits, dtype=torch.float32)
         assert bool((k_again == 3).all()) and bool((v_again == 0).all())
 
@@ -146,7 +146,10 @@ def check_decode(
     assert out.shape == q.shape and out.dtype == q.dtype and lse.dtype == torch.float32
     segments = [
         reference_cache.dequantize_kv(packed, blocks, v_factor, bits=keywords.get(name, bits), dtype=q.dtype)
-        for packed, blocks, name, bits in ((high, high_blocks, "high_bits", 4), (low, low_blocks, "low_bits", (4, 2)))
+        for packed, blocks, name, bits in (
+            (high, high_blocks, "high_bits", (4, 4)),
+            (low, low_blocks, "low_bits", (4, 2)),
+        )
     ]
     scale = keywords.get("scale")
     exact_out, exact_lse = reference_cache.attend(q.double(), segments, **given_recent, scale=scale)
@@ -235,7 +238,7 @@ def test_error_of_the_layer_falls_with_the_bits() -> None:
     q, k, v = make_qkv(1, 6, 2, 400, 64)
     exact, _ = reference.decode_attn(q[:, :, :1], k, v, torch.tensor([400], dtype=torch.int32))
     errors = []
-    for bits in (2, (4, 2), 4, 8):
+    for bits in ((2, 2), (4, 2), (4, 4), (8, 8)):
         made = ops.quantize_kv(k, v, *make_selection(1, 400), high_bits=bits, low_bits=bits)
         out, _ = ops.decode_attn_quantized(q[:, :, :1], *made, high_bits=bits, low_bits=bits)
         errors.append(float((out - exact).norm() / exact.norm()))
