@@ -189,7 +189,8 @@ class QuantizedKV:
             place = torch.searchsorted(token_mask.cumsum(-1), ordinals + 1)  # tokens: the row has fewer
         there = place < tokens
         source = place.clamp(max=tokens - 1)
-        self.window.append(*(gather_tokens(s, source).masked_fill(~there[:, None, :, None], 0) for s in (k, v)), there)
+        sinks = [gather_tokens(states, source).masked_fill(~there[:, None, :, None], 0) for states in (k, v)]
+        self.window.append(sinks[0], sinks[1], there)
         last, position = place[:, -1:], torch.arange(tokens, device=k.device)
         real = position > last if token_mask is None else token_mask & (position > last)
         # The selection is ascending: the sinks in it are its first entries.
