@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 DecodeMode = Literal["auto", "graph", "eager"]
 CacheMode = Literal["drop", "quantize", "full"]
 TextPrompts = Literal["dense", "sparse"]
-BITS = (2, 4, 8)
+BITS = ((2, 2), (4, 2), (4, 4), (8, 8))
+"""Of keys and of values: what ``high_bits`` and ``low_bits`` may be."""
 
 TAU, LOCAL_WINDOW, NUM_SINKS = 0.95, 512, 4
 """The defaults of ``ZipVLConfig.tau``, ``local_window`` and ``num_sinks``: with ``cache="full"`` the cheapest setting
@@ -40,10 +41,13 @@ class ZipVLConfig:
         all_queries: compute every query against the kept keys instead of the kept queries alone (ours).
         local_window: tokens that every token sees up to itself and itself among them, kept or not, so that no token's
             attention output is 0; 0: none (ours). The last so many tokens of a prompt are kept too.
-        num_sinks: first real tokens of a row that every token sees and a layer keeps; without a window none (ours).
+        num_sinks: first real tokens of a row that every token sees and a layer keeps; without a window none (ours). A
+            ``quantize`` cache never compresses them, window or not.
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
             ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
-        high_bits, low_bits: of ``cache="quantize"``; 2, 4 or 8 (the paper's first version and ZipCache: 4 and 2).
+        high_bits, low_bits: of ``cache="quantize"``: 2, 4 or 8, or ``(4, 2)``: 4 of keys and 2 of values; stored as
+            such a pair. Keys at 2 bits are worse than none (docs/cache.md). The paper's first version and ZipCache have
+            4 and 2, and no sinks.
         dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
             than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
             (``zipvl.policy``); 256 elsewhere.
@@ -82,8 +86,8 @@ class ZipVLConfig:
     local_window: int = LOCAL_WINDOW
     num_sinks: int = NUM_SINKS
     cache: CacheMode = "full"
-    high_bits: int = 4
-    low_bits: int = 2
+    high_bits: int | tuple[int, int] = (4, 4)
+    low_bits: int | tuple[int, int] = (4, 2)
     dense_below: int | Literal["auto"] = "auto"
     layers: tuple[int, ...] | None = None
     dense_first_layers: int = 0
@@ -119,10 +123,7 @@ class ZipVLConfig:
             if not isinstance(mode, str) or mode not in get_args(modes):
                 raise _error(name, f"one of {get_args(modes)}", mode)
         for name in ("high_bits", "low_bits"):
-            bits = _index(getattr(self, name))
-            if bits not in BITS:
-                raise _error(name, f"one of {BITS}", getattr(self, name))
-            self._store(name, bits)
+            self._store(name, _bits(name, getattr(self, name)))
         if self.layers is not None:
             self._store("layers", _layers(self.layers))
             if any(layer < self.dense_first_layers for layer in self.layers):
@@ -134,7 +135,8 @@ class ZipVLConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> ZipVLConfig:
-        """The paper's method alone: no window, no sinks, text kept no more than other tokens, text prompts sparse.
+        """The paper's method alone: no window, no sinks, text kept no more than other tokens, text prompts sparse; a
+        ``quantize`` cache is ZipCache's, 4 and 2 bits.
 
         Args:
             changes: further fields, as of a new configuration.
@@ -143,7 +145,8 @@ class ZipVLConfig:
             TypeError, ValueError: as for a new one.
         """
         method: dict[str, Any] = {"tau": PAPER_TAU, "cache": "drop", "local_window": 0, "num_sinks": 0}
-        return cls(**(method | {"keep_text": False, "text_prompts": "sparse"} | changes))
+        method |= {"keep_text": False, "text_prompts": "sparse", "high_bits": 4, "low_bits": 2}
+        return cls(**(method | changes))
 
     def replace(self, **changes: Any) -> ZipVLConfig:
         """A copy with ``changes``, checked like a new one.
@@ -217,6 +220,15 @@ def _flag(name: str, value: Any, expected: str) -> bool:
     if not isinstance(flag, bool):
         raise _error(name, expected, value)
     return flag
+
+
+def _bits(name: str, value: Any) -> tuple[int, int]:
+    given = value if isinstance(value, (tuple, list)) else (value, value)
+    bits = tuple(_index(number) for number in given)
+    for supported in BITS:
+        if bits == supported:
+            return supported
+    raise _error(name, "2, 4 or 8, or (4, 2) of keys and values", value)
 
 
 def _layers(value: Any) -> tuple[int, ...]:

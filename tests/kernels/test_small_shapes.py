@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_quantize_kv(dtype: torch.dtype, D: int) -> None:
     mask = make_mask("inner", 1, 1100)
     assert mask is not None
     index, count = ops.select_tokens(*torch.rand(2, 1, 1100), ratio=0.4, token_mask=mask)
-    for bits in ((4, 2), (2, 8)):
+    for bits in (((4, 4), (4, 2)), ((2, 2), (8, 8))):
         check_bytes(k, v, index, count, mask, bits)
 
 
@@ -192,8 +193,8 @@ def test_quantize_kv(dtype: torch.dtype, D: int) -> None:
 def test_decode_attn_quantized(dtype: torch.dtype, D: int) -> None:
     q, k, v = make_qkv(2, 14, 2, 333, D, dtype)
     recent = (k[:, :, :50], v[:, :, :50], torch.tensor([50, 0], dtype=torch.int32))
-    for high, low in ((4, 2), (2, 8)):
-        bits = {"high_bits": high, "low_bits": low}
+    for high, low in (((4, 4), (4, 2)), ((2, 2), (8, 8))):
+        bits: dict[str, Any] = {"high_bits": high, "low_bits": low}
         check_quantized(q[:, :, :1], ops.quantize_kv(k, v, *make_selection(2, 333), **bits), recent, **bits)
 
 

@@ -85,7 +85,7 @@ def test_tokens_are_those_of_eager_decoding(name: str, captures: list[int]) -> N
 def test_every_cache_mode(cache: Any, captures: list[int]) -> None:
     """Long enough that a quantised cache compresses its newest tokens between replays."""
     model, inputs = make_llama(head_dim=32), text_inputs(300)
-    output, stats = both(model, inputs, 130, {"cache": cache})
+    output, stats = both(model, inputs, 130, {"cache": cache, "num_sinks": 4})
     assert stats.decodings[0].how == "graph"
     assert output.past_key_values.get_seq_length() == 429
 

@@ -33,7 +33,10 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("all_queries", [None, "no", "", 0, 1, 1.0, np.int64(1), []]),
     ("skip_projections", ["auto", 0, 1, 0.0, np.int64(0), ()]),
     ("cache", [None, "keep", "Drop", 1, ["drop"], np.array(["drop", "full"])]),
-    *[(name, [None, 0, 3, 16, 4.0, "4", True, np.int64(5)]) for name in ("high_bits", "low_bits")],
+    *[
+        (name, [None, 0, 3, 16, 4.0, "4", True, np.int64(5), (2, 4), (4, 4, 4), (8, 4), (4,), (), ("4", "2")])
+        for name in ("high_bits", "low_bits")
+    ],
     ("layers", [0, 1.5, True, "all", "0", b"01", [-1], [0, 1.0], ["0"], [True], [None], {0: 1}, np.array(3)]),
     ("layers", [np.array([0.0]), np.array([[0, 1]])]),
 ]
@@ -71,7 +74,9 @@ def test_refused_with_the_name_of_the_field(name: str, value: Any) -> None:
         ("keep_text", np.bool_(False), False),
         ("text_prompts", "sparse", "sparse"),
         ("max_ratio", Fraction(1, 2), 0.5),
-        ("high_bits", np.uint8(8), 8),
+        ("high_bits", np.uint8(8), (8, 8)),
+        ("low_bits", 2, (2, 2)),
+        ("low_bits", [4, np.int64(2)], (4, 2)),
         ("layers", None, None),
         ("layers", [2, 0], (2, 0)),
         ("layers", range(3), (0, 1, 2)),

@@ -97,7 +97,7 @@ RatioOption = Annotated[
     float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
 ]
 CacheOption = Annotated[
-    str, typer.Option(help="drop: store the kept tokens alone; quantize: those at 4 bits, the rest at 2; full: all.")
+    str, typer.Option(help="drop: store the kept tokens alone; quantize: all at few bits; full: all as they are.")
 ]
 DenseBelowOption = Annotated[
     str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
