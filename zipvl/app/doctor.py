@@ -46,13 +46,17 @@ def self_check(op: str, device: str) -> str:
     from zipvl import ops
 
     args, kwargs = _example(op, device)
+    cpu_args = [_cpu_copy(value) for value in args]
+    cpu_kwargs = {name: _cpu_copy(value) for name, value in kwargs.items()}
     try:
         got = getattr(ops, op)(*args, **kwargs)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"failed: {first_line(error)}"
     compute = getattr(reference if hasattr(reference, op) else reference_cache, op)
-    expected = compute(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in kwargs.items()})
+    expected = compute(*cpu_args, **cpu_kwargs)
     got, expected = (pair if isinstance(pair, tuple) else (pair,) for pair in (got, expected))
+    if op == "pack_paged":  # its caches are results too
+        got, expected = (*got, *args[5:7]), (*expected, *cpu_args[5:7])
     for number, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         difference = (ours.cpu().double() - theirs.double()).abs().max().item()
         if not difference <= (_TOLERANCE if ours.is_floating_point() else 0):
@@ -60,8 +64,8 @@ def self_check(op: str, device: str) -> str:
     return "ok"
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _cpu_copy(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,6 +94,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "probe_scores": ((q, k, index[:, 40:].contiguous()), {}),
         "select_tokens": ((q[:, 0, :, 0].abs(), k[:, 0, :, 0].abs()), {"tau": 0.8}),
         "pack_kv": ((k, v, index, count), {}),
+        "pack_paged": ((k, v, index, count // 2, index[:, :3], *normal(2, 4, 16, 2, 16)), {}),
         "sparse_attn": ((q, k, v, index, count // 2), {}),
         "zipvl_attn": ((q, k, v), {"tau": 0.8, **few}),
         "zipvl_prefill": ((q, k, v), {"tau": 1.0, **few}),  # every packed row is defined
