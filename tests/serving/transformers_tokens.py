@@ -10,8 +10,9 @@ from tests.serving.tiny import MODEL, PAGES, page
 
 
 @torch.inference_mode()
-def tokens_and_kept(options: dict[str, Any], tokens: int = 12, names: tuple[str, ...] = PAGES) -> list[Any]:
-    """Of each page the tokens past the end of the answer too, and how many tokens each layer kept of the prompt."""
+def tokens_and_kept(options: dict[str, Any], tokens: int = 12, names: tuple[str, ...] = PAGES, **how: Any) -> list[Any]:
+    """Of each page the tokens past the end of the answer too, and how many tokens each layer kept of the prompt.
+    ``how``: further keywords of ``generate()``."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import zipvl
@@ -31,7 +32,7 @@ def tokens_and_kept(options: dict[str, Any], tokens: int = 12, names: tuple[str,
             [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         with zipvl.sparse(model, config) as stats:
-            made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+            made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **how)
         kept = [int(layer.counts[0]) for layer in stats.layers.values()]
         found.append((made[0, inputs["input_ids"].shape[1] :].tolist(), kept))
     return found

@@ -1,10 +1,10 @@
 """What the backends of all devices share: rows of a step, selections, and the lengths of what layers keep.
 
-``builder_class`` and ``impl_class`` make vLLM's own classes of a device sparse. Under ``full`` every token is in the cache
-as vLLM puts it there, and only prompts are attended to otherwise. Under ``drop`` each layer has a length of its own: a
-request is known by its first block, which no other living request has, as there is no prefix cache. ``dropped[layer,
-first block]`` is how many of the request's tokens the layer did not keep. So what a row holds is ``seq_lens - dropped``:
-arithmetic on the device, the same in a captured graph.
+``SparseBuilder`` and ``SparseImpl`` make vLLM's own classes of a device sparse. Under ``full`` every token is in the
+cache as vLLM puts it there, and only prompts are attended to otherwise. Under ``drop`` each layer has a length of its
+own: a request is known by its first block, which no other living request has, as there is no prefix cache, and
+``dropped[layer, first block]`` is how many of the request's tokens the layer did not keep. So what a row holds is
+``seq_lens - dropped``: arithmetic on the device, the same in a captured graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import zipvl
@@ -49,6 +49,10 @@ class Step:
     """Of each prompt's row its number in the record."""
     capacity: Tensor | None = None
     """Under ``drop`` int32, the slots that each prompt may fill."""
+    lengths: Tensor | None = None
+    """Under ``drop`` int32 ``[layers, rows]``, what each of the other rows holds in each layer, new tokens included."""
+    places: Tensor | None = None
+    """Under ``drop`` int32 ``[layers, tokens]``, the slot of each of the other rows' tokens within its row."""
 
 
 class SparseBuilder:
@@ -65,6 +69,8 @@ class SparseBuilder:
         self.reporter = _reporter()
         if self.zipvl.options.drops:
             self.dropped = self._room_for_lengths(vllm_config, device)
+            shape = (2, len(self.impls), vllm_config.scheduler_config.max_num_seqs)
+            self._static = torch.zeros(shape, dtype=torch.int32, device=device)  # where captured graphs read
 
     def _room_for_lengths(self, vllm_config: Any, device: Any) -> Tensor:
         """int32 ``[layers, blocks]``, the layers' own rows in each; that of an earlier builder of the same layers."""
@@ -73,8 +79,8 @@ class SparseBuilder:
         made = self.impls[0].lengths_of_group
         if made is None or made.shape != (len(self.impls), blocks):
             made = torch.zeros(len(self.impls), blocks, dtype=torch.int32, device=device)
-        for layer, impl in enumerate(self.impls):
-            impl.lengths_of_group, impl.dropped = made, made[layer]
+        for number, impl in enumerate(self.impls):
+            impl.lengths_of_group, impl.dropped, impl.number = made, made[number], number
         return made
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
@@ -88,6 +94,7 @@ class SparseBuilder:
         if common.is_prefilling is None or not bool(common.is_prefilling[:count].any()):
             self.reporter.start(None)
             metadata.zipvl = Step([], metadata, None, common.block_table_tensor, StepRecord())
+            self._locate(metadata.zipvl)
             return metadata
         lengths = common.seq_lens_cpu_upper_bound[:count].tolist()
         prefilling = common.is_prefilling[:count].tolist()
@@ -105,8 +112,29 @@ class SparseBuilder:
                 slots = [self.zipvl.slots(prompt.seen) for prompt in prompts]
                 step.capacity = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True)  # type: ignore[attr-defined]
         self.reporter.start(step.record if prompts else None)
+        self._locate(step)
         metadata.zipvl = step
         return metadata
+
+    def _locate(self, step: Step) -> None:
+        """Under ``drop``, for all layers at once: what the other rows hold, and where their new tokens go."""
+        assert self.zipvl is not None
+        if not self.zipvl.options.drops or step.others is None:
+            return
+        table, seen = step.others.block_table, step.others.seq_lens
+        gone = self.dropped.index_select(1, table[:, 0].long())
+        if step.others.max_query_len == 1 and len(seen) <= self._static.shape[2]:
+            step.lengths, step.places = self._static[:, :, : len(seen)]
+            torch.sub(seen, gone, out=step.lengths)
+            torch.sub(step.lengths, 1, out=step.places)  # -1 in rows of padding: no slot
+            return
+        step.lengths = seen - gone
+        begins, count = step.others.query_start_loc, step.others.num_actual_tokens
+        counts = begins.diff()
+        rows_ = torch.arange(len(counts), device=begins.device)
+        row_of = torch.repeat_interleave(rows_, counts, output_size=count)
+        first = step.lengths - counts - begins[:-1]
+        step.places = first.index_select(1, row_of) + torch.arange(count, dtype=torch.int32, device=begins.device)
 
     def _forget(self, common: Any, starts: list[int], lengths: list[int], prefilling: list[bool]) -> None:
         """A request that begins has dropped nothing yet; its first block may have been another's."""
@@ -117,8 +145,8 @@ class SparseBuilder:
                 continue
             if tokens != lengths[row]:
                 raise RuntimeError(
-                    f'zipvl: a prompt came in pieces, {tokens} of {lengths[row]} tokens so far, and cache="drop" selects '
-                    "it whole: whatever cut it is not among the settings that zipvl refuses"
+                    f"zipvl: a prompt came in pieces, the last {tokens} of {lengths[row]} tokens in this step, and "
+                    'cache="drop" selects it whole: what cut it is not among the settings that zipvl refuses'
                 )
             fresh.append(row)
         table = common.block_table_tensor
@@ -172,6 +200,8 @@ class SparseImpl:
         self.zipvl: Budget | None = None
         self.dropped: Tensor | None = None
         self.lengths_of_group: Tensor | None = None
+        self.number = 0
+        """Among the layers of its cache group."""
         self._layer: int | None = None
         vllm_config = get_current_vllm_config()
         options = plugin.asked(vllm_config)
@@ -207,8 +237,8 @@ class SparseImpl:
         some_dense = options.config.layers is not None or options.config.dense_first_layers > 0
         if some_dense and options.compact:
             raise ValueError(
-                "zipvl: layers and dense_first_layers leave layers dense, which need blocks for all tokens, and ratio or "
-                'max_ratio with cache="drop" reserves blocks for kept tokens alone. Use cache="full", or tau without them'
+                "zipvl: layers and dense_first_layers leave layers dense, which need blocks for all tokens, and ratio "
+                'or max_ratio with cache="drop" reserves blocks for kept tokens alone. Use cache="full", or tau alone'
             )
 
     def _dense_below(self, options: Options, queries: int | None) -> int:
@@ -250,7 +280,7 @@ class SparseImpl:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """As vLLM's: ``query [tokens, Hq, D]``, ``key``, ``value [tokens, Hkv, D]``, into ``output [tokens, Hq, D]``."""
+        """As vLLM's: ``query``, ``output [tokens, Hq, D]``, ``key``, ``value [tokens, Hkv, D]``."""
         step: Step | None = getattr(attn_metadata, "zipvl", None)
         scales = (output_scale, output_block_scale)
         if step is None or not self.takes(layer):
@@ -286,7 +316,7 @@ class SparseImpl:
             tokens = slice(0, step.others.num_actual_tokens)
         q, k, v = query[tokens], key[tokens], value[tokens]
         out = output[tokens] if isinstance(tokens, slice) else torch.empty_like(output[: q.shape[0]])
-        metadata = self._own_lengths(layer, k, v, kv_cache, step.others) if drops else step.others
+        metadata = self._own_lengths(layer, k, v, kv_cache, step) if drops else step.others
         super().forward(layer, q, k, v, kv_cache, metadata, out)  # type: ignore[misc]
         if not isinstance(tokens, slice):
             output.index_copy_(0, tokens, out)
@@ -356,8 +386,8 @@ class SparseImpl:
         """Writes what a prompt keeps to the front of its blocks, and how much it dropped."""
         raise NotImplementedError
 
-    def _own_lengths(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any) -> Any:
-        """Writes new tokens behind what their rows hold. Returns ``metadata`` with this layer's lengths."""
+    def _own_lengths(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step) -> Any:
+        """Writes the other rows' tokens behind what these hold. Returns their metadata with this layer's lengths."""
         raise NotImplementedError
 
 

@@ -20,7 +20,7 @@ NEVER_FITS = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZipVLSpec(FullAttentionSpec):  # type: ignore[misc]
+class ZipVLSpec(FullAttentionSpec):
     """A layer's cache as vLLM describes it, and what zipvl makes of it."""
 
     zipvl: Budget
@@ -38,13 +38,13 @@ class ZipVLSpec(FullAttentionSpec):  # type: ignore[misc]
         return specs[0]
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Of the largest prompt. A request that decodes beyond the pool is pre-empted, and then selected as a prompt."""
+        """Of the largest prompt. A request that outgrows the pool is pre-empted, and then selected as a prompt is."""
         longest = vllm_config.model_config.max_model_len
         slots = max(self.zipvl.slots(longest), min(self.zipvl.dense_below - 1, longest))
         return -(-slots // self.block_size) * self.page_size_bytes
 
 
-class ZipVLManager(FullAttentionManager):  # type: ignore[misc]
+class ZipVLManager(FullAttentionManager):
     """Blocks for kept tokens, where the options say how many those are; prompts whole, where they must be."""
 
     def __init__(self, kv_cache_spec: ZipVLSpec, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class ZipVLManager(FullAttentionManager):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """As vLLM asks it. A prompt that the scheduler cut does not fit under ``drop``: it waits until it comes whole."""
+        """As vLLM asks it. A prompt that the scheduler cut does not fit under ``drop``: it waits to come whole."""
         if self.budget.options.drops and not self.req_to_blocks.get(request_id):
             if num_tokens_main_model < kwargs.get("prefill_end", 0):
                 return NEVER_FITS
@@ -120,7 +120,7 @@ class ZipVLManager(FullAttentionManager):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As vLLM asks it, down to a multiple of the chunk: what a block within a chunk holds depends on what follows."""
+        """As vLLM asks it, down to a multiple of the chunk: what a block in a chunk holds depends on all of that."""
         found, length = super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )

@@ -15,11 +15,11 @@ from zipvl.vllm import rows
 from zipvl.vllm.backend import SparseBuilder, SparseImpl, Step, customized
 
 
-class ZipVLBuilder(SparseBuilder, cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
+class ZipVLBuilder(SparseBuilder, cpu_attn.CPUAttentionMetadataBuilder):
     """vLLM's metadata, and what each layer needs beside it."""
 
 
-class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
+class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):
     """vLLM's attention, and ZipVL's of prompts."""
 
     device_type = "cpu"
@@ -54,22 +54,19 @@ class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):  # type: ignore[m
         self._write(layer, key[kept], value[kept], kv_cache, slots)
         self.dropped[table[0]] = prompt.seen - stored
 
-    def _own_lengths(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any) -> Any:
-        assert self.dropped is not None
-        table, begins = metadata.block_table, metadata.query_start_loc
-        lengths = metadata.seq_lens - self.dropped[table[:, 0].long()]
-        counts = begins.diff()
-        row_of = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
-        place = lengths[row_of] - counts[row_of] + torch.arange(len(row_of)) - begins[row_of]
-        slots = _slots(table[row_of], place, kv_cache.shape[2])
-        new = slice(0, len(row_of))
-        self._write(layer, key[new], value[new], kv_cache, slots)
+    def _own_lengths(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step) -> Any:
+        assert step.lengths is not None and step.places is not None
+        metadata, lengths, places = step.others, step.lengths[self.number], step.places[self.number]
+        begins = metadata.query_start_loc
+        row_of = torch.repeat_interleave(torch.arange(len(lengths)), begins.diff().long())
+        slots = _slots(metadata.block_table[row_of], places, kv_cache.shape[2])
+        self._write(layer, key[: len(slots)], value[: len(slots)], kv_cache, slots)
         plan = _custom_ops.cpu_attn_get_scheduler_metadata(
             num_reqs=lengths.shape[0],
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_size,
-            seq_lens=lengths,
+            seq_lens=lengths.contiguous(),
             dtype=key.dtype,
             query_start_loc=begins,
             causal=True,
@@ -87,7 +84,7 @@ class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):  # type: ignore[m
         )
 
 
-class ZipVLBackend(cpu_attn.CPUAttentionBackend):  # type: ignore[misc]
+class ZipVLBackend(cpu_attn.CPUAttentionBackend):
     """In place of vLLM's backend of CPUs, and the same where zipvl was not asked for."""
 
     @classmethod

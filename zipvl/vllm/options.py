@@ -64,7 +64,8 @@ class Options:
             raise ValueError(f"zipvl: there is no option {', '.join(map(str, unknown))}; there are {known}")
         if settings.get("cache") == "quantize":
             raise ValueError(
-                'zipvl: cache="quantize" cannot be had in vLLM, whose blocks hold one type of number. Use "full" or "drop"'
+                'zipvl: cache="quantize" cannot be had in vLLM, whose blocks hold one type of number: use "full" or '
+                '"drop"'
             )
         chunk = settings.pop("prefill_chunk_size", None)
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
@@ -72,7 +73,7 @@ class Options:
         config = ZipVLConfig(**(settings | DONE))
         if chunk is not None and config.cache == "drop":
             raise ValueError(
-                'zipvl: prefill_chunk_size is for cache="full"; under "drop" a prompt is selected whole, never in chunks'
+                'zipvl: prefill_chunk_size is for cache="full"; under "drop" a prompt is selected whole, in one step'
             )
         return cls(config, chunk)
 

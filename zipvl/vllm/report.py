@@ -1,7 +1,7 @@
 """What became of each prompt: a line of the log, and counters for Prometheus.
 
-Counts of kept tokens are on the device. They are copied to the host behind the step that made them and read when a later
-step is prepared, so that no step waits.
+Counts of kept tokens are on the device. They are copied to the host behind the step that made them and read when a
+later step is prepared, so that no step waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 @dataclass
 class StepRecord:
-    """Selections of one step: ``(row, queries, seen)`` of each prompt's last piece, and one count a layer and prompt."""
+    """Selections of one step: one count a layer of each prompt, of its last sparse piece."""
 
     prompts: list[tuple[int, int]] = field(default_factory=list)
     """Tokens of the step and tokens seen, of each prompt."""

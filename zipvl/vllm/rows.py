@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def split(
         prefilling: whether the step began within the request's prompt.
     """
     prompts, others = [], []
-    for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for row, (start, end) in enumerate(pairwise(starts)):
         pieces = cut(start, end, lengths[row], chunk, is_sparse) if prefilling[row] and end > start else ()
         if any(piece.sparse for piece in pieces):
             prompts.append(Prompt(row, start, end, lengths[row], pieces))

@@ -33,7 +33,7 @@ def _always(vllm_config: Any) -> list[str]:
     if getattr(parallel, "enable_dbo", False):
         found.append("--enable-dbo: a step's rows are split behind the backend's back. Leave it out")
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in ("ngram", "ngram_gpu", "suffix"):
+    if speculative is not None and speculative.method != "ngram":
         found.append(
             f"speculative decoding by {speculative.method!r}: a draft model's layers share the backend. Use n-gram"
         )
@@ -47,7 +47,9 @@ def _always(vllm_config: Any) -> list[str]:
         if getattr(model, "rswa_window", None) is not None:
             found.append("a model of reference sliding windows. Serve it without zipvl")
         if getattr(model, "use_mla", False):
-            found.append("a model of latent attention (MLA): its cache holds no keys and values. Serve it without zipvl")
+            found.append(
+                "a model of latent attention (MLA): its cache holds no keys and values. Serve it without zipvl"
+            )
     return found
 
 
@@ -68,13 +70,13 @@ def _under_drop(vllm_config: Any) -> list[str]:
         )
     if scheduler.long_prefill_token_threshold > 0:
         found.append(
-            f'--long-prefill-token-threshold {scheduler.long_prefill_token_threshold} with cache="drop": it cuts prompts, '
-            "which are selected whole. Set it to 0"
+            f'--long-prefill-token-threshold {scheduler.long_prefill_token_threshold} with cache="drop": it cuts '
+            "prompts, which are selected whole. Set it to 0"
         )
     longest = model.max_model_len if model is not None else 0
     if scheduler.max_num_batched_tokens < longest:
         found.append(
-            f'--max-num-batched-tokens {scheduler.max_num_batched_tokens} with cache="drop": a prompt is selected whole '
-            f"and must fit a step. Set it to --max-model-len ({longest}) or more, or --max-model-len lower"
+            f'--max-num-batched-tokens {scheduler.max_num_batched_tokens} with cache="drop": a prompt is selected '
+            f"whole and must fit a step. Set it to --max-model-len ({longest}) or more, or --max-model-len lower"
         )
     return found
