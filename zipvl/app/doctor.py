@@ -12,6 +12,7 @@ import torch
 from zipvl import _library, reference, reference_cache
 from zipvl.errors import first_line
 from zipvl.support import OPS, support
+from zipvl.vllm import versions
 
 __all__ = ["examine", "self_check"]
 
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in _PACKAGES},
+        "vllm": _vllm(),
         "devices": [{"device": name, "name": _device_name(name)} for name in devices],
         "op_library": op_library,
         "cuda_library": _cuda_library(),
@@ -122,6 +124,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _vllm() -> dict[str, Any]:
+    """The vLLM that is installed, and why the plugin does not act in it; None where it does, or there is none."""
+    found = versions.installed()
+    return {"version": found, "tested": versions.RANGE, "problem": found and versions.problem(found)}
 
 
 def _device_name(device: str) -> str:
