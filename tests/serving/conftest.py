@@ -56,6 +56,8 @@ def engine(served: Path) -> Iterator[Engine]:
 @pytest.fixture
 def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What the plugin logs: vLLM's loggers do not pass it on to the root."""
+    import vllm.logger  # noqa: F401, configures the loggers, and throws out handlers that came before
+
     logger = logging.getLogger("vllm.zipvl")
     logger.addHandler(caplog.handler)
     yield caplog
@@ -75,3 +77,20 @@ def kept() -> Callable[[], list[Any]]:
         return [(one["tokens"], one["seen"], one["kept"]) for one in found]
 
     return take
+
+
+@pytest.fixture(scope="session")
+def expected() -> Any:
+    """Tokens and kept tokens of the transformers integration, once for each setting."""
+    from tests.serving.tiny import NAMES
+    from tests.serving.transformers_tokens import tokens_and_kept
+
+    found: dict[str, Any] = {}
+
+    def of(**options: Any) -> tuple[list[list[int]], list[list[int]]]:
+        key = repr(options)
+        if key not in found:
+            found[key] = tokens_and_kept(options, names=NAMES)
+        return [tokens for tokens, _ in found[key]], [layers for _, layers in found[key]]
+
+    return of

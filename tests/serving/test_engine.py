@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.serving.tiny import TOKENS, answers
-from tests.serving.transformers_tokens import tokens_and_kept
+from tests.serving.tiny import NAMES, PAPER, TEXT, TOKENS, WHOLE, answers, prompt, text_copy
+from tests.serving.transformers_tokens import text_tokens_and_kept
 
-NAMES = ("demo", "dense")
-WHOLE = {"enable_prefix_caching": False, "max_num_batched_tokens": 4200}  # a prompt is one step
-PAPER = {"tau": 0.975, "local_window": 0, "num_sinks": 0}
 WINDOW = {"ratio": 0.4, "local_window": 64, "num_sinks": 4}
-
-
-@pytest.fixture(scope="session")
-def expected() -> Any:
-    """Tokens and kept tokens of the transformers integration, once for each setting."""
-    found: dict[str, Any] = {}
-
-    def of(**options: Any) -> tuple[list[list[int]], list[list[int]]]:
-        key = repr(options)
-        if key not in found:
-            found[key] = tokens_and_kept(options, names=NAMES)
-        return [tokens for tokens, _ in found[key]], [layers for _, layers in found[key]]
-
-    return of
 
 
 def test_without_options_and_with_every_token_an_engine_is_vllms_own(engine: Any, kept: Any) -> None:
@@ -56,13 +40,6 @@ def test_drop_is_the_transformers_integration_one_by_one_and_in_a_batch(engine: 
         assert [found for _, _, found in kept()] == layers
         assert answers(sparse, NAMES, one_by_one=False) == tokens
     assert [found for _, _, found in kept()] == layers
-
-
-def test_n_gram_speculation_behind_dropped_tokens(engine: Any, expected: Any) -> None:
-    tokens, _ = expected(**PAPER, cache="drop")
-    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with engine(PAPER | {"cache": "drop"}, **WHOLE, speculative_config=guesses) as sparse:
-        assert answers(sparse, NAMES, one_by_one=False) == tokens
 
 
 def test_blocks_for_kept_tokens_alone(
@@ -104,18 +81,35 @@ def test_chunks_and_prefixes(engine: Any, kept: Any) -> None:
         assert (first[:2], second) == ((2048, 2048), (565, TOKENS, last_chunk))
         assert answers(cut, name) == tokens  # from the prefix cache, down to the end of a chunk
         assert kept() == [(565, TOKENS, last_chunk)]
-    with engine(options, enable_prefix_caching=True, long_prefill_token_threshold=1000) as ragged:
+    with engine(options, enable_prefix_caching=True, max_num_batched_tokens=1000) as ragged:
         odd = answers(ragged, name)
     assert [step for step, _, _ in kept()] == [1000, 1000, 613]
     assert odd[0][:3] == tokens[0][:3]
 
 
-def test_chunks_are_those_of_transformers(engine: Any, kept: Any) -> None:
-    options = {"tau": 0.95, "local_window": 128}
-    ((tokens, layers),) = tokens_and_kept(options, names=("demo",), prefill_chunk_size=1024)
-    with engine(options | {"prefill_chunk_size": 1024}, enable_prefix_caching=True) as chunked:
-        assert answers(chunked, ("demo",)) == [tokens]
-    assert kept()[-1][2] == layers
+def test_chunks_are_those_of_transformers(tmp_path: Path, kept: Any) -> None:
+    """On a text, in steps of two chunks."""
+    from vllm import LLM, SamplingParams
+
+    options = {"tau": 0.9, "local_window": 32, "num_sinks": 2}
+    folder = text_copy(tmp_path)
+    tokens, layers = text_tokens_and_kept(folder, options, prefill_chunk_size=256)
+    engine = LLM(
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        skip_tokenizer_init=True,
+        additional_config={"zipvl": options | {"prefill_chunk_size": 256}},
+    )
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+        (out,) = engine.generate([{"prompt_token_ids": TEXT}], sampling, use_tqdm=False)
+        assert list(out.outputs[0].token_ids) == tokens
+        assert kept()[-1] == (900 - 512, 900, layers)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
 def test_some_layers_stay_dense(engine: Any, kept: Any, expected: Any) -> None:
@@ -129,8 +123,6 @@ def test_some_layers_stay_dense(engine: Any, kept: Any, expected: Any) -> None:
 def test_short_prompts_stay_dense_beside_long_ones(engine: Any, kept: Any, expected: Any) -> None:
     """Prompts below dense_below, in one step with a sparse one and decoding after it."""
     from vllm import SamplingParams
-
-    from tests.serving.tiny import prompt
 
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     short = [

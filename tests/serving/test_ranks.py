@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.serving.tiny import text_copy
-
-CODE = [1 + (i * i * 7 + i) % 60 for i in range(900)]  # ids of a text
+from tests.serving.tiny import TEXT, text_copy
 
 
 def selections(worker: Any) -> list[Any]:
-    """In a worker: what it selected, kept counts and the indices' sums."""
+    """In a worker: what its prompts kept."""
     from zipvl.vllm import backend
 
     for reporter in backend._reporters:
@@ -31,6 +29,7 @@ def test_two_ranks_select_what_one_does(text_model: Path, cache: str, monkeypatc
     from vllm import LLM, SamplingParams
 
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each rank wants a NUMA node
     options = {"tau": 0.9, "local_window": 32, "num_sinks": 2, "cache": cache}
     found = {}
     for ranks in (1, 2):
@@ -48,11 +47,11 @@ def test_two_ranks_select_what_one_does(text_model: Path, cache: str, monkeypatc
         )
         try:
             sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
-            (out,) = engine.generate([{"prompt_token_ids": CODE}], sampling, use_tqdm=False)
+            (out,) = engine.generate([{"prompt_token_ids": TEXT}], sampling, use_tqdm=False)
             found[ranks] = list(out.outputs[0].token_ids), engine.collective_rpc(selections)
         finally:
             engine.llm_engine.engine_core.shutdown()
     (tokens, (alone,)), (same_tokens, (first, second)) = found[1], found[2]
-    assert first == second == alone, "ranks select alike, and as one process does"
+    assert first[-1] == second[-1] == alone[-1], "ranks select alike, and as one process does"
     assert 0 < sum(alone[-1][2]) < 6 * 900
     assert same_tokens == tokens

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.serving.tiny import WHOLE
 from zipvl.vllm import plugin, versions
 from zipvl.vllm.cache import ZipVLManager, ZipVLSpec
-
-WHOLE = {"enable_prefix_caching": False, "max_num_batched_tokens": 4200}
 
 
 def configuration(folder: Path, options: Any, **settings: Any) -> Any:

@@ -11,8 +11,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-llava-next"
-PAGES = ("demo", "dense", "easy", "full")
+NAMES = ("demo", "dense")  # pages
+TEXT = [1 + (i * i * 7 + i) % 60 for i in range(900)]  # ids of a text that means nothing
 TOKENS = 2613  # of a prompt
+WHOLE = {"enable_prefix_caching": False, "max_num_batched_tokens": 4200}  # a prompt is one step
+PAPER = {"tau": 0.975, "local_window": 0, "num_sinks": 0}
 
 
 def served_copy(folder: Path) -> Path:
@@ -71,7 +74,7 @@ def engine(folder: Path, options: dict[str, Any] | None, **settings: Any) -> Any
     return LLM(str(folder), **(given | settings))
 
 
-def answers(engine: Any, names: tuple[str, ...] = PAGES, tokens: int = 12, one_by_one: bool = True) -> list[list[int]]:
+def answers(engine: Any, names: tuple[str, ...] = NAMES, tokens: int = 12, one_by_one: bool = True) -> list[list[int]]:
     """Tokens that follow each page, past the end of the answer too."""
     from vllm import SamplingParams
 

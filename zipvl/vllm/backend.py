@@ -2,9 +2,7 @@
 
 ``SparseBuilder`` and ``SparseImpl`` make vLLM's own classes of a device sparse. Under ``full`` every token is in the
 cache as vLLM puts it there, and only prompts are attended to otherwise. Under ``drop`` each layer has a length of its
-own: a request is known by its first block, which no other living request has, as there is no prefix cache, and
-``dropped[layer, first block]`` is how many of the request's tokens the layer did not keep. So what a row holds is
-``seq_lens - dropped``: arithmetic on the device, the same in a captured graph.
+own (``paged.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import zipvl
 from zipvl import ops, policy
-from zipvl.vllm import plugin, rows, startup
+from zipvl.vllm import paged, plugin, rows, startup
 from zipvl.vllm.cache import ZipVLSpec
 from zipvl.vllm.options import Budget, Options
 from zipvl.vllm.report import Reporter, StepRecord
@@ -61,6 +59,7 @@ class SparseBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.zipvl: Budget | None = getattr(kv_cache_spec, "zipvl", None)
+        self.lengths: paged.Lengths | None = None
         if self.zipvl is None:
             return
         startup.refuse(vllm_config, self.zipvl.options)
@@ -68,19 +67,17 @@ class SparseBuilder:
         _compare_ranks(self.zipvl)
         self.reporter = _reporter()
         if self.zipvl.options.drops:
-            self.dropped = self._room_for_lengths(vllm_config, device)
-            shape = (2, len(self.impls), vllm_config.scheduler_config.max_num_seqs)
-            self._static = torch.zeros(shape, dtype=torch.int32, device=device)  # where captured graphs read
+            self.lengths = self._room_for_lengths(vllm_config, device)
 
-    def _room_for_lengths(self, vllm_config: Any, device: Any) -> Tensor:
-        """int32 ``[layers, blocks]``, the layers' own rows in each; that of an earlier builder of the same layers."""
+    def _room_for_lengths(self, vllm_config: Any, device: Any) -> paged.Lengths:
+        """Those of an earlier builder of the same layers, where there is one."""
         blocks, spec = vllm_config.cache_config.num_gpu_blocks, self.kv_cache_spec  # type: ignore[attr-defined]
         blocks *= max(1, vllm_config.cache_config.block_size // spec.block_size)  # blocks as the kernels count them
-        made = self.impls[0].lengths_of_group
-        if made is None or made.shape != (len(self.impls), blocks):
-            made = torch.zeros(len(self.impls), blocks, dtype=torch.int32, device=device)
+        made = self.impls[0].lengths
+        if made is None or made.dropped.shape != (len(self.impls), blocks):
+            made = paged.Lengths(len(self.impls), blocks, vllm_config.scheduler_config.max_num_seqs, device)
         for number, impl in enumerate(self.impls):
-            impl.lengths_of_group, impl.dropped, impl.number = made, made[number], number
+            impl.lengths, impl.number = made, number
         return made
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
@@ -118,23 +115,11 @@ class SparseBuilder:
 
     def _locate(self, step: Step) -> None:
         """Under ``drop``, for all layers at once: what the other rows hold, and where their new tokens go."""
-        assert self.zipvl is not None
-        if not self.zipvl.options.drops or step.others is None:
-            return
-        table, seen = step.others.block_table, step.others.seq_lens
-        gone = self.dropped.index_select(1, table[:, 0].long())
-        if step.others.max_query_len == 1 and len(seen) <= self._static.shape[2]:
-            step.lengths, step.places = self._static[:, :, : len(seen)]
-            torch.sub(seen, gone, out=step.lengths)
-            torch.sub(step.lengths, 1, out=step.places)  # -1 in rows of padding: no slot
-            return
-        step.lengths = seen - gone
-        begins, count = step.others.query_start_loc, step.others.num_actual_tokens
-        counts = begins.diff()
-        rows_ = torch.arange(len(counts), device=begins.device)
-        row_of = torch.repeat_interleave(rows_, counts, output_size=count)
-        first = step.lengths - counts - begins[:-1]
-        step.places = first.index_select(1, row_of) + torch.arange(count, dtype=torch.int32, device=begins.device)
+        of = step.others
+        if self.lengths is not None and of is not None:
+            step.lengths, step.places = self.lengths.locate(
+                of.block_table, of.seq_lens, of.query_start_loc, of.max_query_len, of.num_actual_tokens
+            )
 
     def _forget(self, common: Any, starts: list[int], lengths: list[int], prefilling: list[bool]) -> None:
         """A request that begins has dropped nothing yet; its first block may have been another's."""
@@ -152,7 +137,8 @@ class SparseBuilder:
         table = common.block_table_tensor
         if fresh:
             row_of = torch.tensor(fresh).to(table.device, non_blocking=True)
-            self.dropped.index_fill_(1, table[:, 0].index_select(0, row_of).long(), 0)
+            assert self.lengths is not None
+            self.lengths.forget(table[:, 0].index_select(0, row_of))
 
     def _rest(
         self, common: Any, starts: list[int], lengths: list[int], others: list[int], fast_build: bool
@@ -198,10 +184,9 @@ class SparseImpl:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.zipvl: Budget | None = None
-        self.dropped: Tensor | None = None
-        self.lengths_of_group: Tensor | None = None
+        self.lengths: paged.Lengths | None = None
+        """Of its cache group, under ``drop``; the layer is ``number`` there."""
         self.number = 0
-        """Among the layers of its cache group."""
         self._layer: int | None = None
         vllm_config = get_current_vllm_config()
         options = plugin.asked(vllm_config)

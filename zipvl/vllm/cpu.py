@@ -45,14 +45,14 @@ class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):
         kv_cache: Tensor,
         step: Step,
     ) -> None:
-        assert step.capacity is not None and self.dropped is not None
+        assert step.capacity is not None and self.lengths is not None
         selected = int(count)
         stored = min(selected, int(step.capacity[number]))
         kept = index[0, selected - stored : selected].long() + prompt.start
         table, size = step.block_table[prompt.row], kv_cache.shape[2]
         slots = _slots(table, torch.arange(stored), size)
         self._write(layer, key[kept], value[kept], kv_cache, slots)
-        self.dropped[table[0]] = prompt.seen - stored
+        self.lengths.drop(self.number, table[:1], prompt.seen, torch.tensor([stored], dtype=torch.int32))
 
     def _own_lengths(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step) -> Any:
         assert step.lengths is not None and step.places is not None

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
 
-from zipvl import ops
-from zipvl.vllm import rows
+from zipvl.vllm import paged, rows
 from zipvl.vllm.backend import SparseBuilder, SparseImpl, Step, customized
 
 if is_flash_attn_varlen_func_available():
@@ -54,10 +52,7 @@ class ZipVLImpl(SparseImpl, Impl):
     device_type = "cuda"
 
     def _gather(self, kv_cache: Tensor, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        caches = views(kv_cache, self.head_size)
-        used = blocks[: -(-tokens // caches[0].shape[1])].long()
-        k, v = (cache.index_select(0, used).flatten(0, 1)[:tokens].transpose(0, 1)[None] for cache in caches)
-        return k, v
+        return paged.gather(kv_cache, self.head_size, blocks, tokens)
 
     def _store(
         self,
@@ -71,26 +66,17 @@ class ZipVLImpl(SparseImpl, Impl):
         kv_cache: Tensor,
         step: Step,
     ) -> None:
-        assert step.capacity is not None and self.dropped is not None
-        k, v = (t[prompt.start : prompt.end].transpose(0, 1).unsqueeze(0) for t in (key, value))
-        table = step.block_table[prompt.row : prompt.row + 1]
+        assert step.capacity is not None and self.lengths is not None
+        tokens, table = slice(prompt.start, prompt.end), step.block_table[prompt.row : prompt.row + 1]
         capacity = step.capacity[number : number + 1]
-        stored = ops.pack_paged(k, v, index, count, table, *views(kv_cache, self.head_size), capacity=capacity)
-        self.dropped.index_copy_(0, table[0, :1].long(), prompt.seen - stored)
+        stored = paged.store(key[tokens], value[tokens], index, count, table, kv_cache, capacity)
+        self.lengths.drop(self.number, table[0, :1], prompt.seen, stored)
 
     def _own_lengths(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step) -> Any:
         assert step.lengths is not None and step.places is not None
-        metadata, places = step.others, step.places[self.number]
-        table, tokens = metadata.block_table, len(places)
-        if metadata.max_query_len > 1:
-            counts = metadata.query_start_loc.diff()
-            row_of = torch.arange(len(counts), device=counts.device)
-            table = table.index_select(0, torch.repeat_interleave(row_of, counts, output_size=tokens))
-        here = places.new_zeros(tokens, 1)
-        one = places.new_ones(tokens)
-        k, v = key[:tokens].unsqueeze(2), value[:tokens].unsqueeze(2)  # each token a row of one token
-        ops.pack_paged(k, v, here, one, table, *views(kv_cache, self.head_size), first_slot=places)
-        return replace(metadata, seq_lens=step.lengths[self.number], scheduler_metadata=None)
+        of, places = step.others, step.places[self.number]
+        paged.append(key, value, places, of.block_table, of.query_start_loc, of.max_query_len, kv_cache)
+        return replace(of, seq_lens=step.lengths[self.number], scheduler_metadata=None)
 
 
 class ZipVLBackend(Backend):
@@ -128,9 +114,3 @@ class ZipVLBackend(Backend):
 
     supports_kv_connector = supports_pcp = supports_dcp = _no
     supports_mm_prefix = supports_sink = supports_rswa = supports_non_causal = _no
-
-
-def views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[blocks, block_size, Hkv, D]`` of a layer's cache ``[blocks, Hkv, block_size, 2 * D]``."""
-    k_cache, v_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    return k_cache, v_cache
