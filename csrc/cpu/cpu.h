@@ -24,6 +24,7 @@ Tensor probe_index(const ops::ProbeIndexArgs& args);
 TensorPair probe_scores(const ops::ProbeScoresArgs& args);
 TensorPair select_tokens(const ops::SelectTokensArgs& args);
 TensorPair pack_kv(const ops::PackKvArgs& args);
+Tensor pack_paged(const ops::PackPagedArgs& args);  // CPU tensors alone
 Tensor sparse_attn(const ops::SparseAttnArgs& args);
 Tensor window_attn(const ops::SparseAttnArgs& args);  // sparse_attn with local_window > 0
 Tensor project_queries(const ops::ProjectQueriesArgs& args);

@@ -59,6 +59,15 @@ struct PackKvArgs {
   static PackKvArgs read(Arguments& in) { return {in.tensor(), in.tensor(), in.tensor(), in.tensor()}; }
 };
 
+struct PackPagedArgs {
+  Tensor k, v, index, count, block_table, k_cache, v_cache;
+  OptionalTensor capacity, first_slot;
+  static PackPagedArgs read(Arguments& in) {
+    return {in.tensor(), in.tensor(), in.tensor(),          in.tensor(),         in.tensor(),
+            in.tensor(), in.tensor(), in.optional_tensor(), in.optional_tensor()};
+  }
+};
+
 struct SparseAttnArgs {
   Tensor q, k, v, index, count;
   std::optional<double> scale;

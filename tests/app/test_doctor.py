@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typer.testing import Result
 from zipvl import _library, ops
 from zipvl.app import doctor
 from zipvl.support import OPS, Support, can_run_native, explain, support, why_not
+from zipvl.vllm import versions
 
 Zipvl = Callable[..., Result]
 
@@ -55,6 +57,18 @@ def test_json(zipvl: Zipvl) -> None:
             assert (row["state"], row["reason"], row["check"]) == ("native", None, "ok")
         else:
             assert (row["state"] == "native") == (row["reason"] is None)
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"), [(None, None), ("0.32.1", None), ("0.40.0", "tested with vLLM >=.*this is vLLM 0.40.0")]
+)
+def test_vllm(zipvl: Zipvl, monkeypatch: pytest.MonkeyPatch, found: str | None, problem: str | None) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: found)
+    facts = json.loads(zipvl("doctor", "--json").stdout)
+    assert facts["vllm"]["version"] == found and facts["vllm"]["tested"] == versions.RANGE
+    assert re.search(problem, facts["vllm"]["problem"]) if problem else facts["vllm"]["problem"] is None
+    shown = " ".join(zipvl("doctor").stdout.split())
+    assert ("not installed (the plugin" if found is None else f"vllm │ {found}: ") in shown
 
 
 def test_a_wrong_op_is_found(zipvl: Zipvl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,6 +284,7 @@ def test_the_library_says_what_runs(op: str) -> None:
         ("zipvl_layer", torch.bfloat16, 80, "fallback", "head_dim 64, 96, 128 and 256, got 80"),
         ("project_queries", torch.float32, 64, "fallback", "float16 and bfloat16"),
         ("pack_kv", torch.float32, 80, "native", ""),
+        ("pack_paged", torch.float32, 80, "native", ""),
     ],
 )
 def test_the_library_says_why_not(op: str, dtype: torch.dtype, head_dim: int, state: str, reason: str) -> None:

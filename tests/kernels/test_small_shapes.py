@@ -14,6 +14,7 @@ from tests.kernels.test_decode_attn import check as check_decode_attn
 from tests.kernels.test_neighbourhood import last_queries
 from tests.kernels.test_ops import UNDER_INITCHECK, cuda
 from tests.kernels.test_pack_kv import check as check_pack_kv
+from tests.kernels.test_pack_paged import check as check_pack_paged
 from tests.kernels.test_probe_scores import check as check_probe_scores
 from tests.kernels.test_probe_scores import inputs as probe_inputs
 from tests.kernels.test_select_tokens import check as check_select_tokens
@@ -24,6 +25,7 @@ from tests.kernels.test_sparse_attn import make_selection as selection_on_gpu
 from tests.kernels.test_zipvl_attn import check as check_zipvl_attn
 from tests.kernels.test_zipvl_attn import inputs as layer_inputs
 from tests.unit.helpers import assert_accurate, double, make_mask, make_qkv, make_selection, selected_mask
+from tests.unit.test_pack_paged import int32, make_cache, make_table
 from tests.unit.test_projections import projection, widened
 from zipvl import ops, reference
 
@@ -45,6 +47,7 @@ LAUNCHED_BY = {
     "by_cluster": "test_select_tokens",
     "by_grid": "test_select_tokens",
     "pack_kv_kernel": "test_pack_kv",
+    "pack_paged_kernel": "test_pack_paged",
     "extend_selection_kernel": "test_neighbourhoods",
     "row_ranges_kernel": "test_neighbourhoods",
     "ranged_attn_sm80": "test_neighbourhoods",
@@ -111,6 +114,16 @@ def test_pack_kv(dtype: torch.dtype, layout: str) -> None:
     for D in (64, 128):
         _, k, v = make_qkv(2, 2, 2, 150, D, dtype, layout)
         check_pack_kv(k, v, *make_selection(2, 150))
+
+
+@pytest.mark.parametrize("layout", ["heads first", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_paged(dtype: torch.dtype, layout: str) -> None:
+    for D in (64, 128):
+        _, k, v = make_qkv(2, 2, 2, 150, D, dtype)
+        cache = make_cache(30, 16, 2, D, dtype, layout)
+        room = {"capacity": int32(40, 200), "first_slot": int32(5, 0)}
+        check_pack_paged(k, v, *make_selection(2, 150), make_table(2, 12, 30), cache, **room)
 
 
 @pytest.mark.usefixtures("family")

@@ -1,12 +1,13 @@
 // The portable kernels before the attention on a CPU: probe_index, probe_scores (mma.sync), select_tokens by one block
-// a row, by their scores and by their sums, and pack_kv, each on what the one before it gave, against float64 or
-// exactly.
+// a row, by their scores and by their sums, pack_kv and pack_paged, each on what the one before it gave, against
+// float64 or exactly.
 //
 //   selection CASES SEED    prints a line a case, and ends with status 1 where one is wrong
 #include "cuda/select_tokens/select_tokens.cu"
 #include "cuda/select_tokens/sm90/select_sums.cu"
 
 #include "cuda/pack_kv/pack_kv.h"
+#include "cuda/pack_paged/params.h"
 #include "cuda/probe_scores/passes.h"
 #include "cuda/probe_scores/sm80/passes.cuh"
 #include "cuda_on_cpu.h"
@@ -141,6 +142,81 @@ struct Layer : emulated::ScoredLayer<Token, D> {
     }
     return right;
   }
+
+  // The selected rows in the blocks of their batch row, bit for bit, and nothing anywhere else.
+  bool pack_paged() const {
+    const int block_size = uniform(1, 40), table_blocks = uniform(1, c.tokens / block_size + 2);
+    const int blocks = c.batch * table_blocks + 1;
+    std::vector<std::int32_t> table(c.batch * table_blocks), capacity(c.batch), first(c.batch), stored(c.batch, -7);
+    for (std::size_t i = 0; i < table.size(); ++i) {  // some are none
+      table[i] = uniform(0, 7) == 0 ? blocks + uniform(0, 9) : static_cast<std::int32_t>(table.size() - i);
+    }
+    for (int b = 0; b < c.batch; ++b) {
+      capacity[b] = uniform(-1, table_blocks * block_size);
+      first[b] = uniform(-1, table_blocks * block_size / 2);
+    }
+    const bool given = uniform(0, 1) == 1;
+    const std::size_t row = std::size_t{D} * c.kv_heads, slots = std::size_t(blocks) * block_size;
+    std::vector<Token> k_cache(slots * row), v_cache(slots * row);
+    PackPagedParams params{};
+    params.k = k.data();
+    params.v = v.data();
+    params.k_cache = k_cache.data();
+    params.v_cache = v_cache.data();
+    params.index = index.data();
+    params.count = count.data();
+    params.block_table = table.data();
+    params.capacity = given ? capacity.data() : nullptr;
+    params.first_slot = given ? first.data() : nullptr;
+    params.stored = stored.data();
+    for (auto* strides : {params.k_stride, params.v_stride}) {
+      strides[2] = D;
+      strides[1] = std::int64_t{c.tokens} * D;
+      strides[0] = c.kv_heads * strides[1];
+    }
+    for (auto* strides : {params.k_cache_stride, params.v_cache_stride}) {
+      strides[2] = D;
+      strides[1] = static_cast<std::int64_t>(row);
+      strides[0] = block_size * strides[1];
+    }
+    params.index_stride[0] = c.tokens;
+    params.table_stride[0] = table_blocks;
+    params.index_stride[1] = params.table_stride[1] = 1;
+    params.count_stride = params.capacity_stride = params.first_slot_stride = 1;
+    params.batch = c.batch;
+    params.heads = c.kv_heads;
+    params.tokens = c.tokens;
+    params.head_dim = D;
+    params.blocks = blocks;
+    params.block_size = block_size;
+    params.table_blocks = table_blocks;
+    params.element_bytes = sizeof(Token);
+    params.num_sms = 4;
+    std::vector<Token> k_wanted(k_cache), v_wanted(v_cache);
+    launch_pack_paged(params, nullptr);
+    bool right = true;
+    for (int b = 0; b < c.batch; ++b) {
+      const int begin = given ? first[b] : 0, end = table_blocks * block_size;
+      const int room = begin < 0 ? 0 : std::max(given ? std::min(capacity[b], end - begin) : end, 0);
+      const int fits = std::min(count[b], room);
+      right = right && stored[b] == fits;
+      for (int i = 0; i < fits; ++i) {
+        const int slot = begin + i, block = table[b * table_blocks + slot / block_size];
+        if (block >= blocks) {
+          continue;
+        }
+        const int token = index[b * c.tokens + count[b] - fits + i];
+        for (int head = 0; head < c.kv_heads; ++head) {
+          const std::size_t from = ((static_cast<std::size_t>(b) * c.kv_heads + head) * c.tokens + token) * D;
+          const std::size_t to = (static_cast<std::size_t>(block) * block_size + slot % block_size) * row + head * D;
+          std::copy_n(&k[from], D, &k_wanted[to]);
+          std::copy_n(&v[from], D, &v_wanted[to]);
+        }
+      }
+    }
+    return right && std::memcmp(k_cache.data(), k_wanted.data(), k_cache.size() * sizeof(Token)) == 0 &&
+           std::memcmp(v_cache.data(), v_wanted.data(), v_cache.size() * sizeof(Token)) == 0;
+  }
 };
 
 // Rows as long as they are selected from sums: what the scores' last kernel and the selection give of the same ones.
@@ -257,13 +333,14 @@ int main(int count, char** arguments) {
           probe_scores::launch_passes<probe_scores::sm80::Passes<Token, D>>(params, nullptr);
         },
         /*clusters=*/false);
-    const bool selection = layer.select_tokens(), packed = layer.pack_kv();
+    const bool selection = layer.select_tokens(), packed = layer.pack_kv(), paged = layer.pack_paged();
     Sums sums;
     report(sums.selected_alike(), "%d rows of %d tokens, %d probes, %d parts%s", sums.batch, sums.tokens, sums.probes,
            sums.parts, sums.masked ? ", masked" : "");
-    report(probes && scores < 1e-4 && selection && packed,
-           "batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s: probes %d scores %.1e selection %d packed %d",
-           c.batch, c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "",
-           c.masked ? " masked" : "", probes, scores, selection, packed);
+    report(
+        probes && scores < 1e-4 && selection && packed && paged,
+        "batch %d heads %2d/%d tokens %3d probes %2d + %2d%s%s: probes %d scores %.1e selection %d packed %d paged %d",
+        c.batch, c.query_heads, c.kv_heads, c.tokens, c.recent, c.random, c.causal ? " causal" : "",
+        c.masked ? " masked" : "", probes, scores, selection, packed, paged);
   });
 }

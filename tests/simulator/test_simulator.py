@@ -32,6 +32,7 @@ PROGRAMS = {
     "selection": [
         "cuda/probe_scores/plan.cpp",
         "cuda/pack_kv/pack_kv.cu",
+        "cuda/pack_paged/pack_paged.cu",
         "cuda/probe_index/probe_index.cu",
         "cuda/probe_scores/rows.cu",
     ],

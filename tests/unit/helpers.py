@@ -388,6 +388,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "max_ratio": 1.0,
     },
     "pack_kv": {},
+    "pack_paged": {"capacity": None, "first_slot": None},
     "sparse_attn": {
         "scale": None,
         "causal": True,
@@ -446,6 +447,15 @@ def sample_tensors(
         "probe_scores": {"q": q, "k": k, "probe_index": reference.probe_index(q, num_recent=4, num_random=4)},
         "select_tokens": {"budget_score": scores, "rank_score": scores.flip(1)},
         "pack_kv": {"k": k, "v": v, "index": index, "count": count},
+        "pack_paged": {
+            "k": k,
+            "v": v,
+            "index": index,
+            "count": count,
+            "block_table": torch.arange(3 * B, dtype=torch.int32).flip(0).reshape(B, 3),
+            "k_cache": torch.randn(3 * B + 1, 16, Hkv, D).to(dtype),
+            "v_cache": torch.randn(3 * B + 1, 16, Hkv, D).to(dtype),
+        },
         "sparse_attn": {"q": q, "k": k, "v": v, "index": index, "count": count},
         "zipvl_attn": {"q": q, "k": k, "v": v},
         "zipvl_prefill": {"q": q, "k": k, "v": v},

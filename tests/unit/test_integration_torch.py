@@ -58,6 +58,9 @@ def masks_of(op: str) -> list[dict[str, Any]]:
         return [{}, {"token_mask": mask, "keep_mask": keep}, {"ratio": 0.3}, window | gains | ends]
     if op == "zipvl_prefill":  # packed rows past the count are undefined, so every token is selected
         return [{"tau": 1.0}, {"keep_mask": torch.ones(2, 40, dtype=torch.bool)}, {"tau": 1.0} | window | ends]
+    if op == "pack_paged":
+        vectors = torch.tensor([[30, 5], [-1, 3]], dtype=torch.int32)
+        return [{}, {"capacity": vectors[0]}, {"capacity": vectors[0], "first_slot": vectors[1]}]
     if op == "quantize_kv":
         return [
             {},

@@ -12,6 +12,7 @@ import torch
 from zipvl import _library, reference, reference_cache
 from zipvl.errors import first_line
 from zipvl.support import OPS, support
+from zipvl.vllm import versions
 
 __all__ = ["examine", "self_check"]
 
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in _PACKAGES},
+        "vllm": _vllm(),
         "devices": [{"device": name, "name": _device_name(name)} for name in devices],
         "op_library": op_library,
         "cuda_library": _cuda_library(),
@@ -46,13 +48,17 @@ def self_check(op: str, device: str) -> str:
     from zipvl import ops
 
     args, kwargs = _example(op, device)
+    cpu_args = [_cpu_copy(value) for value in args]
+    cpu_kwargs = {name: _cpu_copy(value) for name, value in kwargs.items()}
     try:
         got = getattr(ops, op)(*args, **kwargs)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"failed: {first_line(error)}"
     compute = getattr(reference if hasattr(reference, op) else reference_cache, op)
-    expected = compute(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in kwargs.items()})
+    expected = compute(*cpu_args, **cpu_kwargs)
     got, expected = (pair if isinstance(pair, tuple) else (pair,) for pair in (got, expected))
+    if op == "pack_paged":  # its caches are results too
+        got, expected = (*got, *args[5:7]), (*expected, *cpu_args[5:7])
     for number, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         difference = (ours.cpu().double() - theirs.double()).abs().max().item()
         if not difference <= (_TOLERANCE if ours.is_floating_point() else 0):
@@ -60,8 +66,8 @@ def self_check(op: str, device: str) -> str:
     return "ok"
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _cpu_copy(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,6 +96,7 @@ def _example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "probe_scores": ((q, k, index[:, 40:].contiguous()), {}),
         "select_tokens": ((q[:, 0, :, 0].abs(), k[:, 0, :, 0].abs()), {"tau": 0.8}),
         "pack_kv": ((k, v, index, count), {}),
+        "pack_paged": ((k, v, index, count // 2, index[:, :3], *normal(2, 4, 16, 2, 16)), {}),
         "sparse_attn": ((q, k, v, index, count // 2), {}),
         "zipvl_attn": ((q, k, v), {"tau": 0.8, **few}),
         "zipvl_prefill": ((q, k, v), {"tau": 1.0, **few}),  # every packed row is defined
@@ -117,6 +124,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _vllm() -> dict[str, Any]:
+    """The vLLM that is installed, and why the plugin does not act in it; None where it does, or there is none."""
+    found = versions.installed()
+    return {"version": found, "tested": versions.RANGE, "problem": found and versions.problem(found)}
 
 
 def _device_name(device: str) -> str:

@@ -40,6 +40,12 @@ def _installed(facts: dict[str, Any]) -> Table:
     table.add_row("torch", f"{facts['torch']}, CUDA {facts['torch_cuda'] or 'none'}")
     for package, version in facts["packages"].items():
         table.add_row(package, version or "not installed as a package")
+    vllm = facts["vllm"]
+    if vllm["version"] is None:
+        table.add_row("vllm", f"not installed (the plugin was tested with {vllm['tested']})")
+    else:
+        state = escape(vllm["problem"] or f"the plugin acts in it (tested with {vllm['tested']})")
+        table.add_row("vllm", f"{vllm['version']}: {state}")
     for device in facts["devices"]:
         table.add_row(device["device"], escape(device["name"]))
     library = facts["op_library"]
