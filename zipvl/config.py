@@ -43,6 +43,9 @@ class ZipVLConfig:
         num_sinks: first real tokens of a row that every token sees and a layer keeps; without a window none (ours).
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
             ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
+        cache_ratio: if given, ``cache="drop"`` stores this share of a row's real tokens in every layer, whatever the
+            layer attended to: text that is kept, sinks, the last tokens, and then those that the ``num_recent`` last
+            queries look at most; in ``(0, 1]`` (ours). ``None``: what the layer attended to.
         high_bits, low_bits: of ``cache="quantize"``; 2, 4 or 8 (the paper's first version and ZipCache: 4 and 2).
         dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
             than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
@@ -80,6 +83,7 @@ class ZipVLConfig:
     local_window: int = LOCAL_WINDOW
     num_sinks: int = NUM_SINKS
     cache: CacheMode = "full"
+    cache_ratio: float | None = None
     high_bits: int = 4
     low_bits: int = 2
     dense_below: int | Literal["auto"] = "auto"
@@ -115,6 +119,12 @@ class ZipVLConfig:
             mode = getattr(self, name)
             if not isinstance(mode, str) or mode not in get_args(modes):
                 raise _error(name, f"one of {get_args(modes)}", mode)
+        if self.cache_ratio is not None:
+            self._store("cache_ratio", _share("cache_ratio", self.cache_ratio))
+            if self.cache != "drop":
+                raise _error("cache_ratio", f'None with cache="{self.cache}"', self.cache_ratio)
+            if self.num_recent == 0:
+                raise _error("cache_ratio", "None with num_recent=0", self.cache_ratio)
         for name in ("high_bits", "low_bits"):
             bits = _index(getattr(self, name))
             if bits not in BITS:
