@@ -38,8 +38,8 @@ class LayerStats:
         real: ``[B]`` real tokens of each row.
         counts: ``[B]`` kept tokens of each row.
         positions: ``[B, N]``, the kept tokens of row ``b`` in ``[b, :counts[b]]``; None if not recorded or dense.
-        stored_counts: ``[B]`` tokens of each row that the cache holds after it; None if dense, or where the cache has no
-            budget of its own (``ZipVLConfig.cache_ratio``).
+        stored_counts: ``[B]`` tokens of each row that the cache holds after it; None if dense, or where the cache has
+            no budget of its own (``ZipVLConfig.cache_ratio``).
         stored_positions: ``[B, N]`` int32, the prompt's (a chunk's) tokens that it took, ``N`` in unused places; None
             if not recorded, or as ``stored_counts``.
     """
