@@ -45,6 +45,9 @@ class ZipVLConfig:
             ``quantize`` cache never compresses them, window or not.
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
             ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
+        cache_ratio: if given, ``cache="drop"`` stores this share of a row's real tokens in every layer, whatever the
+            layer attended to: text that is kept, sinks, the last tokens, and then those that the ``num_recent`` last
+            queries look at most; in ``(0, 1]`` (ours). ``None``: what the layer attended to.
         high_bits, low_bits: of ``cache="quantize"``: 2, 4 or 8, or ``(4, 2)``: 4 of keys and 2 of values; stored as
             such a pair. Keys at 2 bits are worse than none (docs/cache.md). The paper's first version and ZipCache have
             4 and 2, and no sinks.
@@ -86,6 +89,7 @@ class ZipVLConfig:
     local_window: int = LOCAL_WINDOW
     num_sinks: int = NUM_SINKS
     cache: CacheMode = "full"
+    cache_ratio: float | None = None
     high_bits: int | tuple[int, int] = (4, 4)
     low_bits: int | tuple[int, int] = (4, 2)
     dense_below: int | Literal["auto"] = "auto"
@@ -122,6 +126,12 @@ class ZipVLConfig:
             mode = getattr(self, name)
             if not isinstance(mode, str) or mode not in get_args(modes):
                 raise _error(name, f"one of {get_args(modes)}", mode)
+        if self.cache_ratio is not None:
+            self._store("cache_ratio", _share("cache_ratio", self.cache_ratio))
+            if self.cache != "drop":
+                raise _error("cache_ratio", f'None with cache="{self.cache}"', self.cache_ratio)
+            if self.num_recent == 0:
+                raise _error("cache_ratio", "None with num_recent=0", self.cache_ratio)
         for name in ("high_bits", "low_bits"):
             self._store(name, _bits(name, getattr(self, name)))
         if self.layers is not None:

@@ -73,7 +73,8 @@ def dense_below(
 
 
 def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, added: bool = False) -> int | None:
-    """What the host knows of a selection before it is made: no row keeps more tokens, unless its scores are not finite.
+    """What the host knows of a selection before it is made: no row of a ``drop`` cache keeps more tokens, unless its
+    scores are not finite.
 
     Args:
         config: decides what is kept.
@@ -86,11 +87,14 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, a
         Tokens, or None: as many as there are, because the device decides, or because the prompt is exported,
         where a storage of so many would not be one for every length.
     """
-    if added or (config.ratio is None and config.max_ratio == 1.0) or _is_exported():
+    stored = config.cache_ratio if config.cache == "drop" else None
+    if added or (stored is None and config.ratio is None and config.max_ratio == 1.0) or _is_exported():
         return None
-    most = math.ceil(min(config.ratio or 1.0, config.max_ratio) * _PARTS)
+    most = math.ceil((stored or min(config.ratio or 1.0, config.max_ratio)) * _PARTS)
     share = (tokens * most + _PARTS - 1) // _PARTS
     kept = max(config.keep_recent, config.min_tokens, dense_below if masked else 0)
+    if stored is not None:  # nothing comes on top of a cache's own budget
+        return min(max(share, kept) + config.sinks, tokens)
     return min(share + kept + config.sinks + config.local_window, tokens)
 
 

@@ -20,6 +20,7 @@ WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     r"(all) queries": lambda _: {"all_queries": True},
     r"first (\d+) dense": lambda layers: {"dense_first_layers": int(layers)},
     r"(text) kept": lambda _: {"keep_text": True},
+    r"stored (0?\.\d+|1)": lambda share: {"cache_ratio": float(share)},
     r"(drop|full)": lambda cache: {"cache": cache},
     r"quantize( \d(?:-\d)?/\d(?:-\d)?)?": lambda bits: {"cache": "quantize"} | _bits(bits),
 }

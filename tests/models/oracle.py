@@ -188,6 +188,7 @@ def chunk_masks(
     sinks: int = 0,
     drop: bool = False,
     all_queries: bool = False,
+    stored: list[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token sees of a layer whose prompt came in chunks, one row without padding.
 
@@ -196,6 +197,7 @@ def chunk_masks(
         chunks: end of each chunk, and its selected tokens among all that were there (places in the cache and then the
             chunk's own); None: it was dense.
         drop: of a chunk's tokens the cache holds the selected ones alone.
+        stored: of each chunk, the places that a ``drop`` cache with a budget of its own holds instead; None: all.
 
     Returns:
         ``may [tokens, tokens]`` and ``computed [tokens]`` bool.
@@ -203,7 +205,7 @@ def chunk_masks(
     may, computed = torch.zeros(tokens, tokens, dtype=torch.bool), torch.ones(tokens, dtype=torch.bool)
     held: list[int] = []
     start = 0
-    for end, picked in chunks:
+    for number, (end, picked) in enumerate(chunks):
         own = list(range(start, end))
         places = held + own
         chosen = set(places) if picked is None else {places[i] for i in picked.tolist()}
@@ -213,6 +215,9 @@ def chunk_masks(
             row = [*neighbourhood(seen, window, sinks), *(s for s in seen if whole and s in chosen)]
             may[t, row] = True
             computed[t] = whole or window > 0
+        if stored is not None:
+            left = stored[number]
+            chosen = set(places) if left is None else {places[i] for i in left.tolist()}
         held += [t for t in own if t in chosen or not drop]
         start = end
     for t in range(start, tokens):

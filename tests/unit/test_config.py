@@ -20,6 +20,7 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("tau", [np.array([0.5]), Fraction(1, 10**400), 10**400, 10**5000]),
     ("ratio", ["0.5", False, 0.0, -1, 1.0001, math.nan, -math.inf, np.str_("0.5"), b"1"]),
     ("max_ratio", [None, "1", True, 0, -0.5, 1.01, math.nan, np.bool_(False)]),
+    ("cache_ratio", ["0.5", True, 0.0, -1, 1.0001, math.nan, np.bool_(False)]),
     *[
         (name, [None, -1, 2.0, 1.5, "3", True, [1], np.float64(2), np.bool_(True), np.int64(-1)])
         for name in (*COUNTS, "num_sinks")
@@ -129,10 +130,23 @@ def test_a_layer_is_not_both_dense_and_named_sparse() -> None:
         ZipVLConfig(layers=(1, 3), dense_first_layers=2)
 
 
+@pytest.mark.parametrize("cache", ["full", "quantize"])
+def test_a_budget_of_the_cache_is_drop_s_alone(cache: Any) -> None:
+    config = ZipVLConfig(cache="drop", cache_ratio=np.float32(0.25))
+    assert type(config.cache_ratio) is float and config.cache_ratio == 0.25
+    assert hash(config) == hash(ZipVLConfig(cache="drop", cache_ratio=0.25))
+    for make in (lambda: ZipVLConfig(cache=cache, cache_ratio=0.25), lambda: config.replace(cache=cache)):
+        with pytest.raises(ValueError, match=rf'ZipVLConfig: cache_ratio must be None with cache="{cache}", got 0.25'):
+            make()
+    with pytest.raises(ValueError, match=r"cache_ratio must be None with num_recent=0, got 0\.25"):
+        config.replace(num_recent=0)
+
+
 def test_the_paper_s_method_has_nothing_of_ours() -> None:
     paper = ZipVLConfig.paper(tau=0.9, cache="full")
     assert (paper.local_window, paper.num_sinks, paper.keep_text, paper.text_prompts) == (0, 0, False, "sparse")
     assert (paper.max_ratio, paper.dense_first_layers, paper.all_queries) == (1.0, 0, False)
+    assert paper.cache_ratio is None
     assert (paper.tau, paper.cache, ZipVLConfig.paper().cache) == (0.9, "full", "drop")
     with pytest.raises(TypeError, match="tua"):
         ZipVLConfig.paper(tua=0.5)

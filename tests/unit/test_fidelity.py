@@ -100,6 +100,7 @@ def test_the_question_is_asked_behind_the_key(tokenizer) -> None:
         ("quantize 4/2", {"cache": "quantize", "high_bits": (4, 4), "low_bits": (2, 2)}),
         ("quantize 4-2/2", {"cache": "quantize", "high_bits": (4, 2), "low_bits": (2, 2)}),
         ("quantize 8/4", {"cache": "quantize", "high_bits": (8, 8), "low_bits": (4, 4)}),
+        ("tau 0.95, drop, stored 0.35", {"tau": 0.95, "cache": "drop", "cache_ratio": 0.35}),
     ],
 )
 def test_a_name_says_what_a_setting_is(name, expected) -> None:
