@@ -109,36 +109,41 @@ cudaError_t launch_window(const SparseAttnParams& problem, int num_sms, cudaStre
   if (const cudaError_t error = ranged_maps<Tr>(problem, &maps.keys); error != cudaSuccess) {
     return error;
   }
-  const AttnParams params = attn_params(problem, nullptr);
-  const int tokens = tokens_of_tile<Tr>(params.group);
+  const auto head_dim = static_cast<std::uint64_t>(problem.head_dim);
+  const auto queries = static_cast<std::uint64_t>(problem.queries);
+  const auto heads = static_cast<std::uint64_t>(problem.query_heads), batch = static_cast<std::uint64_t>(problem.batch);
   const std::int64_t out_row = problem.query_heads * problem.head_dim;
-  const auto size = [](std::int64_t x) { return static_cast<std::uint64_t>(x); };
-  TensorMapView rows{problem.q,
-                     problem.element,
-                     {size(problem.head_dim), size(problem.query_heads), size(problem.queries), size(problem.batch)},
-                     {problem.q_stride[1], problem.q_stride[2], problem.q_stride[0]},
-                     {kSlabColumns, static_cast<std::uint32_t>(params.group), static_cast<std::uint32_t>(tokens), 1}};
-  if (const cudaError_t error = make_tensor_map(rows, &maps.q); error != cudaSuccess) {
+  const auto& q_stride = problem.q_stride;
+  if (const cudaError_t error = make_tensor_map({problem.q,
+                                                 problem.element,
+                                                 {head_dim, queries, heads, batch},
+                                                 {q_stride[2], q_stride[1], q_stride[0]},
+                                                 {kSlabColumns, Tr::kBlockM, 1, 1}},
+                                                &maps.q);
+      error != cudaSuccess) {
     return error;
   }
-  rows.data = problem.out;
-  const std::int64_t out_stride[3] = {problem.head_dim, out_row, problem.queries * out_row};
-  std::copy_n(out_stride, 3, rows.stride);
-  if (const cudaError_t error = make_tensor_map(rows, &maps.out); error != cudaSuccess) {
+  if (const cudaError_t error = make_tensor_map({problem.out,
+                                                 problem.element,
+                                                 {head_dim, queries, heads, batch},
+                                                 {out_row, problem.head_dim, problem.queries * out_row},
+                                                 {kSlabColumns, Tr::kRows, 1, 1}},
+                                                &maps.out);
+      error != cudaSuccess) {
     return error;
   }
-  const std::int64_t tiles = std::int64_t{params.batch} * params.kv_heads * ceil_div(params.tokens, tokens);
-  const auto grid = static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms));
+  const AttnParams params = attn_params(problem, nullptr);
   constexpr int kSharedBytes = sizeof(WindowStorage<Tr>) + 1024;
-  return launch_dependent(&window_attn_sm90<Tr>, grid, Tr::kThreads, kSharedBytes, stream, params, maps);
+  return launch_dependent(&window_attn_sm90<Tr>, grid_of<Tr>(params, num_sms), Tr::kThreads, kSharedBytes, stream,
+                          params, maps);
 }
 
 template <typename ElementType, int HeadDim>
 cudaError_t launch_ranged_kernel(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
   if constexpr (HeadDim != 256) {  // whose outputs leave no room for three consumers
-    const bool fits = problem.query_heads / problem.kv_heads <= WindowTraits<ElementType, HeadDim>::kBlockM &&
-                      problem.ranges.num_sinks <= kSinkRows;
-    if (problem.ranges.in_window && fits && copies_queries(problem)) {
+    // More sinks come in turns, between which a consumer would wait for keys that are loaded after all of them.
+    const bool few_sinks = problem.ranges.num_sinks <= kSinkRows;
+    if (problem.ranges.in_window && few_sinks && copies_queries(problem)) {
       return launch_window<ElementType, HeadDim>(problem, num_sms, stream);
     }
   }
