@@ -45,7 +45,9 @@ def check_row(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: 
     _, base_lse = reference.decode_attn(q[None].float(), k[None].float(), v[None].float(), tokens, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     baseline = in_dtype(q.cuda(), k.cuda(), v.cuda(), factor).cpu()
-    assert_accurate(out, exact[0], baseline, output_floor(q, k, v, scale))
+    # What the rounded queries multiply is a key's place in its range, up to the whole range, not the key.
+    logit = torch.finfo(q.dtype).eps * math.sqrt(q.shape[-1]) * abs(factor) * rms(q) * float(k.abs().max())
+    assert_accurate(out, exact[0], baseline, output_floor(q, k, v, scale) + logit * rms(v))
     assert_accurate(lse, exact_lse[0], base_lse[0], logit_rounding(q, k, scale))
 
 
@@ -211,6 +213,10 @@ def check_quantized(q: Tensor, made: tuple[Tensor, ...], recent: tuple[Tensor, .
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
 def check_quantized_row(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """As :func:`check_row`; the scaled queries are rounded to q's dtype, as keys are in PyTorch: logits may be off by
     one such rounding of each product, and so may lse."""
@@ -221,7 +227,9 @@ def check_quantized_row(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tenso
     exact, exact_lse = reference.decode_attn(q[None].double(), k[None].double(), v[None].double(), tokens, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     baseline = in_dtype(q.cuda(), k.cuda(), v.cuda(), factor).cpu()
-    assert_accurate(out, exact[0], baseline, output_floor(q, k, v, scale))
+    # What the rounded queries multiply is a key's place in its range, up to the whole range, not the key.
+    logit = torch.finfo(q.dtype).eps * math.sqrt(q.shape[-1]) * abs(factor) * rms(q) * float(k.abs().max())
+    assert_accurate(out, exact[0], baseline, output_floor(q, k, v, scale) + logit * rms(v))
     rounded = k.to(q.dtype).double()
     _, base_lse = reference.decode_attn(q[None].double(), rounded[None], v[None].double(), tokens, scale=scale)
     unit = torch.finfo(q.dtype).eps
