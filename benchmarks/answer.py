@@ -2,8 +2,10 @@
 
 ``generate()`` of models with random weights in the shape of real ones, greedy, by transformers' default (SDPA and a
 dynamic cache), by its static cache compiled (``--static``; compiling is timed apart) and inside ``zipvl.sparse`` at
-``--ratio``. Runs of the methods are interleaved, and the median counts. The first token's time is that of an answer of
-one token; the vision tower's is that of a forward of it alone. ``--smoke``: tiny shapes, on the CPU too.
+``--ratio``: by the paper's method or with the default window (``--window``), the blocks of vision towers compiled
+(``--vision-compile``) or not. Runs of the methods are interleaved, and the median counts. The first token's time is
+that of an answer of one token; the vision tower's is that of a forward of it alone. ``--smoke``: tiny shapes, on the
+CPU too.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ def inputs_of(case: Case, vocabulary: int, device: str, side: int) -> dict[str, 
     return given | {"mm_token_type_ids": (ids == IMAGE).int()}
 
 
-def measure(model: Any, case: Case, ratio: float, static: bool, side: int) -> dict[str, Any]:
+def measure(model: Any, case: Case, config: zipvl.ZipVLConfig, static: bool, side: int) -> dict[str, Any]:
     """Times of one case: milliseconds by method."""
     device = str(model.device.type)
     inputs = inputs_of(case, model.config.get_text_config().vocab_size, device, side)
@@ -132,7 +134,7 @@ def measure(model: Any, case: Case, ratio: float, static: bool, side: int) -> di
         return output
 
     def method(name: str, new: int) -> None:
-        with nullcontext() if name != "zipvl" else zipvl.sparse(model, zipvl.ZipVLConfig.paper(ratio=ratio)) as stats:
+        with nullcontext() if name != "zipvl" else zipvl.sparse(model, config) as stats:
             generate(new, **({"cache_implementation": "static"} if name == "static" else {}))
         if stats is not None and new > 1:
             decoded[:] = [stats.decodings[-1].to_dict() | {"active": stats.active, "ratio": stats.mean_ratio}]
@@ -155,7 +157,7 @@ def measure(model: Any, case: Case, ratio: float, static: bool, side: int) -> di
         pixels, grid = inputs["pixel_values"].to(model.dtype), inputs["image_grid_thw"]
         with torch.no_grad():
             for name in ("default", "zipvl"):
-                with nullcontext() if name == "default" else zipvl.sparse(model):
+                with nullcontext() if name == "default" else zipvl.sparse(model, config):
                     timed(lambda: visual(pixels, grid_thw=grid))
                     found[f"{name}_vision"] = timed(lambda: visual(pixels, grid_thw=grid))
     return found | {"decoding": decoded[0] if decoded else None}
@@ -165,6 +167,8 @@ def main(
     ratio: Annotated[float, typer.Option(help="share of the tokens kept")] = 0.25,
     static: Annotated[bool, typer.Option(help="compare with transformers' compiled static cache too")] = False,
     only: Annotated[str, typer.Option(help="text, pages or all")] = "all",
+    window: Annotated[bool, typer.Option(help="the default's window and sinks, not the paper's method")] = False,
+    vision_compile: Annotated[bool, typer.Option(help="vision towers' blocks compiled")] = False,
     smoke: Annotated[bool, typer.Option(help="tiny shapes")] = False,
 ) -> None:
     """Times whole answers, and appends them to benchmarks/results/answer.jsonl unless they are smoke."""
@@ -172,6 +176,9 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not smoke:
         raise typer.BadParameter("there is no GPU; --smoke runs tiny shapes on the CPU", param_hint="--smoke")
+    config = zipvl.ZipVLConfig.paper(ratio=ratio, vision_compile=vision_compile)
+    if window:
+        config = zipvl.ZipVLConfig(ratio=ratio, text_prompts="sparse", vision_compile=vision_compile)
     rows = []
     for part, cases in (("text", TEXT), ("pages", PAGES)):
         if only not in (part, "all"):
@@ -183,7 +190,9 @@ def main(
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
         for case in cases[:1] if smoke else cases:
             row = asdict(case) | {"name": case.name}
-            row |= measure(model, case, ratio, static and case.batch == 1 and case.prompt == 4096, 16 if smoke else 128)
+            row |= measure(
+                model, case, config, static and case.batch == 1 and case.prompt == 4096, 16 if smoke else 128
+            )
             rows.append(row)
             Console().print(row)
         del model
@@ -192,7 +201,8 @@ def main(
             torch.cuda.empty_cache()
     show(rows, ratio)
     if not smoke:
-        _record.append("answer", {"ratio": ratio, "rows": rows}, device="cuda")
+        setting = {"ratio": ratio, "window": config.local_window, "vision_compile": vision_compile}
+        _record.append("answer", setting | {"rows": rows}, device="cuda")
 
 
 def show(rows: list[dict[str, Any]], ratio: float) -> None:

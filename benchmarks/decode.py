@@ -95,7 +95,7 @@ def full(shape: Shape) -> dict[str, Any]:
 
 
 def quantized(shape: Shape) -> dict[str, Any]:
-    """quantize_kv, and decode_attn_quantized with 100 recent tokens, over a quarter at 4 bits and the rest at 2."""
+    """quantize_kv, and decode_attn_quantized with 100 recent tokens, a quarter of the tokens selected."""
     q, k, v = make(shape)
     scores = torch.rand(shape.B, shape.S, device="cuda")
     selection = ops.select_tokens(scores, scores, ratio=RATIO)
@@ -107,14 +107,15 @@ def quantized(shape: Shape) -> dict[str, Any]:
     }
     blocks = [int(made[i].sum()) for i in (1, 3)]
     stored = shape.Hkv * sum(
-        n * reference_cache.block_bytes(shape.D, bits, k.dtype) for n, bits in zip(blocks, (4, 2), strict=True)
+        n * reference_cache.block_bytes(shape.D, bits, k.dtype)
+        for n, bits in zip(blocks, ((4, 4), (4, 2)), strict=True)
     )
     copies = [tuple(t.clone() for t in made) for _ in range(rotations(stored))]
     calls: list[Callable[[], Any]] = [partial(ops.decode_attn_quantized, q, *copy, **recent) for copy in copies]
     held = (
         [
             reference_cache.dequantize_kv(made[i].cpu(), made[i + 1].cpu(), made[4].cpu(), bits=bits, dtype=k.dtype)[0]
-            for i, bits in ((0, 4), (2, 2))
+            for i, bits in ((0, (4, 4)), (2, (4, 2)))
         ]
         if shape.S <= 8192
         else []

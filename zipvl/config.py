@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 DecodeMode = Literal["auto", "graph", "eager"]
 CacheMode = Literal["drop", "quantize", "full"]
 TextPrompts = Literal["dense", "sparse"]
-BITS = (2, 4, 8)
+BITS = ((2, 2), (4, 2), (4, 4), (8, 8))
+"""Of keys and of values: what ``high_bits`` and ``low_bits`` may be."""
 
 TAU, LOCAL_WINDOW, NUM_SINKS = 0.95, 512, 4
 """The defaults of ``ZipVLConfig.tau``, ``local_window`` and ``num_sinks``: with ``cache="full"`` the cheapest setting
@@ -40,10 +41,16 @@ class ZipVLConfig:
         all_queries: compute every query against the kept keys instead of the kept queries alone (ours).
         local_window: tokens that every token sees up to itself and itself among them, kept or not, so that no token's
             attention output is 0; 0: none (ours). The last so many tokens of a prompt are kept too.
-        num_sinks: first real tokens of a row that every token sees and a layer keeps; without a window none (ours).
+        num_sinks: first real tokens of a row that every token sees and a layer keeps; without a window none (ours). A
+            ``quantize`` cache never compresses them, window or not.
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
             ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
-        high_bits, low_bits: of ``cache="quantize"``; 2, 4 or 8 (the paper's first version and ZipCache: 4 and 2).
+        cache_ratio: if given, ``cache="drop"`` stores this share of a row's real tokens in every layer, whatever the
+            layer attended to: text that is kept, sinks, the last tokens, and then those that the ``num_recent`` last
+            queries look at most; in ``(0, 1]`` (ours). ``None``: what the layer attended to.
+        high_bits, low_bits: of ``cache="quantize"``: 2, 4 or 8, or ``(4, 2)``: 4 of keys and 2 of values; stored as
+            such a pair. Keys at 2 bits are worse than none (docs/cache.md). The paper's first version and ZipCache have
+            4 and 2, and no sinks.
         dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
             than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
             (``zipvl.policy``); 256 elsewhere.
@@ -60,6 +67,8 @@ class ZipVLConfig:
             and enough tokens are to come; ``"graph"``: for few tokens too; ``"eager"``: step by step.
         vision_attention: on a GPU, vision towers that attend within windows make one call of exact attention for all
             windows of a layer, instead of one for each.
+        vision_compile: the blocks of vision towers run by ``torch.compile``: the same to rounding, sooner, after the
+            first forward has waited for the compiler (half a minute on a GPU).
 
     Scalars of numpy are taken too. Values are stored as Python's own and ``layers`` as a tuple, so that a configuration
     can be hashed.
@@ -80,8 +89,9 @@ class ZipVLConfig:
     local_window: int = LOCAL_WINDOW
     num_sinks: int = NUM_SINKS
     cache: CacheMode = "full"
-    high_bits: int = 4
-    low_bits: int = 2
+    cache_ratio: float | None = None
+    high_bits: int | tuple[int, int] = (4, 4)
+    low_bits: int | tuple[int, int] = (4, 2)
     dense_below: int | Literal["auto"] = "auto"
     layers: tuple[int, ...] | None = None
     dense_first_layers: int = 0
@@ -90,6 +100,7 @@ class ZipVLConfig:
     skip_projections: bool | None = None
     decode: DecodeMode = "auto"
     vision_attention: bool = True
+    vision_compile: bool = False
 
     def __post_init__(self) -> None:
         self._store("tau", _share("tau", self.tau))
@@ -107,7 +118,7 @@ class ZipVLConfig:
             raise ValueError("ZipVLConfig: num_recent + num_random must be at least 1, got 0")
         if probes >= 2**31:
             raise ValueError(f"ZipVLConfig: num_recent + num_random must be below 2**31, got {probes}")
-        for name in ("all_queries", "keep_text", "vision_attention"):
+        for name in ("all_queries", "keep_text", "vision_attention", "vision_compile"):
             self._store(name, _flag(name, getattr(self, name), "True or False"))
         if self.skip_projections is not None:
             self._store("skip_projections", _flag("skip_projections", self.skip_projections, "None, True or False"))
@@ -115,11 +126,14 @@ class ZipVLConfig:
             mode = getattr(self, name)
             if not isinstance(mode, str) or mode not in get_args(modes):
                 raise _error(name, f"one of {get_args(modes)}", mode)
+        if self.cache_ratio is not None:
+            self._store("cache_ratio", _share("cache_ratio", self.cache_ratio))
+            if self.cache != "drop":
+                raise _error("cache_ratio", f'None with cache="{self.cache}"', self.cache_ratio)
+            if self.num_recent == 0:
+                raise _error("cache_ratio", "None with num_recent=0", self.cache_ratio)
         for name in ("high_bits", "low_bits"):
-            bits = _index(getattr(self, name))
-            if bits not in BITS:
-                raise _error(name, f"one of {BITS}", getattr(self, name))
-            self._store(name, bits)
+            self._store(name, _bits(name, getattr(self, name)))
         if self.layers is not None:
             self._store("layers", _layers(self.layers))
             if any(layer < self.dense_first_layers for layer in self.layers):
@@ -131,7 +145,8 @@ class ZipVLConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> ZipVLConfig:
-        """The paper's method alone: no window, no sinks, text kept no more than other tokens, text prompts sparse.
+        """The paper's method alone: no window, no sinks, text kept no more than other tokens, text prompts sparse; a
+        ``quantize`` cache is ZipCache's, 4 and 2 bits.
 
         Args:
             changes: further fields, as of a new configuration.
@@ -140,7 +155,8 @@ class ZipVLConfig:
             TypeError, ValueError: as for a new one.
         """
         method: dict[str, Any] = {"tau": PAPER_TAU, "cache": "drop", "local_window": 0, "num_sinks": 0}
-        return cls(**(method | {"keep_text": False, "text_prompts": "sparse"} | changes))
+        method |= {"keep_text": False, "text_prompts": "sparse", "high_bits": 4, "low_bits": 2}
+        return cls(**(method | changes))
 
     def replace(self, **changes: Any) -> ZipVLConfig:
         """A copy with ``changes``, checked like a new one.
@@ -214,6 +230,15 @@ def _flag(name: str, value: Any, expected: str) -> bool:
     if not isinstance(flag, bool):
         raise _error(name, expected, value)
     return flag
+
+
+def _bits(name: str, value: Any) -> tuple[int, int]:
+    given = value if isinstance(value, (tuple, list)) else (value, value)
+    bits = tuple(_index(number) for number in given)
+    for supported in BITS:
+        if bits == supported:
+            return supported
+    raise _error(name, "2, 4 or 8, or (4, 2) of keys and values", value)
 
 
 def _layers(value: Any) -> tuple[int, ...]:

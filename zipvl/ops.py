@@ -10,7 +10,7 @@ those of the last ``n`` tokens alone, row ``i`` at position ``N - n + i``, under
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -469,14 +469,22 @@ def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> 
     return torch.ops.zipvl.project_outputs(x, weight, index, count)
 
 
+Bits = int | Sequence[int]
+"""Bits of a segment's keys and of its values; a number: of both."""
+
+
+def _pair(bits: Bits) -> Sequence[int]:
+    return (bits, bits) if isinstance(bits, int) else bits
+
+
 def quantize_kv(
     k: Tensor,
     v: Tensor,
     index: Tensor,
     count: Tensor,
     *,
-    high_bits: int = 4,
-    low_bits: int = 2,
+    high_bits: Bits = (4, 4),
+    low_bits: Bits = (4, 2),
     v_factor: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -485,7 +493,7 @@ def quantize_kv(
     Args:
         k, v: ``[B, Hkv, N, D]``, ``D`` a multiple of 32.
         index, count: from :func:`select_tokens`.
-        high_bits, low_bits: 2, 4 or 8.
+        high_bits, low_bits: 2, 4 or 8, or ``(4, 2)``, of keys and of values.
         v_factor: float32 ``[B, Hkv, D]``, what each channel of ``v`` is divided by first. By default the square root of
             the channel's largest absolute value, and 1 where that is 0; give an earlier call's to append to its blocks.
 
@@ -495,7 +503,14 @@ def quantize_kv(
         has the bytes.
     """
     return torch.ops.zipvl.quantize_kv(
-        k, v, index, count, high_bits=high_bits, low_bits=low_bits, v_factor=v_factor, token_mask=token_mask
+        k,
+        v,
+        index,
+        count,
+        high_bits=_pair(high_bits),
+        low_bits=_pair(low_bits),
+        v_factor=v_factor,
+        token_mask=token_mask,
     )
 
 
@@ -507,8 +522,8 @@ def decode_attn_quantized(
     low_blocks: Tensor,
     v_factor: Tensor,
     *,
-    high_bits: int = 4,
-    low_bits: int = 2,
+    high_bits: Bits = (4, 4),
+    low_bits: Bits = (4, 2),
     k_recent: Tensor | None = None,
     v_recent: Tensor | None = None,
     recent_lengths: Tensor | None = None,
@@ -532,8 +547,8 @@ def decode_attn_quantized(
         low,
         low_blocks,
         v_factor,
-        high_bits=high_bits,
-        low_bits=low_bits,
+        high_bits=_pair(high_bits),
+        low_bits=_pair(low_bits),
         k_recent=k_recent,
         v_recent=v_recent,
         recent_lengths=recent_lengths,
@@ -675,12 +690,19 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **_: Any) ->
 
 @_fake("quantize_kv")
 def _(
-    k: Tensor, v: Tensor, index: Tensor, count: Tensor, *, high_bits: int = 4, low_bits: int = 2, **_: Any
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    *,
+    high_bits: Sequence[int] = (4, 4),
+    low_bits: Sequence[int] = (4, 2),
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, Hkv, N, D = k.shape
 
-    def packed(bits: int) -> Tensor:
-        size = 16 + 2 * k.element_size() * (D + 64) + 16 * D * bits
+    def packed(bits: Sequence[int]) -> Tensor:
+        size = 16 + 2 * k.element_size() * (D + 64) + 8 * D * sum(bits)
         return k.new_empty((B, Hkv, (N + 63) // 64 + 1, size), dtype=torch.uint8)
 
     def blocks() -> Tensor:

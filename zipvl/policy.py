@@ -22,10 +22,13 @@ DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
 # What a window adds: microseconds of a call; keys that count for a query beyond its window, for the rest of its tiles
 # and its output; and what a pair of the window costs over a pair of the N * N of a causal prompt, of which half are
-# computed. Fitted to the windows of 128 and 512 tokens in docs/kernels/sparse_attn.md, within 15%.
-WINDOW_US, WINDOW_TILE, WINDOW_PAIR = 25.0, 280, 2.3
+# computed. Fitted to the windows of 128 and 512 tokens in docs/kernels/sparse_attn.md, within 6% of a layer
+# (12% at 131,072 tokens).
+WINDOW_US, WINDOW_TILE, WINDOW_PAIR = 40.0, 200, 2.0
 
-MAX_FACTOR, MAX_EXTRA_US = 1.03, 10.0  # what ZipVL may cost beyond dense attention where tau decides
+# What ZipVL may cost beyond dense attention where tau decides. At such lengths attention is a tenth of a layer's time,
+# so the worst selection costs a prefill 1.5%, and the usual one saves several times that.
+MAX_FACTOR, MAX_EXTRA_US = 1.15, 10.0
 NEVER_PAYS = 2**21  # more tokens than the kernels take
 _GRANULE, _MAX_TOKENS = 64, 2**17  # lengths that are asked about
 _PARTS = 2**16  # a ratio is rounded up to as many parts, so that its share of a symbol is a product of integers
@@ -70,7 +73,8 @@ def dense_below(
 
 
 def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, added: bool = False) -> int | None:
-    """What the host knows of a selection before it is made: no row keeps more tokens, unless its scores are not finite.
+    """What the host knows of a selection before it is made: no row of a ``drop`` cache keeps more tokens, unless its
+    scores are not finite.
 
     Args:
         config: decides what is kept.
@@ -83,11 +87,14 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, a
         Tokens, or None: as many as there are, because the device decides, or because the prompt is exported,
         where a storage of so many would not be one for every length.
     """
-    if added or (config.ratio is None and config.max_ratio == 1.0) or _is_exported():
+    stored = config.cache_ratio if config.cache == "drop" else None
+    if added or (stored is None and config.ratio is None and config.max_ratio == 1.0) or _is_exported():
         return None
-    most = math.ceil(min(config.ratio or 1.0, config.max_ratio) * _PARTS)
+    most = math.ceil((stored or min(config.ratio or 1.0, config.max_ratio)) * _PARTS)
     share = (tokens * most + _PARTS - 1) // _PARTS
     kept = max(config.keep_recent, config.min_tokens, dense_below if masked else 0)
+    if stored is not None:  # nothing comes on top of a cache's own budget
+        return min(max(share, kept) + config.sinks, tokens)
     return min(share + kept + config.sinks + config.local_window, tokens)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +14,19 @@ from zipvl.reference import _clamped, _compute_dtype, _real_tokens, _valid_posit
 BLOCK_TOKENS = 64
 
 
-def block_bytes(head_dim: int, bits: int, dtype: torch.dtype) -> int:
+Bits = int | Sequence[int]
+"""Bits of a segment's keys and of its values; a number: of both."""
+
+
+def key_and_value_bits(bits: Bits) -> tuple[int, int]:
+    """``bits`` as two numbers."""
+    keys, values = (bits, bits) if isinstance(bits, int) else bits
+    return keys, values
+
+
+def block_bytes(head_dim: int, bits: Bits, dtype: torch.dtype) -> int:
     """Bytes of one block: header, scales and zeros of keys and values in the model's ``dtype``, codes."""
-    return 16 + 2 * dtype.itemsize * (head_dim + BLOCK_TOKENS) + 16 * head_dim * bits
+    return 16 + 2 * dtype.itemsize * (head_dim + BLOCK_TOKENS) + 8 * head_dim * sum(key_and_value_bits(bits))
 
 
 def quantize_kv(
@@ -24,8 +35,8 @@ def quantize_kv(
     index: Tensor,
     count: Tensor,
     *,
-    high_bits: int = 4,
-    low_bits: int = 2,
+    high_bits: Bits = (4, 4),
+    low_bits: Bits = (4, 2),
     v_factor: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -39,7 +50,7 @@ def quantize_kv(
     Args:
         k, v: ``[B, Hkv, N, D]`` float16, bfloat16 or float32; ``D`` a multiple of 32.
         index, count: ``[B, N]`` and ``[B]`` int32, ``T``; entries outside ``[0, N)`` are skipped.
-        high_bits, low_bits: 2, 4 or 8.
+        high_bits, low_bits: 2, 4 or 8, or ``(4, 2)`` of keys and values.
         v_factor: ``[B, Hkv, D]`` float32; None: ``sqrt(max |v|)`` of each channel over the real tokens, 1 where 0.
         token_mask: ``[B, N]`` bool, true for real tokens; None: all are real.
 
@@ -74,7 +85,7 @@ def quantize_kv(
 
 
 def dequantize_kv(
-    packed: Tensor, blocks: Tensor, v_factor: Tensor, *, bits: int, dtype: torch.dtype
+    packed: Tensor, blocks: Tensor, v_factor: Tensor, *, bits: Bits, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """What the bytes of one segment stand for.
 
@@ -109,8 +120,8 @@ def decode_attn_quantized(
     low_blocks: Tensor,
     v_factor: Tensor,
     *,
-    high_bits: int = 4,
-    low_bits: int = 2,
+    high_bits: Bits = (4, 4),
+    low_bits: Bits = (4, 2),
     k_recent: Tensor | None = None,
     v_recent: Tensor | None = None,
     recent_lengths: Tensor | None = None,
@@ -177,27 +188,28 @@ def _code_place(D: int, bits: int, row: Tensor, column: Tensor) -> tuple[Tensor,
     return (d // 16 * (bits // 4) * 32 + lane) * 4 + token // 16, 4 * register + 16 * half
 
 
-def _code_places(D: int, bits: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _code_places(D: int, bits: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Words and shifts of key codes and of value codes."""
     token, channel = torch.arange(BLOCK_TOKENS)[:, None] % 16, torch.arange(D)[None] % 16
-    return _code_place(D, bits, token, channel), _code_place(D, bits, channel, token)
+    return _code_place(D, bits[0], token, channel), _code_place(D, bits[1], channel, token)
 
 
 _UPPER_HALF = 128  # words from the lower four bits of a code of 8 to the upper four
 
 
-def _packed_block(k: Tensor, v: Tensor, factor: Tensor, bits: int) -> Tensor:
+def _packed_block(k: Tensor, v: Tensor, factor: Tensor, segment_bits: Bits) -> Tensor:
     """The bytes of a block of the tokens ``k``, ``v [tokens, D]``, ``tokens <= 64``."""
     tokens, D = k.shape
-    k_codes, k_scale, k_zero = _quantized(k.float(), bits, 0, k.dtype)
-    v_codes, v_scale, v_zero = _quantized(v.float() / factor, bits, 1, k.dtype)
+    both = key_and_value_bits(segment_bits)
+    k_codes, k_scale, k_zero = _quantized(k.float(), both[0], 0, k.dtype)
+    v_codes, v_scale, v_zero = _quantized(v.float() / factor, both[1], 1, k.dtype)
     header = torch.tensor([tokens, 0, 0, 0], dtype=torch.int32)
     parts = [header]
     for values in (k_scale[0], k_zero[0]):
         parts.append(torch.empty_like(values).index_copy_(0, _parameter_place(D), values))
     for values in (v_scale[:, 0], v_zero[:, 0]):
         parts.append(torch.cat([values, values.new_zeros(BLOCK_TOKENS - tokens)]))
-    for codes, (word, shift) in zip((k_codes, v_codes), _code_places(D, bits), strict=True):
+    for bits, codes, (word, shift) in zip(both, (k_codes, v_codes), _code_places(D, both), strict=True):
         words = torch.zeros(BLOCK_TOKENS * D * bits // 32, dtype=torch.int64)
         for half in range(2 if bits == 8 else 1):
             code = codes >> 4 * half & 15 if bits == 8 else codes
@@ -214,15 +226,15 @@ def _quantized(x: Tensor, bits: int, dim: int, dtype: torch.dtype) -> tuple[Tens
     return torch.where(scale.float() > 0, steps, 0.0).long(), scale, zero
 
 
-def _unpacked_block(block: Tensor, factor: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _unpacked_block(block: Tensor, factor: Tensor, segment_bits: Bits, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values ``[tokens, D]`` float32 of one block."""
     D, tokens = len(factor), _clamped(block[:4].clone().view(torch.int32)[0], BLOCK_TOKENS)
-    element, codes_size = dtype.itemsize, BLOCK_TOKENS * D * bits // 8
-    sizes = [16, D * element, D * element, 64 * element, 64 * element, codes_size, codes_size]
+    element, both = dtype.itemsize, key_and_value_bits(segment_bits)
+    sizes = [16, D * element, D * element, 64 * element, 64 * element, *(BLOCK_TOKENS * D * n // 8 for n in both)]
     _, *parameters, k_words, v_words = (part.clone() for part in block.split(sizes))
     k_scale, k_zero, v_scale, v_zero = (values.view(dtype).float() for values in parameters)
     codes = []
-    for words, (word, shift) in zip((k_words, v_words), _code_places(D, bits), strict=True):
+    for bits, words, (word, shift) in zip(both, (k_words, v_words), _code_places(D, both), strict=True):
         words = words.view(torch.int32).long()
         code = words[word] >> shift & (2 ** min(bits, 4) - 1)
         if bits == 8:

@@ -38,6 +38,10 @@ class LayerStats:
         real: ``[B]`` real tokens of each row.
         counts: ``[B]`` kept tokens of each row.
         positions: ``[B, N]``, the kept tokens of row ``b`` in ``[b, :counts[b]]``; None if not recorded or dense.
+        stored_counts: ``[B]`` tokens of each row that the cache holds after it; None if dense, or where the cache has
+            no budget of its own (``ZipVLConfig.cache_ratio``).
+        stored_positions: ``[B, N]`` int32, the prompt's (a chunk's) tokens that it took, ``N`` in unused places; None
+            if not recorded, or as ``stored_counts``.
     """
 
     layer: int
@@ -47,6 +51,8 @@ class LayerStats:
     real: torch.Tensor = field(repr=False)
     counts: torch.Tensor = field(repr=False)
     positions: torch.Tensor | None = field(default=None, repr=False)
+    stored_counts: torch.Tensor | None = field(default=None, repr=False)
+    stored_positions: torch.Tensor | None = field(default=None, repr=False)
     _holder: weakref.ref[Holder] | None = field(default=None, repr=False)
     _last_bytes: tuple[int, int] | None = field(default=None, repr=False)
 
@@ -93,6 +99,24 @@ class LayerStats:
         return float(_ratios(self.real, self.counts).mean())
 
     @property
+    def stored(self) -> list[int] | None:
+        """Tokens of each row in the cache after the prefill; None where the cache has no budget of its own."""
+        return None if self.stored_counts is None else [int(n) for n in self.stored_counts.tolist()]
+
+    @property
+    def stored_ratio(self) -> float | None:
+        """Mean over the rows of stored / real tokens; None where ``stored`` is."""
+        return None if self.stored_counts is None else float(_ratios(self.real, self.stored_counts).mean())
+
+    @property
+    def stored_index(self) -> list[torch.Tensor] | None:
+        """Positions of each row's tokens that this prefill stored, as ``index``; None where ``stored`` is, or if they
+        were not recorded."""
+        if self.stored_positions is None:
+            return None
+        return [row[row < row.shape[0]].long().cpu() for row in self.stored_positions]
+
+    @property
     def index(self) -> list[torch.Tensor] | None:
         """Positions of each row's kept tokens, ascending (LongTensors on the CPU); None if they were not recorded."""
         if self.positions is None:
@@ -101,8 +125,8 @@ class LayerStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, without ``index``."""
-        names = ("layer", "mode", "reason", "prompt", "tokens", "kept", "ratio", "cache_bytes", "full_cache_bytes")
-        return {name: getattr(self, name) for name in names}
+        names = ("layer", "mode", "reason", "prompt", "tokens", "kept", "ratio", "stored", "stored_ratio")
+        return {name: getattr(self, name) for name in (*names, "cache_bytes", "full_cache_bytes")}
 
 
 @dataclass
@@ -202,6 +226,7 @@ class Stats:
         real: torch.Tensor,
         index: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
+        stored: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> LayerStats:
         """Records the prefill of one layer.
 
@@ -211,9 +236,10 @@ class Stats:
             prompt: ``N``.
             real: ``[B]`` real tokens of each row.
             index, count: ``[B, N]`` and ``[B]``, the selection of a sparse layer.
+            stored: of a cache with a budget of its own, ``[B, N]`` the tokens that it took, ``[B]`` how many it holds.
         """
         self._count_traced()
-        return self._add(layer, reason, prompt, real, index, count)
+        return self._add(layer, reason, prompt, real, index, count, stored)
 
     def _count_traced(self) -> None:
         for layer, prefill in self.traced.take():
@@ -227,6 +253,7 @@ class Stats:
         real: torch.Tensor,
         index: torch.Tensor | None,
         count: torch.Tensor | None,
+        stored: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> LayerStats:
         kept = real if count is None else count
         entry = LayerStats(
@@ -237,6 +264,8 @@ class Stats:
             real=real,
             counts=kept,
             positions=index if self.record_index else None,
+            stored_counts=None if stored is None else stored[1],
+            stored_positions=None if stored is None or not self.record_index else stored[0],
         )
         ratio_sum = _ratios(real, kept).sum()
         with self._lock:
@@ -279,6 +308,15 @@ class Stats:
         return sum(float(total) for total in self._ratio_sums.values()) / rows if rows else 1.0
 
     @property
+    def stored_ratio(self) -> float | None:
+        """Mean over layers of the share of tokens in the cache after the last prefill, of a cache with a budget of its
+        own; a dense layer counts 1. None where no layer has one."""
+        shares = [entry.stored_ratio for entry in self.layers.values()]
+        if all(share is None for share in shares):
+            return None
+        return sum(1.0 if share is None else share for share in shares) / len(shares)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the last prefill's ``ZipVLCache`` layers, now or in the end."""
         return sum(entry.cache_bytes or 0 for entry in self.layers.values())
@@ -290,7 +328,7 @@ class Stats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
-        names = ("active", "prefills", "mean_ratio", "cache_bytes", "full_cache_bytes")
+        names = ("active", "prefills", "mean_ratio", "stored_ratio", "cache_bytes", "full_cache_bytes")
         totals = {name: getattr(self, name) for name in names}
         totals["decodings"] = [decoding.to_dict() for decoding in self.decodings]
         return totals | {"layers": [self.layers[layer].to_dict() for layer in sorted(self.layers)]}
@@ -309,7 +347,8 @@ class Stats:
         for layer in sorted(self.layers):
             entry = self.layers[layer]
             note = f" ({entry.reason})" if entry.reason else ""
-            lines.append(f"  layer {layer:3d} {entry.mode:6s} kept {entry.kept} of {entry.tokens}{note}")
+            stored = "" if entry.stored is None else f", stored {entry.stored}"
+            lines.append(f"  layer {layer:3d} {entry.mode:6s} kept {entry.kept} of {entry.tokens}{stored}{note}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

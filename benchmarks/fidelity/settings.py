@@ -20,8 +20,9 @@ WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     r"(all) queries": lambda _: {"all_queries": True},
     r"first (\d+) dense": lambda layers: {"dense_first_layers": int(layers)},
     r"(text) kept": lambda _: {"keep_text": True},
+    r"stored (0?\.\d+|1)": lambda share: {"cache_ratio": float(share)},
     r"(drop|full)": lambda cache: {"cache": cache},
-    r"quantize( \d/\d)?": lambda bits: {"cache": "quantize"} | _bits(bits),
+    r"quantize( \d(?:-\d)?/\d(?:-\d)?)?": lambda bits: {"cache": "quantize"} | _bits(bits),
 }
 
 DEFAULT = (
@@ -65,8 +66,11 @@ class SettingError(ValueError):
 
 
 def _bits(text: str | None) -> dict[str, Any]:
-    high, low = (int(digit) for digit in (text or " 4/2").strip().split("/"))
-    return {"high_bits": high, "low_bits": low}
+    """Of ``8/4`` or ``4-4/4-2``: the selected tokens' and the others', of keys and values where there are two."""
+    if text is None:
+        return {"high_bits": (4, 4), "low_bits": (4, 2)}
+    high, low = (tuple(int(digit) for digit in part.split("-")) for part in text.strip().split("/"))
+    return {"high_bits": high * (2 // len(high)), "low_bits": low * (2 // len(low))}
 
 
 def changes(name: str) -> dict[str, Any]:

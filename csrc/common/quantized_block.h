@@ -9,8 +9,8 @@
 //   key zero     [D] elements, in parameter order
 //   value scale  [64] elements, by token               v = factor[d] * (scale[t] * code + zero[t])
 //   value zero   [64] elements, by token
-//   key codes    64 * D * bits / 8 bytes, in 32-bit words
-//   value codes  the same
+//   key codes    64 * D * (bits of a key) / 8 bytes, in 32-bit words
+//   value codes  64 * D * (bits of a value) / 8 bytes, likewise
 //
 // Elements have the model's dtype. Words are in the order in which a warp's mma.m16n8k16 takes its A operand, with 16
 // tokens by 16 channels of keys, and 16 channels by 16 tokens of values; lane (i, j) = (lane / 4, lane % 4) reads four
@@ -28,6 +28,14 @@ constexpr int kBlockTokens = 64;
 constexpr int kHeaderBytes = 16;      // keeps all that follows at multiples of 16 bytes
 constexpr int kChannelMultiple = 32;  // at 2 bits a word holds codes of 32 channels
 
+// Widths of a segment's codes.
+struct Bits {
+  int keys, values;
+};
+
+// What segments may have. Attention is exponential in keys, so they may have more bits than values.
+constexpr Bits kSupportedBits[] = {{2, 2}, {4, 2}, {4, 4}, {8, 8}};
+
 // Blocks that a segment made of up to `tokens` tokens has room for. One more than they can fill: with one block or more
 // a program traced for any number of tokens would have to ask whether it is exactly one.
 ZIPVL_HOST_DEVICE constexpr std::int64_t block_capacity(std::int64_t tokens) {
@@ -39,15 +47,15 @@ struct BlockLayout {
   std::int64_t k_scale, k_zero, v_scale, v_zero, k_codes, v_codes, bytes;
 };
 
-ZIPVL_HOST_DEVICE constexpr BlockLayout block_layout(std::int64_t head_dim, int bits, std::int64_t element_bytes) {
+ZIPVL_HOST_DEVICE constexpr BlockLayout block_layout(std::int64_t head_dim, Bits bits, std::int64_t element_bytes) {
   BlockLayout layout{};
   layout.k_scale = kHeaderBytes;
   layout.k_zero = layout.k_scale + head_dim * element_bytes;
   layout.v_scale = layout.k_zero + head_dim * element_bytes;
   layout.v_zero = layout.v_scale + kBlockTokens * element_bytes;
   layout.k_codes = layout.v_zero + kBlockTokens * element_bytes;
-  layout.v_codes = layout.k_codes + kBlockTokens * head_dim * bits / 8;
-  layout.bytes = layout.v_codes + kBlockTokens * head_dim * bits / 8;
+  layout.v_codes = layout.k_codes + kBlockTokens * head_dim * bits.keys / 8;
+  layout.bytes = layout.v_codes + kBlockTokens * head_dim * bits.values / 8;
   return layout;
 }
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/quantized_block.h"
 #include "ops/args.h"
 
 namespace zipvl::cpu {
@@ -38,15 +39,15 @@ TensorPair decode_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
 // absent -> high [B, Hkv, ceil(N / 64) + 1, bytes], blocks [B] int32, low, blocks, v_factor. Bytes of unused blocks are
 // 0.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const Tensor& index,
-                                                               const Tensor& count, int high_bits, int low_bits,
-                                                               const OptionalTensor& v_factor,
+                                                               const Tensor& count, quantized::Bits high_bits,
+                                                               quantized::Bits low_bits, const OptionalTensor& v_factor,
                                                                const OptionalTensor& token_mask);
 
 // One segment of a quantised cache: packed [B, Hkv, M, bytes] uint8 and the blocks [B] int32 of each row in use.
 struct Segment {
   const Tensor& packed;
   const Tensor& blocks;
-  int bits;
+  quantized::Bits bits;
 };
 
 // Tokens of row b in a segment. Counts outside their range are clamped.

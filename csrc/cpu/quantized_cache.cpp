@@ -13,6 +13,7 @@
 namespace zipvl::cpu {
 namespace {
 
+using quantized::Bits;
 using quantized::BlockLayout;
 using quantized::CodePlace;
 using quantized::kBlockTokens;
@@ -87,7 +88,7 @@ std::pair<float, float> put_range(const std::vector<float>& values, int bits, st
 // One block of the tokens at `position`; k, v: rows of one head, strides in elements.
 template <typename Element>
 void pack_block(std::uint8_t* block, const Element* k, std::int64_t k_stride, const Element* v, std::int64_t v_stride,
-                const float* factor, const std::vector<std::int64_t>& position, int head_dim, int bits) {
+                const float* factor, const std::vector<std::int64_t>& position, int head_dim, Bits bits) {
   const BlockLayout layout = quantized::block_layout(head_dim, bits, sizeof(Element));
   const int tokens = static_cast<int>(position.size());
   const auto element = static_cast<int>(sizeof(Element));
@@ -99,10 +100,10 @@ void pack_block(std::uint8_t* block, const Element* k, std::int64_t k_stride, co
     }
     const int at = quantized::parameter_place(d) * element;
     const auto [scale, zero] =
-        put_range<Element>(values, bits, block + layout.k_scale + at, block + layout.k_zero + at);
+        put_range<Element>(values, bits.keys, block + layout.k_scale + at, block + layout.k_zero + at);
     for (int t = 0; t < tokens; ++t) {
-      put_code(block + layout.k_codes, quantized::key_code_place(bits, t, d),
-               quantized::code_of(values[static_cast<std::size_t>(t)], scale, zero, bits), bits);
+      put_code(block + layout.k_codes, quantized::key_code_place(bits.keys, t, d),
+               quantized::code_of(values[static_cast<std::size_t>(t)], scale, zero, bits.keys), bits.keys);
     }
   }
   values.resize(static_cast<std::size_t>(head_dim));
@@ -111,11 +112,11 @@ void pack_block(std::uint8_t* block, const Element* k, std::int64_t k_stride, co
     for (int d = 0; d < head_dim; ++d) {
       values[static_cast<std::size_t>(d)] = static_cast<float>(row[d]) / factor[d];
     }
-    const auto [scale, zero] =
-        put_range<Element>(values, bits, block + layout.v_scale + t * element, block + layout.v_zero + t * element);
+    const auto [scale, zero] = put_range<Element>(values, bits.values, block + layout.v_scale + t * element,
+                                                  block + layout.v_zero + t * element);
     for (int d = 0; d < head_dim; ++d) {
-      put_code(block + layout.v_codes, quantized::value_code_place(bits, t, d),
-               quantized::code_of(values[static_cast<std::size_t>(d)], scale, zero, bits), bits);
+      put_code(block + layout.v_codes, quantized::value_code_place(bits.values, t, d),
+               quantized::code_of(values[static_cast<std::size_t>(d)], scale, zero, bits.values), bits.values);
     }
   }
 }
@@ -168,7 +169,7 @@ void put_factor(float* factor, const Element* v, std::int64_t stride, const Part
 // Packs `positions` of one head into consecutive blocks.
 template <typename Element>
 void pack_head(std::uint8_t* blocks, std::int64_t bytes, const Tensor& k, const Tensor& v, const float* factor,
-               std::int64_t b, std::int64_t h, const std::vector<std::int64_t>& positions, int bits) {
+               std::int64_t b, std::int64_t h, const std::vector<std::int64_t>& positions, Bits bits) {
   for (std::size_t first = 0; first < positions.size(); first += kBlockTokens, blocks += bytes) {
     const std::size_t end = std::min(first + kBlockTokens, positions.size());
     const std::vector<std::int64_t> part(positions.begin() + static_cast<std::ptrdiff_t>(first),
@@ -195,7 +196,7 @@ int block_tokens(const std::uint8_t* block) { return std::clamp<int>(load<std::i
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const Tensor& index,
-                                                               const Tensor& count, int high_bits, int low_bits,
+                                                               const Tensor& count, Bits high_bits, Bits low_bits,
                                                                const OptionalTensor& v_factor,
                                                                const OptionalTensor& token_mask) {
   const std::int64_t batch = k.size(0), heads = k.size(1), tokens = k.size(2), head_dim = k.size(3);
@@ -264,14 +265,15 @@ void dequantize(const Segment& segment, std::int64_t b, const Tensor& v_factor, 
           float* v_row = v.mutable_data_ptr<float>() + row * head_dim;
           for (int d = 0; d < head_dim; ++d) {
             const int place = quantized::parameter_place(d);
-            k_row[d] =
-                parameter<Element>(block + layout.k_scale, place) *
-                    get_code(block + layout.k_codes, quantized::key_code_place(segment.bits, t, d), segment.bits) +
-                parameter<Element>(block + layout.k_zero, place);
-            v_row[d] = factor[d * v_factor.stride(2)] *
-                       (v_scale * get_code(block + layout.v_codes, quantized::value_code_place(segment.bits, t, d),
-                                           segment.bits) +
-                        v_zero);
+            k_row[d] = parameter<Element>(block + layout.k_scale, place) *
+                           get_code(block + layout.k_codes, quantized::key_code_place(segment.bits.keys, t, d),
+                                    segment.bits.keys) +
+                       parameter<Element>(block + layout.k_zero, place);
+            v_row[d] =
+                factor[d * v_factor.stride(2)] *
+                (v_scale * get_code(block + layout.v_codes, quantized::value_code_place(segment.bits.values, t, d),
+                                    segment.bits.values) +
+                 v_zero);
           }
         }
       }

@@ -327,10 +327,19 @@ void scale(const char* op, std::optional<double> value) {
   }
 }
 
-void bits(const char* op, const char* name, std::int64_t value) {
-  if (value != 2 && value != 4 && value != 8) {
-    fail(op, name, " must be 2, 4 or 8, got ", value);
+quantized::Bits bits(const char* op, const char* name, const std::vector<std::int64_t>& given) {
+  for (const quantized::Bits& bits : quantized::kSupportedBits) {
+    if (given == std::vector<std::int64_t>{bits.keys, bits.values}) {
+      return bits;
+    }
   }
+  std::string text;
+  for (const std::int64_t bits : given) {
+    text += join(text.empty() ? "" : ", ", bits);
+  }
+  const bool same = given.size() == 2 && given[0] == given[1];
+  fail(op, name, " must be 2, 4 or 8, or [4, 2] of keys and values, got ",
+       same ? join(given[0]) : join("[", text, "]"));
 }
 
 void quantized_head_dim(const char* op, Named argument) {

@@ -10,7 +10,9 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "common/quantized_block.h"
 #include "common/text.h"
 
 namespace zipvl::checks {
@@ -108,7 +110,8 @@ struct QueryProjection {
 void query_projection(const char* op, const QueryProjection& given);
 
 // ---- quantised caches
-void bits(const char* op, const char* name, std::int64_t value);  // 2, 4 or 8
+// [bits of keys, bits of values] of a segment: one of quantized::kSupportedBits.
+quantized::Bits bits(const char* op, const char* name, const std::vector<std::int64_t>& given);
 void quantized_head_dim(const char* op, Named argument);
 
 // v_factor [B, Hkv, D] float32, for tensors like `like` [B, H, N, D].

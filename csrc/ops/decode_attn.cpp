@@ -1,5 +1,6 @@
 // decode_attn and decode_attn_quantized: one new query a row against its cache (docs/ops.md, step 6).
 #include <limits>
+#include <vector>
 
 #include "common/quantized_block.h"
 #include "cpu/cpu.h"
@@ -27,12 +28,12 @@ struct DecodeAttnArgs {
 
 struct DecodeAttnQuantizedArgs {
   Tensor q, high, high_blocks, low, low_blocks, v_factor;
-  std::int64_t high_bits, low_bits;
+  std::vector<std::int64_t> high_bits, low_bits;
   OptionalTensor k_recent, v_recent, recent_lengths;
   std::optional<double> scale;
   static DecodeAttnQuantizedArgs read(Arguments& in) {
     return {in.tensor(),          in.tensor(),          in.tensor(),          in.tensor(),
-            in.tensor(),          in.tensor(),          in.integer(),         in.integer(),
+            in.tensor(),          in.tensor(),          in.integers(),        in.integers(),
             in.optional_tensor(), in.optional_tensor(), in.optional_tensor(), in.optional_real()};
   }
 };
@@ -50,7 +51,7 @@ checks::AttentionSizes check(const DecodeAttnArgs& args) {
 
 // packed [B, Hkv, M, bytes] uint8 and blocks [B] int32
 void check_segment(const char* op, const Tensor& q, checks::Named packed, checks::Named blocks, std::int64_t kv_heads,
-                   std::int64_t bits) {
+                   quantized::Bits bits) {
   const Tensor& bytes = packed.tensor;
   checks::dtype(op, packed, checks::ScalarType::Byte);
   if (bytes.dim() != 4) {
@@ -58,8 +59,7 @@ void check_segment(const char* op, const Tensor& q, checks::Named packed, checks
   }
   const std::int64_t element_bytes = static_cast<std::int64_t>(q.element_size());
   checks::shape(op, packed,
-                {q.size(0), kv_heads, bytes.size(2),
-                 quantized::block_layout(q.size(3), static_cast<int>(bits), element_bytes).bytes});
+                {q.size(0), kv_heads, bytes.size(2), quantized::block_layout(q.size(3), bits, element_bytes).bytes});
   checks::unit_last_stride(op, packed);
   checks::same_device(op, q, packed);
   checks::int_vector(op, q, blocks, q.size(0));
@@ -78,26 +78,30 @@ void check_recent(const char* op, const DecodeAttnQuantizedArgs& args, std::int6
   }
 }
 
-// `tokens` of the sizes is the number of recent slots.
-checks::AttentionSizes check(const DecodeAttnQuantizedArgs& args) {
+struct QuantizedSizes : checks::AttentionSizes {  // `tokens` is the number of recent slots
+  quantized::Bits high_bits, low_bits;
+};
+
+QuantizedSizes check(const DecodeAttnQuantizedArgs& args) {
   constexpr const char* kOp = "decode_attn_quantized";
   const Tensor& q = args.q;
   checks::query(kOp, q);
   checks::query_tokens(kOp, q, 1);
   checks::quantized_head_dim(kOp, {"q", q});
-  checks::bits(kOp, "high_bits", args.high_bits);
-  checks::bits(kOp, "low_bits", args.low_bits);
+  const quantized::Bits high_bits = checks::bits(kOp, "high_bits", args.high_bits);
+  const quantized::Bits low_bits = checks::bits(kOp, "low_bits", args.low_bits);
   if (args.high.dim() != 4) {
     checks::fail(kOp, "high must have 4 dimensions [B, Hkv, blocks, bytes], got ", args.high.dim());
   }
   const std::int64_t kv_heads = args.high.size(1);
   checks::heads_divide(kOp, "high", kv_heads, q.size(1));
-  check_segment(kOp, q, {"high", args.high}, {"high_blocks", args.high_blocks}, kv_heads, args.high_bits);
-  check_segment(kOp, q, {"low", args.low}, {"low_blocks", args.low_blocks}, kv_heads, args.low_bits);
+  check_segment(kOp, q, {"high", args.high}, {"high_blocks", args.high_blocks}, kv_heads, high_bits);
+  check_segment(kOp, q, {"low", args.low}, {"low_blocks", args.low_blocks}, kv_heads, low_bits);
   checks::value_factor(kOp, args.v_factor, q, kv_heads);
   check_recent(kOp, args, kv_heads);
   checks::scale(kOp, args.scale);
-  return {q.size(0), q.size(1), kv_heads, 1, args.k_recent ? args.k_recent->size(2) : 0, q.size(3)};
+  return {
+      {q.size(0), q.size(1), kv_heads, 1, args.k_recent ? args.k_recent->size(2) : 0, q.size(3)}, high_bits, low_bits};
 }
 
 // Of rows that attend to nothing.
@@ -171,14 +175,14 @@ struct Launch {
   ops::TensorPair result() { return {aten::transpose(out, 1, 2), lse}; }
 };
 
-QuantizedSegment segment_of(const Tensor& packed, const Tensor& blocks, std::int64_t bits) {
+QuantizedSegment segment_of(const Tensor& packed, const Tensor& blocks, quantized::Bits bits) {
   QuantizedSegment segment{};
   segment.packed = static_cast<const std::uint8_t*>(packed.const_data_ptr());
   copy_strides(packed, segment.stride);
   segment.blocks = blocks.const_data_ptr<std::int32_t>();
   segment.blocks_stride = blocks.stride(0);
   segment.capacity = static_cast<int>(packed.size(2));
-  segment.bits = static_cast<int>(bits);
+  segment.bits = bits;
   return segment;
 }
 
@@ -187,7 +191,8 @@ ops::Implementation explain(const Tensor& q) {
 }
 
 ops::Implementation explain_quantized(const Tensor& q) {
-  constexpr int kBlocks = 1, kHighBits = 4, kLowBits = 2;
+  constexpr int kBlocks = 1;
+  constexpr quantized::Bits kHighBits{4, 4}, kLowBits{4, 2};
   const auto plan = plan::plan_decode_attn_quantized_cuda(problem_of(sizes_like(q), q, true),
                                                           {kBlocks, kBlocks, kHighBits, kLowBits});
   return plan.reason.empty() ? implementation_of(KernelFamily::kSm80, "")
@@ -208,15 +213,14 @@ std::optional<ops::TensorPair> run(const ops::DecodeAttnArgs& args, const checks
   return launch.result();
 }
 
-ops::TensorPair run(const ops::DecodeAttnQuantizedArgs& args, const checks::AttentionSizes& sizes) {
+ops::TensorPair run(const ops::DecodeAttnQuantizedArgs& args, const ops::QuantizedSizes& sizes) {
   constexpr const char* kOp = "decode_attn_quantized";
   const DeviceGuard guard(args.q.get_device_index());
   const bool recent = sizes.tokens > 0;
   const bool aligned = rows_are_aligned(args.high) && rows_are_aligned(args.low) &&
                        (!recent || (rows_are_aligned(*args.k_recent) && rows_are_aligned(*args.v_recent)));
   const auto plan = plan::plan_decode_attn_quantized_cuda(
-      problem_of(sizes, args.q, aligned),
-      {args.high.size(2), args.low.size(2), static_cast<int>(args.high_bits), static_cast<int>(args.low_bits)});
+      problem_of(sizes, args.q, aligned), {args.high.size(2), args.low.size(2), sizes.high_bits, sizes.low_bits});
   if (!plan.reason.empty()) {
     checks::fail(kOp, "cannot run on ", "this GPU: ", plan.reason);
   }
@@ -226,8 +230,8 @@ ops::TensorPair run(const ops::DecodeAttnQuantizedArgs& args, const checks::Atte
   }
   DecodeAttnQuantizedParams params{};
   params.attn = launch.params;
-  params.segments[0] = segment_of(args.high, args.high_blocks, args.high_bits);
-  params.segments[1] = segment_of(args.low, args.low_blocks, args.low_bits);
+  params.segments[0] = segment_of(args.high, args.high_blocks, sizes.high_bits);
+  params.segments[1] = segment_of(args.low, args.low_blocks, sizes.low_bits);
   params.v_factor = args.v_factor.const_data_ptr<float>();
   copy_strides(args.v_factor, params.v_factor_stride);
   check_launch(kOp, launch_decode_attn_quantized(params, stream_of(args.q)));
@@ -241,11 +245,11 @@ namespace cpu {
 namespace {
 
 // A row at a time: its tokens as float32, one attention over all of them.
-TensorPair decode_attn_quantized(const ops::DecodeAttnQuantizedArgs& args, const checks::AttentionSizes& sizes) {
+TensorPair decode_attn_quantized(const ops::DecodeAttnQuantizedArgs& args, const ops::QuantizedSizes& sizes) {
   const Tensor& q = args.q;
   const double scale = ops::scale_or_default(args.scale, sizes.head_dim);
-  const Segment segments[] = {{args.high, args.high_blocks, static_cast<int>(args.high_bits)},
-                              {args.low, args.low_blocks, static_cast<int>(args.low_bits)}};
+  const Segment segments[] = {{args.high, args.high_blocks, sizes.high_bits},
+                              {args.low, args.low_blocks, sizes.low_bits}};
   const auto [out, lse] = ops::nothing(sizes, q);
   for (std::int64_t b = 0; b < sizes.batch; ++b) {
     const std::int64_t recent = args.recent_lengths ? host_count(*args.recent_lengths, b, sizes.tokens) : 0;
@@ -318,6 +322,6 @@ ZIPVL_OP(decode_attn,
          &zipvl::cuda::explain)
 ZIPVL_OP(decode_attn_quantized,
          "(Tensor q, Tensor high, Tensor high_blocks, Tensor low, Tensor low_blocks, Tensor v_factor, *, "
-         "int high_bits=4, int low_bits=2, Tensor? k_recent=None, Tensor? v_recent=None, "
+         "int[2] high_bits=4, int[2] low_bits=[4, 2], Tensor? k_recent=None, Tensor? v_recent=None, "
          "Tensor? recent_lengths=None, float? scale=None) -> (Tensor out, Tensor lse)",
          &zipvl::cuda::explain_quantized)

@@ -1,4 +1,7 @@
 // quantize_kv: keys and values of a `quantize` cache (docs/ops.md, step 6; docs/cache.md has the bytes).
+#include <array>
+#include <vector>
+
 #include "common/quantized_block.h"
 #include "cpu/cpu.h"
 #include "ops/args.h"
@@ -20,25 +23,26 @@ using QuantizedSegments = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct QuantizeKvArgs {
   Tensor k, v, index, count;
-  std::int64_t high_bits, low_bits;
+  std::vector<std::int64_t> high_bits, low_bits;
   OptionalTensor v_factor, token_mask;
   static QuantizeKvArgs read(Arguments& in) {
-    return {in.tensor(),  in.tensor(),  in.tensor(),          in.tensor(),
-            in.integer(), in.integer(), in.optional_tensor(), in.optional_tensor()};
+    return {in.tensor(),   in.tensor(),   in.tensor(),          in.tensor(),
+            in.integers(), in.integers(), in.optional_tensor(), in.optional_tensor()};
   }
 };
 
-void check(const QuantizeKvArgs& args) {
+// Bits of the high and the low segment.
+std::array<quantized::Bits, 2> check(const QuantizeKvArgs& args) {
   const Tensor& k = args.k;
   checks::kv_pair(kOp, {"k", k}, {"v", args.v});
   checks::quantized_head_dim(kOp, {"k", k});
   checks::selection(kOp, k, args.index, args.count, k.size(0), k.size(2));
-  checks::bits(kOp, "high_bits", args.high_bits);
-  checks::bits(kOp, "low_bits", args.low_bits);
+  const std::array bits{checks::bits(kOp, "high_bits", args.high_bits), checks::bits(kOp, "low_bits", args.low_bits)};
   if (args.v_factor) {
     checks::value_factor(kOp, *args.v_factor, k, k.size(1));
   }
   checks::mask(kOp, "token_mask", args.token_mask, k, k.size(0), k.size(2));
+  return bits;
 }
 
 }  // namespace
@@ -50,7 +54,7 @@ namespace {
 
 ops::Implementation explain(const Tensor& /*q*/) { return implementation_of(KernelFamily::kSm80, ""); }
 
-ops::QuantizedSegments run(const ops::QuantizeKvArgs& args) {
+ops::QuantizedSegments run(const ops::QuantizeKvArgs& args, const std::array<quantized::Bits, 2>& bits) {
   const auto& [k, v, index, count, high_bits, low_bits, v_factor, token_mask] = args;
   const DeviceGuard guard(k.get_device_index());
   QuantizeKvParams params{};
@@ -60,15 +64,15 @@ ops::QuantizedSegments run(const ops::QuantizeKvArgs& args) {
   params.head_dim = static_cast<int>(k.size(3));
   params.capacity = quantized::block_capacity(params.tokens);
   params.chunks = ceil_div<std::int64_t>(params.tokens, kSplitChunk);
-  params.bits[0] = static_cast<int>(high_bits);
-  params.bits[1] = static_cast<int>(low_bits);
+  params.bits[0] = bits[0];
+  params.bits[1] = bits[1];
   params.element = is_half(k) ? std::optional(element_of(k)) : std::nullopt;  // float32
-  const auto packed = [&](int bits) {
+  const auto packed = [&](quantized::Bits of_segment) {
     const auto element_bytes = static_cast<std::int64_t>(k.element_size());
-    const std::int64_t bytes = quantized::block_layout(k.size(3), bits, element_bytes).bytes;
+    const std::int64_t bytes = quantized::block_layout(k.size(3), of_segment, element_bytes).bytes;
     return aten::zeros({params.batch, params.heads, params.capacity, bytes}, ScalarType::Byte, k.device());
   };
-  const Tensor high = packed(params.bits[0]), low = packed(params.bits[1]);
+  const Tensor high = packed(bits[0]), low = packed(bits[1]);
   const Tensor factor = empty({params.batch, params.heads, k.size(3)}, ScalarType::Float, k);
   if (params.batch == 0 || params.tokens == 0) {
     const Tensor none = aten::zeros({params.batch}, ScalarType::Int, k.device());
@@ -114,12 +118,11 @@ ops::QuantizedSegments run(const ops::QuantizeKvArgs& args) {
 namespace ops {
 
 static QuantizedSegments quantize_kv(const QuantizeKvArgs& args) {
-  check(args);
+  const auto bits = check(args);
 #ifdef ZIPVL_CUDA_OPS
-  return cuda::run(args);
+  return cuda::run(args, bits);
 #else
-  return cpu::quantize_kv(args.k, args.v, args.index, args.count, static_cast<int>(args.high_bits),
-                          static_cast<int>(args.low_bits), args.v_factor, args.token_mask);
+  return cpu::quantize_kv(args.k, args.v, args.index, args.count, bits[0], bits[1], args.v_factor, args.token_mask);
 #endif
 }
 
@@ -127,7 +130,7 @@ static QuantizedSegments quantize_kv(const QuantizeKvArgs& args) {
 }  // namespace zipvl
 
 ZIPVL_OP(quantize_kv,
-         "(Tensor k, Tensor v, Tensor index, Tensor count, *, int high_bits=4, int low_bits=2, "
+         "(Tensor k, Tensor v, Tensor index, Tensor count, *, int[2] high_bits=4, int[2] low_bits=[4, 2], "
          "Tensor? v_factor=None, Tensor? token_mask=None) "
          "-> (Tensor high, Tensor high_blocks, Tensor low, Tensor low_blocks, Tensor v_factor)",
          &zipvl::cuda::explain)

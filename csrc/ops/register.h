@@ -11,6 +11,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace zipvl::ops {
 
@@ -23,6 +24,7 @@ class Arguments {
   double real() { return read<double>(); }
   std::optional<double> optional_real() { return read<std::optional<double>>(); }
   std::int64_t integer() { return read<std::int64_t>(); }
+  std::vector<std::int64_t> integers() { return read<std::vector<std::int64_t>>(); }
   bool flag() { return read<bool>(); }
   std::string text() { return read<std::string>(); }
 

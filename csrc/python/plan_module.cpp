@@ -198,12 +198,13 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan_decode_attn_quantized_cuda",
       [](Size batch, Size query_heads, Size kv_heads, Size slots, Size head_dim, Size high_blocks, Size low_blocks,
-         int high_bits, int low_bits, Size num_sms, Size shared_bytes) {
+         std::pair<int, int> high_bits, std::pair<int, int> low_bits, Size num_sms, Size shared_bytes) {
         check_sizes(batch, query_heads, kv_heads, slots, head_dim, /*threads=*/1);
-        return plan_decode_attn_quantized_cuda({batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true,
-                                                /*aligned=*/true, num_sms, shared_bytes},
-                                               {high_blocks, low_blocks, high_bits, low_bits});
+        return plan_decode_attn_quantized_cuda(
+            {batch, query_heads, kv_heads, head_dim, slots, /*half_precision=*/true,
+             /*aligned=*/true, num_sms, shared_bytes},
+            {high_blocks, low_blocks, {high_bits.first, high_bits.second}, {low_bits.first, low_bits.second}});
       },
       py::kw_only(), "batch"_a, "query_heads"_a, "kv_heads"_a, "slots"_a, "head_dim"_a, "high_blocks"_a, "low_blocks"_a,
-      "high_bits"_a = 4, "low_bits"_a = 2, "num_sms"_a, "shared_bytes"_a);
+      "high_bits"_a = std::pair(4, 4), "low_bits"_a = std::pair(4, 2), "num_sms"_a, "shared_bytes"_a);
 }

@@ -111,6 +111,20 @@ def test_a_run_that_stays_dense_says_so(zipvl: Zipvl, page: Path, llava_next: Pa
     assert got["same_answer"]
 
 
+def test_a_cache_with_a_budget_of_its_own(zipvl: Zipvl, page: Path, llava_next: Path) -> None:
+    options = [*tiny.PAPER, "--ratio", "0.5", "--cache-ratio", "0.25"]
+    got = facts(zipvl, page, llava_next, *options)
+    assert got["config"]["cache_ratio"] == 0.25
+    stored = -(-PROMPT // 4)
+    for layer in got["zipvl"]["layers"]:
+        assert (layer["kept"], layer["stored"]) == (PROMPT // 2, stored)
+        assert layer["cache_bytes"] == stored * TOKEN_BYTES // 3 + 4, "and one int32, the row's length"
+    assert f"{PROMPT // 2} of {PROMPT}, {stored} stored" in run(zipvl, page, llava_next, *options).stdout
+    given = ["--image", page, "--question", "KQ", "--model", llava_next, "--cache", "full", "--cache-ratio", "0.25"]
+    result = zipvl("run", *given)
+    assert result.exit_code == 2 and '--cache-ratio: must be None with cache="full", got 0.25' in result.stderr
+
+
 def test_bfloat16_and_another_architecture(zipvl: Zipvl, page: Path, llava: Path) -> None:
     got = facts(zipvl, page, llava, "--dtype", "bfloat16", "--dense-below", "16", *tiny.PAPER, "--ratio", "0.5")
     assert got["dtype"] == "bfloat16" and got["prompt_tokens"] == tiny.GRID**2 + 2

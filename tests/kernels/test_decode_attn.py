@@ -25,7 +25,7 @@ from tests.unit.helpers import (
 from zipvl import ops, reference, reference_cache
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-BITS = [(4, 2), (8, 4), (2, 8)]
+BITS = [(4, (4, 2)), (4, 2), (2, 8), ((4, 2), 4)]
 
 
 def in_dtype(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -146,7 +146,7 @@ def on_gpu(*tensors: Tensor) -> Any:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float32])
-def test_quantize_kv_gives_the_cpus_bytes(dtype: torch.dtype, D: int, bits: tuple[int, int], mask: str) -> None:
+def test_quantize_kv_gives_the_cpus_bytes(dtype: torch.dtype, D: int, bits: tuple[Any, Any], mask: str) -> None:
     _, k, v = make_qkv(2, 2, 2, 300, D, dtype)
     token_mask = make_mask(mask, 2, 300)
     scores = torch.rand(2, 300)
@@ -158,12 +158,12 @@ def test_quantize_kv_gives_the_cpus_bytes(dtype: torch.dtype, D: int, bits: tupl
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_quantize_kv_lengths_and_layouts(layout: str, N: int) -> None:
     _, k, v = make_qkv(2, 2, 2, N, 64, torch.bfloat16, layout)
-    check_bytes(k, v, *make_selection(2, N), None, (4, 2))
-    check_bytes(k, v, *make_selection(2, N, share=1.0), None, (4, 2))
+    check_bytes(k, v, *make_selection(2, N), None, (4, (4, 2)))
+    check_bytes(k, v, *make_selection(2, N, share=1.0), None, (4, (4, 2)))
 
 
 def check_bytes(
-    k: Tensor, v: Tensor, index: Tensor, count: Tensor, token_mask: Tensor | None, bits: tuple[int, int]
+    k: Tensor, v: Tensor, index: Tensor, count: Tensor, token_mask: Tensor | None, bits: tuple[Any, Any]
 ) -> None:
     keywords: dict[str, Any] = {"high_bits": bits[0], "low_bits": bits[1]}
     expected = ops.quantize_kv(k, v, index, count, token_mask=token_mask, **keywords)
@@ -194,7 +194,10 @@ def check_quantized(q: Tensor, made: tuple[Tensor, ...], recent: tuple[Tensor, .
         out, lse = decode()
     segments = [
         reference_cache.dequantize_kv(packed, blocks, v_factor, bits=keywords.get(name, bits), dtype=q.dtype)
-        for packed, blocks, name, bits in ((high, high_blocks, "high_bits", 4), (low, low_blocks, "low_bits", 2))
+        for packed, blocks, name, bits in (
+            (high, high_blocks, "high_bits", (4, 4)),
+            (low, low_blocks, "low_bits", (4, 2)),
+        )
     ]
     for b in range(q.shape[0]):
         keys, values = (torch.cat([segment[b][part] for segment in segments], dim=1) for part in (0, 1))
@@ -232,7 +235,7 @@ def check_quantized_row(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tenso
 @pytest.mark.parametrize("group", [1, 7, 9])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_decode_quantized(dtype: torch.dtype, bits: tuple[int, int], group: int, D: int) -> None:
+def test_decode_quantized(dtype: torch.dtype, bits: tuple[Any, Any], group: int, D: int) -> None:
     q, k, v = make_qkv(2, 2 * group, 2, 450, D, dtype)
     keywords: dict[str, Any] = {"high_bits": bits[0], "low_bits": bits[1]}
     made = ops.quantize_kv(k, v, *make_selection(2, 450), **keywords)

@@ -229,6 +229,15 @@ def test_keys_that_are_expanded_over_batch_and_heads() -> None:
     )
 
 
+def test_queries_that_are_expanded_over_batch_and_heads() -> None:
+    q, k, v = make_qkv(2, 4, 2, 300, 128)
+    q = q[:1, :1].expand(2, 4, -1, -1)
+    selection = make_selection(300, [100, 200])
+    out = ops.sparse_attn(q, k, v, *selection, local_window=50, num_sinks=2)
+    contiguous = ops.sparse_attn(q.contiguous(), k, v, *selection, local_window=50, num_sinks=2)
+    torch.testing.assert_close(out, contiguous, atol=2e-2, rtol=2e-2)
+
+
 def test_a_window_over_everything_is_dense_attention() -> None:
     q, k, v = make_qkv(2, 4, 2, 500, 128)
     out = ops.sparse_attn(q, k, v, *make_selection(500, [100, 3]), local_window=500)

@@ -27,7 +27,7 @@ class Compressed:
     by one, and a step between codes is large. It checks that each is within half a step of the token it stands for.
 
     Args:
-        config: bits, ``tau`` and ``ratio``.
+        config: bits, ``tau``, ``ratio`` and ``num_sinks``, tokens of the prompt that stay as they came.
         appended: how many tokens each forward after the prompt brought.
         held: of each layer, after the last of them, one row.
     """
@@ -51,7 +51,7 @@ def attend(
 class Blocks:
     """The blocks of one segment, read in the order in which they were written."""
 
-    def __init__(self, packed: torch.Tensor, factor: torch.Tensor, bits: int) -> None:
+    def __init__(self, packed: torch.Tensor, factor: torch.Tensor, bits: tuple[int, int]) -> None:
         self.packed, self.factor, self.bits, self.read = packed, factor, bits, 0
 
     def take(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +66,8 @@ class Blocks:
         normal = v / self.factor[0, :, None]
         for first in range(0, k.shape[1], reference_cache.BLOCK_TOKENS):
             part = slice(first, first + reference_cache.BLOCK_TOKENS)
-            assert_close(keys[:, part], k[:, part], dim=1, bits=self.bits)
-            assert_close((values / self.factor[0, :, None])[:, part], normal[:, part], dim=2, bits=self.bits)
+            assert_close(keys[:, part], k[:, part], dim=1, bits=self.bits[0])
+            assert_close((values / self.factor[0, :, None])[:, part], normal[:, part], dim=2, bits=self.bits[1])
         return keys.to(k.dtype), values.to(v.dtype)
 
 
@@ -91,8 +91,8 @@ def attend_compressed(
 ) -> tuple[torch.Tensor, None]:
     """The prompt as sparse attention has it; each later token against what the cache held when it came."""
     packed = how.held[layer]
-    high = Blocks(packed.high.packed, packed.v_factor, how.config.high_bits)
-    low = Blocks(packed.low.packed, packed.v_factor, how.config.low_bits)
+    high = Blocks(packed.high.packed, packed.v_factor, reference_cache.key_and_value_bits(how.config.high_bits))
+    low = Blocks(packed.low.packed, packed.v_factor, reference_cache.key_and_value_bits(how.config.low_bits))
     held_k, held_v = k.clone(), v.clone()
 
     def compress(tokens: slice, chosen: torch.Tensor) -> None:
@@ -102,7 +102,8 @@ def attend_compressed(
             at = where + tokens.start
             held_k[0, :, at], held_v[0, :, at] = blocks.take(k[0, :, at], v[0, :, at])
 
-    compress(slice(0, prompt), kept)
+    sinks = how.config.num_sinks
+    compress(slice(sinks, prompt), kept[kept >= sinks] - sinks)
     past = slice(0, prompt)
     outputs = [attend(q[:, :, past], k[:, :, past], v[:, :, past], may[past, past], computed[past], scaling)]
     first = end = prompt  # of the window, which is as it came
@@ -187,6 +188,7 @@ def chunk_masks(
     sinks: int = 0,
     drop: bool = False,
     all_queries: bool = False,
+    stored: list[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token sees of a layer whose prompt came in chunks, one row without padding.
 
@@ -195,6 +197,7 @@ def chunk_masks(
         chunks: end of each chunk, and its selected tokens among all that were there (places in the cache and then the
             chunk's own); None: it was dense.
         drop: of a chunk's tokens the cache holds the selected ones alone.
+        stored: of each chunk, the places that a ``drop`` cache with a budget of its own holds instead; None: all.
 
     Returns:
         ``may [tokens, tokens]`` and ``computed [tokens]`` bool.
@@ -202,7 +205,7 @@ def chunk_masks(
     may, computed = torch.zeros(tokens, tokens, dtype=torch.bool), torch.ones(tokens, dtype=torch.bool)
     held: list[int] = []
     start = 0
-    for end, picked in chunks:
+    for number, (end, picked) in enumerate(chunks):
         own = list(range(start, end))
         places = held + own
         chosen = set(places) if picked is None else {places[i] for i in picked.tolist()}
@@ -212,6 +215,9 @@ def chunk_masks(
             row = [*neighbourhood(seen, window, sinks), *(s for s in seen if whole and s in chosen)]
             may[t, row] = True
             computed[t] = whole or window > 0
+        if stored is not None:
+            left = stored[number]
+            chosen = set(places) if left is None else {places[i] for i in left.tolist()}
         held += [t for t in own if t in chosen or not drop]
         start = end
     for t in range(start, tokens):

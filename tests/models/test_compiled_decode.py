@@ -46,7 +46,7 @@ def test_a_compiled_step_is_the_step(cache: str, backend: str, count: int, graph
         made.append(graph)
         return torch._dynamo.lookup_backend(backend)(graph, example)
 
-    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache):
+    with zipvl.sparse(model, PAPER, tau=0.7, cache=cache, num_sinks=4):
         expected = steps(model, model, inputs, False, count)
         found = steps(model, torch.compile(model, fullgraph=True, backend=counting), inputs, False, count)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -85,9 +85,19 @@ def test_tokens_are_those_of_eager_decoding(name: str, captures: list[int]) -> N
 def test_every_cache_mode(cache: Any, captures: list[int]) -> None:
     """Long enough that a quantised cache compresses its newest tokens between replays."""
     model, inputs = make_llama(head_dim=32), text_inputs(300)
-    output, stats = both(model, inputs, 130, {"cache": cache})
+    output, stats = both(model, inputs, 130, {"cache": cache, "num_sinks": 4})
     assert stats.decodings[0].how == "graph"
     assert output.past_key_values.get_seq_length() == 429
+
+
+def test_a_cache_with_a_budget_of_its_own(captures: list[int]) -> None:
+    """A prompt, and a batch with a row that stays dense."""
+    config: dict[str, Any] = {"cache_ratio": 0.3, "local_window": 24}
+    output, stats = both(make_llama(), text_inputs(300), config=config)
+    assert (stats.decodings[0].how, stats.layers[0].stored) == ("graph", [90])
+    assert output.past_key_values.layers[0].packed.lengths.tolist() == [90 + 39]
+    _, stats = both(make_llama(), pad_left([text_inputs(330, 1), text_inputs(100, 3)]), config=config)
+    assert (stats.decodings[0].how, stats.layers[0].stored) == ("graph", [99, 100])
 
 
 def test_room_runs_out(captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

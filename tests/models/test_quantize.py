@@ -5,6 +5,8 @@ The segments and the window are read where they are stored: what the quantised b
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
@@ -60,10 +62,10 @@ def prompt_cache(
 # Tokens
 
 
-@pytest.mark.parametrize("bits", [(4, 2), (8, 4), (2, 8)])
-def test_generated_logits_are_those_of_the_quantised_tokens(bits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("bits", "sinks"), [((4, 2), 0), ((4, (4, 2)), 4), ((8, 4), 3), (((4, 2), 8), 0)])
+def test_generated_logits_are_those_of_the_quantised_tokens(bits: tuple[Any, Any], sinks: int) -> None:
     model, inputs, new = make(), text_inputs(300, 3), 230
-    settings = config(high_bits=bits[0], low_bits=bits[1])
+    settings = config(high_bits=bits[0], low_bits=bits[1], num_sinks=sinks)
     with zipvl.sparse(model, settings, record_index=True) as stats:
         output = model.generate(**inputs, max_new_tokens=new, **GENERATE)
     assert output.past_key_values.get_seq_length() == 300 + new - 1
@@ -84,9 +86,10 @@ def test_a_thousand_tokens_stay_right() -> None:
     torch.testing.assert_close(logits_of(output)[0], expected[0, 299:], **TOLERANCE)
 
 
-def test_a_padded_batch_is_its_rows_alone() -> None:
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_padded_batch_is_its_rows_alone(sinks: int) -> None:
     model, rows, new = make(), [text_inputs(330, 1), text_inputs(280, 2), text_inputs(100, 3)], 130
-    with zipvl.sparse(model, config(**FINE)):
+    with zipvl.sparse(model, config(num_sinks=sinks, **FINE)):
         together = model.generate(**pad_left(rows), max_new_tokens=new, **GENERATE)
         for b, row in enumerate(rows[:2]):
             alone = model.generate(**row, max_new_tokens=new, **GENERATE)
@@ -94,10 +97,11 @@ def test_a_padded_batch_is_its_rows_alone() -> None:
             assert torch.equal(together.sequences[b, -new:], alone.sequences[0, -new:])
 
 
-@pytest.mark.parametrize("turn", [2, 35, 150])
-def test_a_second_turn_attends_to_the_quantised_tokens_and_itself(turn: int) -> None:
+@pytest.mark.parametrize(("turn", "sinks"), [(2, 0), (35, 4), (150, 4)])
+def test_a_second_turn_attends_to_the_quantised_tokens_and_itself(turn: int, sinks: int) -> None:
+    settings = config(num_sinks=sinks)
     model, inputs = make(), text_inputs(300, 3)
-    with zipvl.sparse(model, config(), record_index=True) as stats:
+    with zipvl.sparse(model, settings, record_index=True) as stats:
         first = model.generate(**inputs, max_new_tokens=81, **GENERATE)
         tokens = torch.cat([first.sequences, ids(turn, 9)], dim=1)
         mask = torch.ones_like(tokens)  # a generated token may be the padding token
@@ -105,7 +109,7 @@ def test_a_second_turn_attends_to_the_quantised_tokens_and_itself(turn: int) -> 
             tokens, attention_mask=mask, max_new_tokens=30, past_key_values=first.past_key_values, **GENERATE
         )
     # The last token of the first turn comes with the second turn's.
-    held = how(config(), [*[1] * 80, turn + 1, *[1] * 29], second.past_key_values)
+    held = how(settings, [*[1] * 80, turn + 1, *[1] * 29], second.past_key_values)
     with oracle(model, kept_of(stats), 300, compressed=held):
         expected = model(second.sequences[:, :-1], use_cache=False).logits
     torch.testing.assert_close(logits_of(second)[0], expected[0, tokens.shape[1] - 1 :], **TOLERANCE)
@@ -174,7 +178,7 @@ def test_the_window_is_compressed_by_its_own_selection() -> None:
     scores = reference.probe_scores(window[0], window[1], probes)
     index, count = reference.select_tokens(*scores, tau=0.6)
     high, high_blocks, low, low_blocks, _ = reference_cache.quantize_kv(
-        *window[1:], index, count, v_factor=cache.v_factor
+        *window[1:], index, count, v_factor=cache.v_factor, **cache._bits
     )
     for segment, packed, blocks, first in (
         (cache.high, high, high_blocks, before[0]),
@@ -184,6 +188,122 @@ def test_the_window_is_compressed_by_its_own_selection() -> None:
             used = slice(first[b], first[b] + int(blocks[b]))
             assert segment.blocks[b] == used.stop
             assert torch.equal(segment.packed[b, :, used], packed[b, :, : int(blocks[b])])
+
+
+def fill(cache: QuantizedKV, tokens: int, seed: int = 1) -> list[torch.Tensor]:
+    """Appends ``tokens`` tokens to both rows, one by one; returns their q, k and v."""
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(2, heads, tokens, DIM, generator=generator) for heads in (4, KV_HEADS, KV_HEADS)]
+    for step in range(tokens):
+        q, k, v = (s[:, :, step : step + 1] for s in states)
+        cache.append(k, v, None, q, None)
+    return states
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_sinks_of_the_prompt_stay_as_they_are(padded: bool) -> None:
+    cache, (_, k, v, index, count, mask) = prompt_cache(num_sinks=4)
+    if not padded:
+        mask = torch.ones_like(mask)
+        cache = QuantizedKV(k, v, index, count, None, 4, cache.config)
+    places = [mask[b].nonzero()[:, 0] for b in range(2)]
+    rest, selected = mask.clone(), torch.zeros_like(mask)
+    for b in range(2):
+        rest[b, places[b][:4]] = False
+        selected[b, index[b, : int(count[b])].long()] = True
+    assert (selected & mask & ~rest).any() and (~selected & mask & ~rest).any(), "sinks of both kinds"
+    selected &= rest
+    others = torch.argsort(selected, dim=-1, descending=True, stable=True).int(), selected.sum(-1, dtype=torch.int32)
+    expected = reference_cache.quantize_kv(k, v, *others, token_mask=rest, **cache._bits)
+    for _ in range(3):
+        assert torch.equal(cache.v_factor, expected[4])
+        for b in range(2):
+            assert torch.equal(cache.window.keys[b, :, :4], k[b, :, places[b][:4]])
+            assert torch.equal(cache.window.values[b, :, :4], v[b, :, places[b][:4]])
+            for segment, packed, blocks in ((cache.high, *expected[:2]), (cache.low, *expected[2:4])):
+                used = int(blocks[b])
+                assert torch.equal(segment.packed[b, :, :used], packed[b, :, :used])
+        fill(cache, 150)
+    assert cache.window.lengths.tolist() == [4 + 50, 4 + 50] and cache.window.keys.shape[2] == 4 + WINDOW
+    assert cache.tail == 50
+
+
+def test_a_window_with_sinks_is_compressed_by_its_own_selection() -> None:
+    cache, _ = prompt_cache(num_sinks=4, tau=0.6)
+    before = cache.high.blocks.tolist(), cache.low.blocks.tolist()
+    q, k, v = (states[:, :, :WINDOW] for states in fill(cache, WINDOW + 1))
+    probes = torch.arange(WINDOW - PROBES, WINDOW, dtype=torch.int32).expand(2, -1)
+    index, count = reference.select_tokens(*reference.probe_scores(q, k, probes), tau=0.6)
+    made = reference_cache.quantize_kv(k, v, index, count, v_factor=cache.v_factor, **cache._bits)
+    for segment, packed, blocks, first in ((cache.high, *made[:2], before[0]), (cache.low, *made[2:4], before[1])):
+        for b in range(2):
+            used = int(blocks[b])
+            assert segment.blocks[b] == first[b] + used
+            assert torch.equal(segment.packed[b, :, first[b] : first[b] + used], packed[b, :, :used])
+
+
+def test_a_row_of_fewer_tokens_than_sinks_takes_the_next_ones() -> None:
+    """Row 0 has two tokens, and its first two new ones are sinks; row 1 has four of them."""
+    cache, (_, k, *_) = prompt_cache(lengths=(2, 200), num_sinks=4)
+    assert cache.window.lengths.tolist() == [2, 4] and cache.high.blocks[0] == cache.low.blocks[0] == 0
+    new = fill(cache, WINDOW + 1)
+    assert cache.window.lengths.tolist() == [5, 5]
+    assert torch.equal(cache.window.keys[0, :, :2], k[0, :, -2:])
+    assert torch.equal(cache.window.keys[0, :, 2:4], new[1][0, :, :2])
+    blocks = [s.packed[0, 0, : int(s.blocks[0]), :4].contiguous().view(torch.int32) for s in (cache.high, cache.low)]
+    assert sum(int(tokens.sum()) for tokens in blocks) == WINDOW - 2
+    assert torch.equal(cache.window.values[1, :, 4:5], new[2][1, :, -1:])
+    out = cache.attend(new[0][:, :, -1:], None)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_a_prompt_of_sinks_alone_is_exact(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(2, heads, tokens, DIM, generator=generator) for heads in (KV_HEADS, KV_HEADS, 4))
+    index, count = reference.select_tokens(*[torch.rand(2, tokens, generator=generator)] * 2, tau=0.6)
+    cache = QuantizedKV(k, v, index, count, None, 4, config(num_sinks=4))
+    expected, _ = reference.decode_attn(q[:, :, :1], k, v, torch.full((2,), tokens, dtype=torch.int32))
+    torch.testing.assert_close(cache.attend(q[:, :, :1], None), expected)
+    cache.append(k, v, None, q, None)
+    assert cache.tail == tokens
+
+
+def test_more_sinks_than_a_row_ever_has_are_an_exact_cache() -> None:
+    cache, (q, k, v, *_) = prompt_cache(lengths=(200, 200), num_sinks=2**40)
+    assert cache.window.keys.shape[2] == 200 + WINDOW, "room for the tokens there are"
+    cache.reserve(250)
+    storage = cache.window.keys.data_ptr()
+    new = fill(cache, 250)
+    assert cache.window.keys.data_ptr() == storage and cache.high.blocks.tolist() == cache.low.blocks.tolist() == [0, 0]
+    keys, values = (torch.cat(pair, dim=2) for pair in ((k, new[1]), (v, new[2])))
+    expected, _ = reference.decode_attn(q[:, :, :1], keys, values, torch.tensor([450, 450], dtype=torch.int32))
+    torch.testing.assert_close(cache.attend(q[:, :, :1], None), expected)
+
+
+def test_rows_copies_and_crops_keep_sinks() -> None:
+    cache, _ = prompt_cache(num_sinks=4)
+    q, _, _ = fill(cache, WINDOW + 7)
+    query = q[:, :, -1:]
+    out, twin = cache.attend(query, None), copy.deepcopy(cache)
+    cache.take_rows(torch.tensor([1, 0, 1]))
+    assert torch.equal(cache.attend(query[[1, 0, 1]], None), out[[1, 0, 1]])
+    cache.crop(cache.tail)
+    assert cache.window.lengths.tolist() == [4, 4, 4]
+    assert torch.equal(twin.attend(query, None), out)
+    assert torch.equal(cache.window.keys[:, :, :4], twin.window.keys[[1, 0, 1], :, :4])
+    cache.make_room(WINDOW)
+    assert cache.window.lengths.tolist() == [4, 4, 4], "sinks alone are nothing to compress"
+
+
+def test_a_turn_longer_than_the_window_leaves_its_room() -> None:
+    cache, (q, k, v, *_) = prompt_cache(num_sinks=4)
+    cache.append(k, v, None, q, None)
+    assert cache.window.keys.shape[2] > 4 + WINDOW
+    sinks = cache.window.keys[:, :, :4].clone()
+    fill(cache, 1)
+    assert cache.window.keys.shape[2] == 4 + WINDOW and cache.window.lengths.tolist() == [5, 5]
+    assert torch.equal(cache.window.keys[:, :, :4], sinks)
 
 
 def test_queries_of_padding_and_of_cropped_tokens_are_no_probes() -> None:
@@ -237,15 +357,16 @@ def test_rows_move_together() -> None:
     assert torch.equal(spread[0], q[1]) and torch.equal(spread[2], q[1])
 
 
-def test_bytes_are_those_of_every_tensor() -> None:
+@pytest.mark.parametrize(("sinks", "layout"), [(0, (4, 2)), (4, (4, (4, 2)))])
+def test_bytes_are_those_of_every_tensor(sinks: int, layout: tuple[Any, Any]) -> None:
     model, inputs = make(), text_inputs(1000)
-    with zipvl.sparse(model, config(ratio=0.25)) as stats:
+    with zipvl.sparse(model, config(ratio=0.25, num_sinks=sinks, high_bits=layout[0], low_bits=layout[1])) as stats:
         output = model.generate(**inputs, max_new_tokens=4, **GENERATE)
     cache = output.past_key_values
-    high, low = -(-250 // 64), -(-750 // 64)
-    bytes_of = [reference_cache.block_bytes(DIM, bits, torch.float32) for bits in (4, 2)]
+    high, low = -(-250 // 64), -(-750 // 64)  # a few tokens less change no number of blocks
+    bytes_of = [reference_cache.block_bytes(DIM, bits, torch.float32) for bits in layout]
     segments = KV_HEADS * (high * bytes_of[0] + low * bytes_of[1]) + 2 * 4
-    window = 2 * KV_HEADS * WINDOW * DIM * 4 + 4
+    window = 2 * KV_HEADS * (sinks + WINDOW) * DIM * 4 + 4
     queries = PROBES * (4 * DIM * 4 + 4)
     expected = LAYERS * (segments + KV_HEADS * DIM * 4 + window + queries)
     assert stats.cache_bytes == cache.cache_bytes == expected
@@ -284,7 +405,7 @@ def test_crop_reaches_back_to_the_last_compression() -> None:
     assert cache.get_seq_length() == 400
 
 
-@pytest.mark.parametrize(("name", "value"), [("high_bits", 3), ("low_bits", 16)])
-def test_bits_are_checked(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be one of \(2, 4, 8\), got {value}"):
+@pytest.mark.parametrize(("name", "value"), [("high_bits", 3), ("low_bits", (2, 4))])
+def test_bits_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be 2, 4 or 8, or .*, got {re.escape(str(value))}"):
         config(**{name: value})

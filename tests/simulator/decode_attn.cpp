@@ -165,12 +165,13 @@ double decode(const Shape& shape) {
 // what a block holds of tokens past its count.
 template <typename Element, int D>
 struct Segment {
-  int bits, capacity;
+  quantized::Bits bits;
+  int capacity;
   std::vector<std::int32_t> used;
   std::vector<std::uint8_t> bytes;
   std::vector<std::pair<Rows, Rows>> tokens;  // of each key/value head, values not yet times the channels' factor
 
-  Segment(const Shape& shape, int width)
+  Segment(const Shape& shape, quantized::Bits width)
       : bits(width), capacity(uniform(1, 12)), used(random_lengths(shape.batch, capacity)), tokens(shape.items()) {
     const auto layout = quantized::block_layout(D, bits, 2);
     bytes.assign(shape.items() * capacity * layout.bytes, 0xFF);
@@ -191,7 +192,8 @@ struct Segment {
     const std::int32_t count = uniform(0, 1) == 0 ? quantized::kBlockTokens : uniform(1, quantized::kBlockTokens);
     std::memset(block, 0, quantized::kHeaderBytes);
     std::memcpy(block, &count, sizeof count);
-    const float step = 3.0F / static_cast<float>((1 << bits) - 1);
+    const auto step_of = [](int width) { return 3.0F / static_cast<float>((1 << width) - 1); };
+    const float key_step = step_of(bits.keys), value_step = step_of(bits.values);
     const auto put = [&](std::int64_t at, int i, float x) {
       const Element element(x);
       std::memcpy(block + at + 2 * i, &element, 2);
@@ -199,18 +201,18 @@ struct Segment {
     };
     std::vector<double> scale, zero;
     for (int d = 0; d < D; ++d) {
-      scale.push_back(put(layout.k_scale, quantized::parameter_place(d), step * (0.5F + 0.1F * uniform(0, 5))));
+      scale.push_back(put(layout.k_scale, quantized::parameter_place(d), key_step * (0.5F + 0.1F * uniform(0, 5))));
       zero.push_back(put(layout.k_zero, quantized::parameter_place(d), normal() - 1.5F));
     }
     for (int t = 0; t < quantized::kBlockTokens; ++t) {
-      const double token_scale = put(layout.v_scale, t, step * (0.5F + 0.1F * uniform(0, 5)));
+      const double token_scale = put(layout.v_scale, t, value_step * (0.5F + 0.1F * uniform(0, 5)));
       const double token_zero = put(layout.v_zero, t, 0.3F * normal() - 1.5F);
       std::vector<double> key, value;
       for (int d = 0; d < D; ++d) {
-        const auto k = static_cast<unsigned>(uniform(0, (1 << bits) - 1));
-        const auto v = static_cast<unsigned>(uniform(0, (1 << bits) - 1));
-        emulated::put_code(block + layout.k_codes, quantized::key_code_place(bits, t, d), k, bits);
-        emulated::put_code(block + layout.v_codes, quantized::value_code_place(bits, t, d), v, bits);
+        const auto k = static_cast<unsigned>(uniform(0, (1 << bits.keys) - 1));
+        const auto v = static_cast<unsigned>(uniform(0, (1 << bits.values) - 1));
+        emulated::put_code(block + layout.k_codes, quantized::key_code_place(bits.keys, t, d), k, bits.keys);
+        emulated::put_code(block + layout.v_codes, quantized::value_code_place(bits.values, t, d), v, bits.values);
         key.push_back(scale[d] * k + zero[d]);
         value.push_back(token_scale * v + token_zero);
       }
@@ -224,8 +226,8 @@ struct Segment {
 
 template <typename Element, int D>
 double decode_quantized(const Shape& shape) {
-  const int widths[] = {2, 4, 8};
-  const Segment<Element, D> high(shape, widths[uniform(0, 2)]), low(shape, widths[uniform(0, 2)]);
+  const auto any_bits = [] { return quantized::kSupportedBits[uniform(0, std::size(quantized::kSupportedBits) - 1)]; };
+  const Segment<Element, D> high(shape, any_bits()), low(shape, any_bits());
   const int slots = uniform(0, 2) == 0 ? 0 : uniform(1, 120);
   const std::vector<std::int32_t> lengths = random_lengths(shape.batch, slots);
   const auto k = random_rows<Element, D>(shape, std::max(slots, 1), lengths);

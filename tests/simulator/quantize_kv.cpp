@@ -27,31 +27,33 @@ using emulated::uniform;
 using Bytes = std::vector<std::uint8_t>;
 
 struct Case {
-  int batch, heads, tokens, head_dim, bits[2];
+  int batch, heads, tokens, head_dim;
+  quantized::Bits bits[2];
   bool masked;
 };
 
 Case random_case() {
-  const int widths[] = {2, 4, 8}, head_dims[] = {32, 64, 96, 160};
+  const int head_dims[] = {32, 64, 96, 160};
+  const auto any_bits = [] { return quantized::kSupportedBits[uniform(0, std::size(quantized::kSupportedBits) - 1)]; };
   return {uniform(1, 2),
           uniform(1, 2),
           uniform(1, uniform(0, 3) == 0 ? 1500 : 300),
           head_dims[uniform(0, 3)],
-          {widths[uniform(0, 2)], widths[uniform(0, 2)]},
+          {any_bits(), any_bits()},
           uniform(0, 1) == 0};
 }
 
 // A block of rows `keys` and `values` [tokens][head_dim]; what has no token is 0.
 template <typename Element>
 Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vector<float>> values, const float* factor,
-               int head_dim, int bits) {
+               int head_dim, quantized::Bits bits) {
   const auto layout = quantized::block_layout(head_dim, bits, sizeof(Element));
   Bytes bytes(layout.bytes, 0);
   const auto tokens = static_cast<std::int32_t>(keys.size());
   std::memcpy(bytes.data(), &tokens, sizeof tokens);
-  const auto range = [&](const std::vector<float>& column, std::size_t scale_at, std::size_t zero_at) {
+  const auto range = [&](const std::vector<float>& column, int width, std::size_t scale_at, std::size_t zero_at) {
     const auto [least, most] = std::minmax_element(column.begin(), column.end());
-    const Element scale(quantized::step_of(*least, *most, bits)), zero(*least);
+    const Element scale(quantized::step_of(*least, *most, width)), zero(*least);
     std::memcpy(&bytes[scale_at], &scale, sizeof scale);
     std::memcpy(&bytes[zero_at], &zero, sizeof zero);
     return std::pair(static_cast<float>(scale), static_cast<float>(zero));
@@ -62,10 +64,10 @@ Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vec
       column.push_back(key[d]);
     }
     const std::size_t place = quantized::parameter_place(d) * sizeof(Element);
-    const auto [scale, zero] = range(column, layout.k_scale + place, layout.k_zero + place);
+    const auto [scale, zero] = range(column, bits.keys, layout.k_scale + place, layout.k_zero + place);
     for (int t = 0; t < tokens; ++t) {
-      emulated::put_code(&bytes[layout.k_codes], quantized::key_code_place(bits, t, d),
-                         quantized::code_of(column[t], scale, zero, bits), bits);
+      emulated::put_code(&bytes[layout.k_codes], quantized::key_code_place(bits.keys, t, d),
+                         quantized::code_of(column[t], scale, zero, bits.keys), bits.keys);
     }
   }
   for (int t = 0; t < tokens; ++t) {
@@ -73,10 +75,10 @@ Bytes block_of(const std::vector<std::vector<float>>& keys, std::vector<std::vec
       values[t][d] /= factor[d];
     }
     const auto [scale, zero] =
-        range(values[t], layout.v_scale + t * sizeof(Element), layout.v_zero + t * sizeof(Element));
+        range(values[t], bits.values, layout.v_scale + t * sizeof(Element), layout.v_zero + t * sizeof(Element));
     for (int d = 0; d < head_dim; ++d) {
-      emulated::put_code(&bytes[layout.v_codes], quantized::value_code_place(bits, t, d),
-                         quantized::code_of(values[t][d], scale, zero, bits), bits);
+      emulated::put_code(&bytes[layout.v_codes], quantized::value_code_place(bits.values, t, d),
+                         quantized::code_of(values[t][d], scale, zero, bits.values), bits.values);
     }
   }
   return bytes;
@@ -202,8 +204,8 @@ bool runs_hopper_code(int /*device*/) { return false; }
 int main(int count, char** arguments) {
   return emulated::run_cases(count, arguments, [](emulated::Report& report) {
     const auto check = [&](const char* name, const Case& c, bool right) {
-      report(right, "%s batch %d heads %d tokens %4d channels %3d bits %d %d%s", name, c.batch, c.heads, c.tokens,
-             c.head_dim, c.bits[0], c.bits[1], c.masked ? " masked" : "");
+      report(right, "%s batch %d heads %d tokens %4d channels %3d bits %d/%d %d/%d%s", name, c.batch, c.heads, c.tokens,
+             c.head_dim, c.bits[0].keys, c.bits[0].values, c.bits[1].keys, c.bits[1].values, c.masked ? " masked" : "");
     };
     Case c = random_case();
     check("fp16", c, run<__half>(c, Element::kFloat16));

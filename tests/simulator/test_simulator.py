@@ -37,11 +37,12 @@ PROGRAMS = {
         "cuda/probe_scores/rows.cu",
     ],
     "selection_sm90": [],
+    "window_sm90": ["cuda/pack_kv/pack_kv.cu", "cuda/sparse_attn/all_queries.cu", "cuda/sparse_attn/row_ranges.cu"],
 }
 # What lies outside a tensor, and vectors not aligned to their size. Some compilers come without their libraries.
 SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
 # A product of Hopper's is thousands of reads of shared memory, which the address sanitizer makes seven times as slow.
-UNSANITIZED = ("attention_sm90",)
+UNSANITIZED = ("attention_sm90", "window_sm90")
 
 
 def cuda_headers() -> Path | None:
@@ -122,6 +123,7 @@ def program(built: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[s
         ("quantize_kv", 2),
         ("selection", 4),
         ("selection_sm90", 8),
+        ("window_sm90", 2),
     ],
 )
 @pytest.mark.parametrize("seed", [1, 2, 3])

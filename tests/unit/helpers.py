@@ -417,10 +417,10 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "decode_attn": {"scale": None},
     "project_queries": {"norm_weight": None, "norm_eps": 1e-6},
     "project_outputs": {},
-    "quantize_kv": {"high_bits": 4, "low_bits": 2, "v_factor": None, "token_mask": None},
+    "quantize_kv": {"high_bits": (4, 4), "low_bits": (4, 2), "v_factor": None, "token_mask": None},
     "decode_attn_quantized": {
-        "high_bits": 4,
-        "low_bits": 2,
+        "high_bits": (4, 4),
+        "low_bits": (4, 2),
         "k_recent": None,
         "v_recent": None,
         "recent_lengths": None,

@@ -20,6 +20,7 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("tau", [np.array([0.5]), Fraction(1, 10**400), 10**400, 10**5000]),
     ("ratio", ["0.5", False, 0.0, -1, 1.0001, math.nan, -math.inf, np.str_("0.5"), b"1"]),
     ("max_ratio", [None, "1", True, 0, -0.5, 1.01, math.nan, np.bool_(False)]),
+    ("cache_ratio", ["0.5", True, 0.0, -1, 1.0001, math.nan, np.bool_(False)]),
     *[
         (name, [None, -1, 2.0, 1.5, "3", True, [1], np.float64(2), np.bool_(True), np.int64(-1)])
         for name in (*COUNTS, "num_sinks")
@@ -28,12 +29,15 @@ REFUSED: list[tuple[str, list[Any]]] = [
     *[(name, [2**63, 2**70, 10**5000, np.uint64(2**63)]) for name in BELOW_2_63],
     ("dense_below", ["automatic", "256", ""]),
     ("decode", [None, "fast", "Graph", 1, True]),
-    *[(name, [None, "no", 0, 1]) for name in ("vision_attention", "keep_text")],
+    *[(name, [None, "no", 0, 1]) for name in ("vision_attention", "vision_compile", "keep_text")],
     ("text_prompts", [None, "Dense", "auto", 1, True, ["dense"]]),
     ("all_queries", [None, "no", "", 0, 1, 1.0, np.int64(1), []]),
     ("skip_projections", ["auto", 0, 1, 0.0, np.int64(0), ()]),
     ("cache", [None, "keep", "Drop", 1, ["drop"], np.array(["drop", "full"])]),
-    *[(name, [None, 0, 3, 16, 4.0, "4", True, np.int64(5)]) for name in ("high_bits", "low_bits")],
+    *[
+        (name, [None, 0, 3, 16, 4.0, "4", True, np.int64(5), (2, 4), (4, 4, 4), (8, 4), (4,), (), ("4", "2")])
+        for name in ("high_bits", "low_bits")
+    ],
     ("layers", [0, 1.5, True, "all", "0", b"01", [-1], [0, 1.0], ["0"], [True], [None], {0: 1}, np.array(3)]),
     ("layers", [np.array([0.0]), np.array([[0, 1]])]),
 ]
@@ -67,10 +71,13 @@ def test_refused_with_the_name_of_the_field(name: str, value: Any) -> None:
         ("skip_projections", None, None),
         ("decode", "graph", "graph"),
         ("vision_attention", np.bool_(False), False),
+        ("vision_compile", np.bool_(True), True),
         ("keep_text", np.bool_(False), False),
         ("text_prompts", "sparse", "sparse"),
         ("max_ratio", Fraction(1, 2), 0.5),
-        ("high_bits", np.uint8(8), 8),
+        ("high_bits", np.uint8(8), (8, 8)),
+        ("low_bits", 2, (2, 2)),
+        ("low_bits", [4, np.int64(2)], (4, 2)),
         ("layers", None, None),
         ("layers", [2, 0], (2, 0)),
         ("layers", range(3), (0, 1, 2)),
@@ -123,10 +130,23 @@ def test_a_layer_is_not_both_dense_and_named_sparse() -> None:
         ZipVLConfig(layers=(1, 3), dense_first_layers=2)
 
 
+@pytest.mark.parametrize("cache", ["full", "quantize"])
+def test_a_budget_of_the_cache_is_drop_s_alone(cache: Any) -> None:
+    config = ZipVLConfig(cache="drop", cache_ratio=np.float32(0.25))
+    assert type(config.cache_ratio) is float and config.cache_ratio == 0.25
+    assert hash(config) == hash(ZipVLConfig(cache="drop", cache_ratio=0.25))
+    for make in (lambda: ZipVLConfig(cache=cache, cache_ratio=0.25), lambda: config.replace(cache=cache)):
+        with pytest.raises(ValueError, match=rf'ZipVLConfig: cache_ratio must be None with cache="{cache}", got 0.25'):
+            make()
+    with pytest.raises(ValueError, match=r"cache_ratio must be None with num_recent=0, got 0\.25"):
+        config.replace(num_recent=0)
+
+
 def test_the_paper_s_method_has_nothing_of_ours() -> None:
     paper = ZipVLConfig.paper(tau=0.9, cache="full")
     assert (paper.local_window, paper.num_sinks, paper.keep_text, paper.text_prompts) == (0, 0, False, "sparse")
     assert (paper.max_ratio, paper.dense_first_layers, paper.all_queries) == (1.0, 0, False)
+    assert paper.cache_ratio is None
     assert (paper.tau, paper.cache, ZipVLConfig.paper().cache) == (0.9, "full", "drop")
     with pytest.raises(TypeError, match="tua"):
         ZipVLConfig.paper(tua=0.5)

@@ -61,10 +61,10 @@ def test_why_not() -> None:
     high=st.integers(0, 2**14),
     low=st.integers(0, 2**14),
     head_dim=st.sampled_from([64, 96, 128, 256]),
-    bits=st.sampled_from([(4, 2), (8, 4), (2, 8), (8, 8), (2, 2)]),
+    bits=st.sampled_from([((4, 4), (4, 2)), ((4, 4), (2, 2)), ((8, 8), (4, 4)), ((2, 2), (8, 8)), ((4, 2), (4, 2))]),
 )
 def test_a_place_for_every_partial_result(
-    batch: int, kv_heads: int, group: int, slots: int, high: int, low: int, head_dim: int, bits: tuple[int, int]
+    batch: int, kv_heads: int, group: int, slots: int, high: int, low: int, head_dim: int, bits: tuple[Any, Any]
 ) -> None:
     plan = _plan.plan_decode_attn_quantized_cuda(
         batch=batch,
@@ -88,8 +88,8 @@ def test_a_place_for_every_partial_result(
 def test_warps_of_quantised_segments() -> None:
     """12 a multiprocessor (8 with 256 channels), or the least number where shared memory does not hold their rings."""
     sizes = {**SIZES, "slots": 128, "high_blocks": 512, "low_blocks": 1536}
-    for head_dim, high_bits, warps in ((64, 8, 12), (128, 4, 12), (128, 8, 12), (256, 4, 8), (256, 8, 4)):
-        changes = {"head_dim": head_dim, "high_bits": high_bits}
+    for head_dim, bits, warps in ((64, 8, 12), (128, 4, 12), (128, 8, 12), (256, 4, 8), (256, 8, 4)):
+        changes = {"head_dim": head_dim, "high_bits": (bits, bits)}
         plan = _plan.plan_decode_attn_quantized_cuda(**{**sizes, **changes}, **HOPPER)
         assert plan.reason == "" and (plan.blocks, plan.warps) == (132, warps)
     assert _plan.plan_decode_attn_quantized_cuda(**sizes, **SMALL).warps == 4
@@ -97,7 +97,7 @@ def test_warps_of_quantised_segments() -> None:
 
 def test_all_but_wide_heads_at_8_bits_fit_the_smallest_gpu() -> None:
     sizes = {**SIZES, "slots": 128, "high_blocks": 512, "low_blocks": 1536}
-    for bits in ({}, {"high_bits": 8}, {"head_dim": 256}):
+    for bits in ({}, {"high_bits": (8, 8)}, {"head_dim": 256}):
         assert _plan.plan_decode_attn_quantized_cuda(**{**sizes, **bits}, **SMALL).reason == ""
-    wide = {**sizes, "head_dim": 256, "high_bits": 8}
+    wide = {**sizes, "head_dim": 256, "high_bits": (8, 8)}
     assert "shared memory" in _plan.plan_decode_attn_quantized_cuda(**wide, **SMALL).reason

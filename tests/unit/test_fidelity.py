@@ -96,8 +96,11 @@ def test_the_question_is_asked_behind_the_key(tokenizer) -> None:
         ("window 512", {"local_window": 512, "num_sinks": 4}),
         ("window 128, 0 sinks", {"local_window": 128, "num_sinks": 0}),
         ("first 2 dense, text kept", {"dense_first_layers": 2, "keep_text": True}),
-        ("quantize", {"cache": "quantize", "high_bits": 4, "low_bits": 2}),
-        ("quantize 8/4", {"cache": "quantize", "high_bits": 8, "low_bits": 4}),
+        ("quantize", {"cache": "quantize", "high_bits": (4, 4), "low_bits": (4, 2)}),
+        ("quantize 4/2", {"cache": "quantize", "high_bits": (4, 4), "low_bits": (2, 2)}),
+        ("quantize 4-2/2", {"cache": "quantize", "high_bits": (4, 2), "low_bits": (2, 2)}),
+        ("quantize 8/4", {"cache": "quantize", "high_bits": (8, 8), "low_bits": (4, 4)}),
+        ("tau 0.95, drop, stored 0.35", {"tau": 0.95, "cache": "drop", "cache_ratio": 0.35}),
     ],
 )
 def test_a_name_says_what_a_setting_is(name, expected) -> None:

@@ -33,9 +33,12 @@ def test_schema_wrapper_and_reference_have_one_signature(op: str) -> None:
         return [(p.name, p.kind is inspect.Parameter.KEYWORD_ONLY, p.default) for p in parameters]
 
     arguments = getattr(torch.ops.zipvl, op).default._schema.arguments
-    schema = [
-        (a.name, a.kwarg_only, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in arguments
-    ]
+
+    def default(argument: Any) -> Any:
+        value = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        return tuple(value) if isinstance(value, list) else value
+
+    schema = [(a.name, a.kwarg_only, default(a)) for a in arguments]
     assert described(getattr(ops, op)) == described(REFERENCE[op]) == schema
     assert {name: default for name, keyword, default in schema if keyword} == KEYWORDS[op]
 
@@ -59,7 +62,10 @@ def masks_of(op: str) -> list[dict[str, Any]]:
         vectors = torch.tensor([[30, 5], [-1, 3]], dtype=torch.int32)
         return [{}, {"capacity": vectors[0]}, {"capacity": vectors[0], "first_slot": vectors[1]}]
     if op == "quantize_kv":
-        return [{}, {"high_bits": 8, "low_bits": 4, "v_factor": torch.rand(2, 2, 64) + 0.5, "token_mask": mask}]
+        return [
+            {},
+            {"high_bits": [8, 8], "low_bits": [4, 4], "v_factor": torch.rand(2, 2, 64) + 0.5, "token_mask": mask},
+        ]
     if op == "decode_attn_quantized":
         recent = torch.randn(2, 2, 5, 64)
         lengths = torch.tensor([5, 2], dtype=torch.int32)

@@ -26,7 +26,7 @@ from .helpers import (
     poison,
 )
 
-BITS = [(4, 2), (8, 4), (2, 8)]
+BITS = [(4, (4, 2)), (4, 2), (8, 4), ((4, 2), 8)]
 
 
 def quantized(k: Tensor, v: Tensor, index: Tensor, count: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
@@ -41,7 +41,7 @@ def quantized(k: Tensor, v: Tensor, index: Tensor, count: Tensor, **keywords: An
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes_are_the_references(dtype: torch.dtype, bits: tuple[int, int], D: int) -> None:
+def test_bytes_are_the_references(dtype: torch.dtype, bits: tuple[Any, Any], D: int) -> None:
     _, k, v = make_qkv(2, 2, 2, 150, D, dtype)
     quantized(k, v, *make_selection(2, 150), high_bits=bits[0], low_bits=bits[1])
 
@@ -60,13 +60,13 @@ def test_layouts_and_masks(mask: str, layout: str) -> None:
     for b in range(3):
         rows = [
             reference_cache.dequantize_kv(made[i], made[i + 1], made[4], bits=n, dtype=k.dtype)[b]
-            for i, n in ((0, 4), (2, 2))
+            for i, n in ((0, (4, 4)), (2, (4, 2)))
         ]
         assert [r[0].shape[1] for r in rows] == [int(count[b]), int(real[b].sum()) - int(count[b])]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_error_is_at_most_half_a_step(bits: int) -> None:
+@pytest.mark.parametrize("bits", [(2, 2), (4, 2), (4, 4), (8, 8)])
+def test_error_is_at_most_half_a_step(bits: tuple[int, int]) -> None:
     """Keys: half of a channel's step in its block, and the roundings of the stored scale and zero; values likewise."""
     _, k, v = make_qkv(1, 2, 2, 128, 64)
     everything = torch.arange(128, dtype=torch.int32)[None], torch.tensor([128], dtype=torch.int32)
@@ -74,19 +74,44 @@ def test_error_is_at_most_half_a_step(bits: int) -> None:
     assert none.tolist() == [0] and blocks.tolist() == [2]
     ((k_again, v_again),) = reference_cache.dequantize_kv(high, blocks, factor, bits=bits, dtype=torch.float32)
     parts = k[0].unflatten(1, (2, 64))
-    step = (parts.amax(2, keepdim=True) - parts.amin(2, keepdim=True)) / (2**bits - 1)
+    step = (parts.amax(2, keepdim=True) - parts.amin(2, keepdim=True)) / (2 ** bits[0] - 1)
     assert bool(((k_again.unflatten(1, (2, 64)) - parts).abs() <= 0.5001 * step + 1e-6).all())
     normalised = v[0] / factor[0][:, None]
-    step = (normalised.amax(2, keepdim=True) - normalised.amin(2, keepdim=True)) / (2**bits - 1)
+    step = (normalised.amax(2, keepdim=True) - normalised.amin(2, keepdim=True)) / (2 ** bits[1] - 1)
     assert bool(((v_again / factor[0][:, None] - normalised).abs() <= 0.5001 * step + 1e-6).all())
     torch.testing.assert_close(factor[0], v[0].abs().amax(1).sqrt())
+
+
+@pytest.mark.parametrize(("bits", "share"), [((2, 2), 0.149), ((4, 2), 0.211), ((4, 4), 0.274), ((8, 8), 0.524)])
+def test_a_block_takes_the_bytes_of_its_codes_and_ranges(bits: tuple[int, int], share: float) -> None:
+    """A block of 64 tokens, D 128, 16-bit elements: 784 bytes of header and ranges, and the codes."""
+    assert reference_cache.block_bytes(128, bits, torch.bfloat16) == 784 + 64 * 128 * sum(bits) // 8
+    _, k, v = make_qkv(1, 2, 2, 128, 128, torch.bfloat16)
+    high, *_ = ops.quantize_kv(k, v, *make_selection(1, 128), high_bits=bits)
+    assert high.shape[3] == reference_cache.block_bytes(128, bits, torch.bfloat16)
+    assert high.shape[3] / (2 * 64 * 128 * 2) == pytest.approx(share, abs=5e-4)
+
+
+def test_keys_and_values_of_a_block_do_not_know_each_others_bits() -> None:
+    """The keys of (4, 2) are the keys of 4, its values the values of 2: byte for byte."""
+    _, k, v = make_qkv(2, 2, 2, 150, 64, torch.bfloat16)
+    both, keys, values = (
+        ops.quantize_kv(k, v, *make_selection(2, 150), high_bits=bits)[0] for bits in ((4, 2), (4, 4), (2, 2))
+    )
+    ranges = 16 + 2 * 2 * (64 + 64)
+    value_ranges = ranges - 2 * 2 * 64
+    codes = ranges + 64 * 64 * 4 // 8
+    assert torch.equal(both[..., :value_ranges], keys[..., :value_ranges])
+    assert torch.equal(both[..., value_ranges:ranges], values[..., value_ranges:ranges])
+    assert torch.equal(both[..., ranges:codes], keys[..., ranges:codes])
+    assert torch.equal(both[..., codes:], values[..., -64 * 64 * 2 // 8 :])
 
 
 def test_constant_channels_and_zero_values_are_exact() -> None:
     k, v = torch.full((1, 1, 70, 32), 3.0), torch.zeros(1, 1, 70, 32)
     made = quantized(k, v, *make_selection(1, 70))
     assert bool((made[4] == 1).all())
-    for packed, blocks, bits in ((made[0], made[1], 4), (made[2], made[3], 2)):
+    for packed, blocks, bits in ((made[0], made[1], (4, 4)), (made[2], made[3], (4, 2))):
         ((k_again, v_again),) = reference_cache.dequantize_kv(packed, blocks, made[4], bits=bits, dtype=torch.float32)
         assert bool((k_again == 3).all()) and bool((v_again == 0).all())
 
@@ -121,7 +146,10 @@ def check_decode(
     assert out.shape == q.shape and out.dtype == q.dtype and lse.dtype == torch.float32
     segments = [
         reference_cache.dequantize_kv(packed, blocks, v_factor, bits=keywords.get(name, bits), dtype=q.dtype)
-        for packed, blocks, name, bits in ((high, high_blocks, "high_bits", 4), (low, low_blocks, "low_bits", 2))
+        for packed, blocks, name, bits in (
+            (high, high_blocks, "high_bits", (4, 4)),
+            (low, low_blocks, "low_bits", (4, 2)),
+        )
     ]
     scale = keywords.get("scale")
     exact_out, exact_lse = reference_cache.attend(q.double(), segments, **given_recent, scale=scale)
@@ -159,7 +187,7 @@ def test_decode(dtype: torch.dtype, group: int, D: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_decode_bits(bits: tuple[int, int]) -> None:
+def test_decode_bits(bits: tuple[Any, Any]) -> None:
     q, k, v = make_qkv(2, 6, 2, 200, 64, torch.bfloat16)
     keywords: dict[str, Any] = {"high_bits": bits[0], "low_bits": bits[1]}
     check_decode(q[:, :, :1], ops.quantize_kv(k, v, *make_selection(2, 200), **keywords), **keywords)
@@ -210,8 +238,8 @@ def test_error_of_the_layer_falls_with_the_bits() -> None:
     q, k, v = make_qkv(1, 6, 2, 400, 64)
     exact, _ = reference.decode_attn(q[:, :, :1], k, v, torch.tensor([400], dtype=torch.int32))
     errors = []
-    for bits in (2, 4, 8):
+    for bits in ((2, 2), (4, 2), (4, 4), (8, 8)):
         made = ops.quantize_kv(k, v, *make_selection(1, 400), high_bits=bits, low_bits=bits)
         out, _ = ops.decode_attn_quantized(q[:, :, :1], *made, high_bits=bits, low_bits=bits)
         errors.append(float((out - exact).norm() / exact.norm()))
-    assert errors[2] < 0.02 < 2 * errors[1] < errors[0]
+    assert errors[3] < 0.02 < 2 * errors[2] < errors[1] < errors[0]

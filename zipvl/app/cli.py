@@ -97,7 +97,10 @@ RatioOption = Annotated[
     float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
 ]
 CacheOption = Annotated[
-    str, typer.Option(help="drop: store the kept tokens alone; quantize: those at 4 bits, the rest at 2; full: all.")
+    str, typer.Option(help="drop: store the kept tokens alone; quantize: all at few bits; full: all as they are.")
+]
+CacheRatioOption = Annotated[
+    float | None, typer.Option(help="With drop: store this share of the tokens in every layer, in (0, 1].")
 ]
 DenseBelowOption = Annotated[
     str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
@@ -127,6 +130,7 @@ def run(
     tau: TauOption = 0.975,
     ratio: RatioOption = None,
     cache: CacheOption = "drop",
+    cache_ratio: CacheRatioOption = None,
     dense_below: DenseBelowOption = "auto",
     max_ratio: MaxRatioOption = None,
     local_window: WindowOption = None,
@@ -144,6 +148,7 @@ def run(
         tau=tau,
         ratio=ratio,
         cache=cache,
+        cache_ratio=cache_ratio,
         dense_below=dense_below,
         max_ratio=max_ratio,
         local_window=local_window,
@@ -179,6 +184,7 @@ def inspect(
     tau: TauOption = 0.975,
     ratio: RatioOption = None,
     cache: CacheOption = "drop",
+    cache_ratio: CacheRatioOption = None,
     dense_below: DenseBelowOption = "auto",
     max_ratio: MaxRatioOption = None,
     local_window: WindowOption = None,
@@ -195,6 +201,7 @@ def inspect(
         tau=tau,
         ratio=ratio,
         cache=cache,
+        cache_ratio=cache_ratio,
         dense_below=dense_below,
         max_ratio=max_ratio,
         local_window=local_window,

@@ -131,6 +131,7 @@ def _layer_facts(index: int, layer: Any, sparse: Answer, dense: Answer) -> dict[
         "tokens": layer.tokens[0],
         "kept": layer.kept[0],
         "ratio": layer.ratio,
+        "stored": None if layer.stored is None else layer.stored[0],
         "cache_bytes": held[0],
         "dense_cache_bytes": held[1],
     }
@@ -146,6 +147,8 @@ def _bar(layer: dict[str, Any], marks: str) -> str:
     color = "cyan" if layer["mode"] == "sparse" else "bright_black"
     bar = f"[{color}]{marks[0] * filled}[/][bright_black]{marks[1] * (_BAR_WIDTH - filled)}[/]"
     counts = f"{layer['kept']:>9,} of {layer['tokens']:,}"
+    if layer["stored"] is not None:
+        counts += f", {layer['stored']:,} stored"
     if layer["cache_bytes"] is not None:
         counts += f"  {_size(layer['cache_bytes']):>10}"
     counts += "" if layer["mode"] == "sparse" else "  dense"

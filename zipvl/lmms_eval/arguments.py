@@ -115,7 +115,10 @@ def parse(given: dict[str, Any]) -> Arguments:
 
 
 def _field(name: str, value: Any) -> Any:
-    """lmms-eval reads ``layers=0-5`` and ``layers=0+2+4`` as text, and ``layers=3`` as a number."""
+    """lmms-eval reads ``layers=0-5``, ``layers=0+2+4`` and ``low_bits=4+2`` as text, and ``layers=3`` as a number."""
+    if name in ("high_bits", "low_bits") and isinstance(value, str):
+        parts = value.split("+")
+        return tuple(int(bits) for bits in parts) if all(bits.isdecimal() for bits in parts) else value
     if name != "layers" or value is None:
         return value
     try:

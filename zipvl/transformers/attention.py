@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from zipvl import ops, policy
+from zipvl.transformers import budget
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.call import DEFAULT_RUN, Call
 from zipvl.transformers.quantized import QuantizedKV
@@ -173,18 +174,25 @@ def run_layer(
     """
     call.saw_prefill = True
     config = call.config
-    packs = layer is not None and config.cache == "drop"
+    drops = layer is not None and config.cache == "drop"
+    budgeted = drops and config.cache_ratio is not None
     visual = call.visual_of(key.shape[2], key.device)
-    tokens = Tokens(key, value, token_mask, visual)
+    tokens, packs = Tokens(key, value, token_mask, visual), drops and not budgeted
     out, chosen, count, keys, values = _select(call, dense_below, query, tokens, scaling, pack=packs, **projections)
-    if layer is not None and packs:
+    stored = None
+    if budgeted:
+        first = call.first_stored(tokens, None, dense_below)
+        stored = budget.select(config, query, tokens, *first, scaling, **projections)
+        keys, values = ops.pack_kv(key, value, *stored)
+    if layer is not None and drops:
+        index, held = stored or (chosen, count)
         max_kept = policy.max_kept(config, key.shape[2], dense_below, token_mask is not None, call.keeps_more())
-        kept = None if visual is None else packed_mask(visual, chosen, count)
-        layer.keep_packed(keys, values, count, max_kept, call.candidates, kept)
+        kept = None if visual is None else packed_mask(visual, index, held)
+        layer.keep_packed(keys, values, held, max_kept, call.candidates, kept)
     elif layer is not None:
         query_heads = out.shape[1] if query is not None else projections["q_weight"].shape[0] // key.shape[3]
         layer.keep_selected(key, value, chosen, count, token_mask, query_heads, call.candidates, visual)
-    call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count)
+    call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count, stored=stored)
     return out
 
 
@@ -228,21 +236,27 @@ def _chunk(
     """
     new = query.shape[2]
     if layer is None:  # earlier tokens are stored as they came: in a layer of ours or in an ordinary cache
-        stored = call.stored_in(module, key)
+        held = call.stored_in(module, key)
         q, k, v = _in_one_dtype(query, key, value)
         tokens = Tokens(k, v, attention_mask, call.visual_of(key.shape[2], key.device))
-        out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling)
-        if stored is not None:
-            stored.pack(chosen, new, attention_mask, tokens.visual, q.dtype)
+        visual = tokens.visual
     else:
         assert isinstance(layer.packed, RaggedKV)
-        stored, visual = layer, call.visual_of(new, query.device, new=True)
+        held, visual = layer, call.visual_of(new, query.device, new=True)
         tokens = layer.with_new(call.new_mask(attention_mask, new), visual)
         q = query.to(layer.packed.dtype)
-        out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling)
-        if call.config.cache == "drop":
-            layer.keep_chunk(chosen, visual)
-    call.record(module, stored, tokens.keys, tokens.token_mask, dense_below, chosen=chosen, count=count)
+    out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling)
+    stored, index = None, chosen
+    if held is not None and call.config.cache == "drop" and call.config.cache_ratio is not None:
+        first = call.first_stored(tokens, new, dense_below)
+        index, added = budget.select(call.config, q, tokens, *first, scaling)
+        stored = index, added + budget.before(tokens, new)
+    if held is not None and layer is None:
+        held.pack(index, new, attention_mask, visual, q.dtype)
+    elif layer is not None and call.config.cache == "drop":
+        layer.keep_chunk(index, visual)
+    mask = tokens.token_mask
+    call.record(module, held, tokens.keys, mask, dense_below, chosen=chosen, count=count, stored=stored)
     return out.transpose(1, 2).to(query.dtype)
 
 

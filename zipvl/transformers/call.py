@@ -13,9 +13,11 @@ from transformers.masking_utils import sdpa_mask
 from zipvl import policy
 from zipvl.config import ZipVLConfig
 from zipvl.stats import Stats
+from zipvl.transformers import budget
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, TEXT, Dense, reason_dense
+from zipvl.transformers.storage import Tokens
 from zipvl.transformers.target import layer_index
 from zipvl.transformers.visual import Visual, VisualMask
 
@@ -90,6 +92,7 @@ class Call:
         self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
         self._extra: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._first_stored: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self._new: list[torch.Tensor | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
@@ -198,12 +201,14 @@ class Call:
         dense: Dense | None = None,
         chosen: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
+        stored: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Writes one layer's prefill to the run's statistics.
 
         Args:
             states: ``[B, H, N, D]`` of the prompt.
             dense: why it was dense; None: ``chosen [B, N]`` and ``count [B]`` were selected.
+            stored: of a cache with a budget of its own, ``[B, N]`` the tokens that it took, ``[B]`` how many it holds.
         """
         index, stats = layer_index(module), self.run.stats
         if stats is None or index is None:
@@ -220,9 +225,9 @@ class Call:
             itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
             real = (itself if itself.dtype == torch.bool else itself >= 0).sum(-1).expand(batch)
         if torch.compiler.is_compiling():
-            stats.traced.leave(index, words, tokens, real, chosen, count)
+            stats.traced.leave(index, words, tokens, real, chosen, count, stored)
             return
-        entry = stats.add(index, words, tokens, real, chosen, count)
+        entry = stats.add(index, words, tokens, real, chosen, count, stored)
         if layer is not None:
             layer.measured_by(entry)
 
@@ -280,6 +285,20 @@ class Call:
         if whole is None:
             return None
         return whole.repeat(1, like.shape[2]) if token_mask is None else token_mask & whole
+
+    def first_stored(
+        self, tokens: Tokens, new: int | None, dense_below: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``budget.first_stored``, made once for all layers unless they hold other tokens."""
+        given = tokens.token_mask, tokens.visual, new, dense_below
+        known, like = self._first_stored, tokens.keys
+        if known is None or known[0][0] is not given[0] or known[0][1] is not given[1] or known[0][2:] != given[2:]:
+            known = None
+        if known is None or known[1][0].shape[1] != like.shape[2]:
+            whole, extra = self.keep_mask(given[0], dense_below, like), self.extra_mask(given[1], like)
+            known = given, budget.first_stored(self.config, like, new, given[0], whole, extra)
+            self._first_stored = known
+        return known[1]
 
     # The mask
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -29,6 +29,10 @@ from zipvl.transformers.vision import VISION
 from zipvl.transformers.visual import Noted, Visual, is_visual, named, visual_ids
 
 _PREPARE = "_prepare_cache_for_generation"
+_COMPILED = "_compiled_call_impl"  # of a module, which ``compile()`` sets
+
+_Altered: TypeAlias = tuple[Any, str, Any]
+"""An object, its attribute, and what the attribute was."""
 
 
 class DecoderHook:
@@ -44,7 +48,7 @@ class DecoderHook:
 
     def __init__(self, target: Target) -> None:
         self.target, self.runs, self.stays = target, list[Run](), False
-        self._configured: tuple[Run, list[tuple[Any, Any]]] | None = None
+        self._configured: tuple[Run, list[_Altered]] | None = None
         self.cache_name = cache_names.name_for(type(target.decoder).forward)
         self.visual_ids = visual_ids(target.outer.config)
         self.noted = Noted()
@@ -99,33 +103,44 @@ class DecoderHook:
     @contextmanager
     def block(self, run: Run) -> Iterator[None]:
         """Has ``run`` in force for the length of a block, in which the attention implementation is ours."""
-        before = []
+        before: list[_Altered] = []
         try:
             self.attach()
             self.runs.append(run)
-            before = self._name(run, IN_BLOCK)
+            self._alter(run, IN_BLOCK, before)
             yield
         finally:
             _restore(before)
             self.runs = [other for other in self.runs if other is not run]
             self.detach_if_idle()
 
-    def _name(self, run: Run, implementation: str) -> list[tuple[Any, Any]]:
-        """Gives configurations their attention implementation; returns them with what they had."""
+    def _alter(self, run: Run, implementation: str, before: list[_Altered]) -> None:
+        """Gives configurations their attention implementation, and blocks of vision towers their compiled call; appends
+        what they had to ``before``."""
+        outer = self.target.outer
         names = [(config, implementation) for config in self.target.configs]
         if run.config.vision_attention:
-            names += [(config, VISION) for config in vision.configs_of(self.target.outer, self.target.configs)]
-        before = [(config, config._attn_implementation_internal) for config, _ in names]
+            names += [(config, VISION) for config in vision.configs_of(outer, self.target.configs)]
         for config, name in names:
+            before.append((config, "_attn_implementation_internal", config._attn_implementation_internal))
             config._attn_implementation_internal = name
-        return before
+        for block in vision.blocks_of(outer, self.target.decoder) if run.config.vision_compile else ():
+            before.append((block, _COMPILED, getattr(block, _COMPILED)))
+            block.compile(dynamic=True, backend=vision.BACKEND)
+
+    def compile_copies(self) -> None:
+        """Compiles the blocks of a copied or loaded model's towers: copies of modules leave their compiled call."""
+        for block, attribute, _ in self._configured[1] if self._configured is not None else ():
+            if attribute == _COMPILED and getattr(block, _COMPILED) is None:
+                block.compile(dynamic=True, backend=vision.BACKEND)
 
     def configure(self, run: Run) -> None:
         """Has ``run`` in force from now on, outside of every block."""
         self.unconfigure()
         self.runs.insert(0, run)
         self.attach()
-        self._configured = run, self._name(run, IMPLEMENTATION)
+        self._configured = run, []
+        self._alter(run, IMPLEMENTATION, self._configured[1])
 
     def unconfigure(self) -> None:
         """Undoes ``configure``, if it was called."""
@@ -205,11 +220,13 @@ class _NoteIds:
         is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         if self.outermost or is_ids:
             self.hook.noted.put(ids if is_ids else None)
+        if self.outermost:
+            self.hook.compile_copies()
 
 
-def _restore(before: list[tuple[Any, Any]]) -> None:
-    for config, implementation in before:
-        config._attn_implementation_internal = implementation
+def _restore(before: list[_Altered]) -> None:
+    for owner, attribute, value in reversed(before):
+        setattr(owner, attribute, value)
 
 
 def hand_on(model: PreTrainedModel) -> None:

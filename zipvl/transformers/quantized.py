@@ -8,7 +8,7 @@ import torch
 
 from zipvl import ops
 from zipvl.config import ZipVLConfig
-from zipvl.transformers.storage import RaggedKV, grown, is_exact
+from zipvl.transformers.storage import RaggedKV, gather_tokens, grown, is_exact
 
 WINDOW = 100  # new tokens at full precision; when they are so many they are compressed (ZipCache's interval)
 BLOCK_TOKENS = 64  # of ``csrc/common/quantized_block.h``
@@ -100,16 +100,17 @@ class RecentQueries:
         self.queries.scatter_(2, place[:, None, :, None].expand(queries.shape), queries)
         self.positions.scatter_(1, place, slots.to(torch.int32))
 
-    def probes(self, lengths: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``probe_scores`` takes them, for a window of ``slots`` slots of which ``lengths [B]`` are in use.
+    def probes(self, lengths: torch.Tensor, slots: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``probe_scores`` takes them, for ``slots`` slots of the window from slot ``first`` on. Of the window's
+        slots those before ``lengths [B]`` are in use.
 
         Returns:
             ``q [B, Hq, slots, D]``, 0 where no query is known; ``probe_index [B, PROBES]``, ascending, ``slots`` (out
             of range: skipped) where there is none.
         """
         batch, heads, _, dim = self.queries.shape
-        known = (self.positions >= 0) & (self.positions < lengths[:, None])
-        place = self.positions.masked_fill(~known, slots).to(torch.int64)
+        known = (self.positions >= first) & (self.positions < lengths[:, None])
+        place = (self.positions - first).masked_fill(~known, slots).to(torch.int64)
         spread = self.queries.new_zeros(batch, heads, slots + 1, dim)
         spread.scatter_(2, place[:, None, :, None].expand(self.queries.shape), self.queries)
         return spread[:, :, :slots], place.sort(-1).values.to(torch.int32)
@@ -130,12 +131,15 @@ class QuantizedKV:
     ``PROBES`` of them are the probes, ``tau`` or ``ratio`` is the prompt's, and attention mass is counted among them
     alone. Values keep the channel factors of the prompt.
 
+    The first ``num_sinks`` real tokens of a row stand at full precision in the first slots of its window, and are never
+    compressed.
+
     Args:
         k, v: ``[B, Hkv, N, D]``, the prompt.
         index, count: ``[B, N]`` and ``[B]``, its selected tokens.
         token_mask: ``[B, N]`` or None: all are real.
         query_heads: ``Hq``.
-        config: bits, and the selection of new tokens.
+        config: bits, sinks, and the selection of new tokens.
     """
 
     def __init__(
@@ -149,19 +153,49 @@ class QuantizedKV:
         config: ZipVLConfig,
     ) -> None:
         self.config = config
+        self.sinks = config.num_sinks
+        self.window = self._empty_window(k, v)
+        if self.sinks > 0 and k.shape[2] > 0:
+            index, count, token_mask = self._take_sinks(k, v, index, count, token_mask)
         self._bits: dict[str, Any] = {"high_bits": config.high_bits, "low_bits": config.low_bits}
         high, high_blocks, low, low_blocks, self.v_factor = ops.quantize_kv(
             k, v, index, count, **self._bits, token_mask=token_mask
         )
         self.high, self.low = Segment(high, high_blocks), Segment(low, low_blocks)
         self.scale: float | None = None
-        self.window = self._empty_window(k, v)
         self.recent = RecentQueries(k.new_empty(k.shape[0], query_heads, 0, k.shape[3]))
 
     def _empty_window(self, k: torch.Tensor, v: torch.Tensor) -> RaggedKV:
-        batch, heads, _, dim = k.shape
+        batch, heads, tokens, dim = k.shape
         lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
-        return RaggedKV(k.new_zeros(batch, heads, WINDOW, dim), v.new_zeros(batch, heads, WINDOW, dim), lengths, 0)
+        slots = min(self.sinks, tokens) + WINDOW  # a longer window grows as it is filled
+        return RaggedKV(k.new_zeros(batch, heads, slots, dim), v.new_zeros(batch, heads, slots, dim), lengths, 0)
+
+    def _take_sinks(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        index: torch.Tensor,
+        count: torch.Tensor,
+        token_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Puts the prompt's sinks in the window, and returns ``index``, ``count`` and ``token_mask [B, N]`` without
+        them."""
+        batch, tokens = index.shape
+        ordinals = torch.arange(min(self.sinks, tokens), device=k.device).expand(batch, -1)
+        if token_mask is None:
+            place = ordinals
+        else:
+            place = torch.searchsorted(token_mask.cumsum(-1), ordinals + 1)  # tokens: the row has fewer
+        there = place < tokens
+        source = place.clamp(max=tokens - 1)
+        sinks = [gather_tokens(states, source).masked_fill(~there[:, None, :, None], 0) for states in (k, v)]
+        self.window.append(sinks[0], sinks[1], there)
+        last, position = place[:, -1:], torch.arange(tokens, device=k.device)
+        real = position > last if token_mask is None else token_mask & (position > last)
+        # The selection is ascending: the sinks in it are its first entries.
+        taken = ((index <= last) & (position < count[:, None])).sum(-1, dtype=count.dtype)
+        return index.gather(1, (position + taken[:, None]).clamp(max=tokens - 1)), count - taken, real
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,12 +244,13 @@ class QuantizedKV:
 
     def make_room(self, tokens: int) -> None:
         """Compresses the window if ``tokens`` more do not fit into it."""
-        if self.window.longest > 0 and self.window.longest + tokens > WINDOW:
+        if self.window.longest > self.sinks and self.window.longest - self.sinks + tokens > WINDOW:
             self._compress()
 
     def _compress(self) -> None:
-        (k, v), valid = self.window.visible(), self.window.valid()
-        q, probes = self.recent.probes(self.window.lengths, k.shape[2])
+        k, v = (states[:, :, self.sinks :] for states in self.window.visible())
+        valid = self.window.valid()[:, self.sinks :]
+        q, probes = self.recent.probes(self.window.lengths, k.shape[2], self.sinks)
         accumulated, normalized = ops.probe_scores(q, k, probes, scale=self.scale, token_mask=valid)
         index, count = ops.select_tokens(
             accumulated,
@@ -231,10 +266,9 @@ class QuantizedKV:
         most = blocks_of(k.shape[2])
         self.high.append(high[:, :, :most], high_blocks)
         self.low.append(low[:, :, :most], low_blocks)
-        if self.window.keys.shape[2] > WINDOW:
-            self.window = self._empty_window(k, v)
-        else:
-            self.window.empty()
+        self.window.keep_first(self.sinks)
+        if self.window.keys.shape[2] > self.sinks + WINDOW:
+            self.window.trim(self.sinks, room=WINDOW)
         self.recent.positions.fill_(-1)
 
     def attend(self, query: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -318,6 +352,7 @@ class QuantizedKV:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more, compressed ones included, so that steps can be captured in a CUDA graph."""
+        self.window.reserve(max(min(tokens, self.sinks + WINDOW - self.window.longest), 0))
         compressions = tokens // WINDOW + 1
         for segment in (self.high, self.low):
             segment.reserve(compressions * blocks_of(WINDOW))

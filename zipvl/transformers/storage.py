@@ -52,7 +52,7 @@ def _real_first(token_mask: torch.Tensor) -> torch.Tensor:
     return torch.argsort(token_mask, dim=-1, descending=True, stable=True)
 
 
-def _gather(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def gather_tokens(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """``states [B, H, N, D]`` with the tokens of each row in ``order [B, M]``."""
     batch, heads, _, dim = states.shape
     return states.gather(2, order[:, None, :, None].expand(batch, heads, order.shape[1], dim))
@@ -198,12 +198,12 @@ class RaggedKV:
         order = _real_first(token_mask)[:, :longest]
         visual = None if visual is None else packed_mask(visual, order, lengths)
         even = batch == 1 and is_exact(k)
-        return cls(_gather(k, order), _gather(v, order), lengths, longest, even=even, visual=visual)
+        return cls(gather_tokens(k, order), gather_tokens(v, order), lengths, longest, even=even, visual=visual)
 
     @staticmethod
     def real_first(states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         """``states [B, H, n, D]`` with the real tokens of each row in front, ``token_mask [B, n]``."""
-        return states if states.shape[2] == 1 else _gather(states, _real_first(token_mask))
+        return states if states.shape[2] == 1 else gather_tokens(states, _real_first(token_mask))
 
     def append(
         self,
@@ -288,7 +288,7 @@ class RaggedKV:
         source = torch.where(slot < held, (slot - free).clamp(min=0), slot)
         there = (slot >= free) & torch.nn.functional.pad(real, (held, 0), value=True)
         visual = None if visual is None else visual.gather(1, source) & there
-        return Tokens(_gather(keys, source), _gather(values, source), there, visual)
+        return Tokens(gather_tokens(keys, source), gather_tokens(values, source), there, visual)
 
     def thaw(self) -> None:
         """Copies what was made under ``torch.inference_mode``, so that it can be written outside of it."""
@@ -335,11 +335,11 @@ class RaggedKV:
         out, _ = ops.decode_attn(query, self.keys, self.values, self.lengths, scale=scale)
         return out
 
-    def empty(self) -> None:
-        """Forgets every token; the storage stays where it is."""
-        self.lengths.zero_()
-        self.longest = self.tail = 0
-        self.visual = None
+    def keep_first(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens of every row; the storage stays where it is."""
+        self.lengths.clamp_(max=tokens)
+        self.longest, self.tail = min(self.longest, tokens), 0
+        self.visual = None if self.visual is None else self.visual[:, :tokens]
 
     def counts(self) -> tuple[torch.Tensor, ...]:
         """What has to reach the host before ``trim``."""

@@ -1,4 +1,4 @@
-"""Vision towers that attend within windows: one call of attention for all windows instead of one for each.
+"""Vision towers: one call of attention for all windows of a layer instead of one for each, and compiled blocks.
 
 The attention modules of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and their kin are given the bounds of their windows,
 ``cu_seqlens``. With an attention implementation whose name contains "flash" they hand those on and call it once. With
@@ -26,6 +26,9 @@ except ImportError:  # a torch that has none
 VISION = "zipvl_flash_vision"
 """The attention implementation of such towers. Its name makes them hand on the bounds."""
 
+BACKEND = "inductor"
+"""What compiles the blocks of towers."""
+
 DEVICES = ("cuda",)
 """Types of devices on which one call is faster than many."""
 
@@ -48,6 +51,18 @@ def configs_of(model: nn.Module, others: Iterable[PretrainedConfig]) -> list[Pre
         if all(parameter.device.type in DEVICES for parameter in module.parameters()):
             found[id(config)] = config
     return list(found.values())
+
+
+def blocks_of(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The blocks of the towers of ``model``: lists of several modules of one class that are not in ``decoder``."""
+    within = set(decoder.modules())
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in within:
+            if len(module) > 1 and len({type(block) for block in module}) == 1:
+                found += module
+                within.update(inner for block in module for inner in block.modules())
+    return found
 
 
 @functools.cache

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/quantized_block.h"
 #include "cuda/common/element.h"
 #include "cuda/decode_attn/shape.h"
 
@@ -49,7 +50,7 @@ struct QuantizedSegment {
   std::int64_t stride[3];      // batch, head, block
   std::int64_t blocks_stride;
   int capacity;
-  int bits;  // 2, 4 or 8
+  quantized::Bits bits;  // of kSupportedBits
 };
 
 struct DecodeAttnQuantizedParams {

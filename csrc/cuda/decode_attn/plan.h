@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/quantized_block.h"
+
 namespace zipvl::plan {
 
 struct DecodeAttnCudaProblem {
@@ -18,7 +20,7 @@ struct DecodeAttnCudaProblem {
 // Segments of a quantised cache beside the cache in full precision.
 struct QuantizedSegments {
   std::int64_t high_blocks, low_blocks;  // capacities
-  int high_bits, low_bits;
+  quantized::Bits high_bits, low_bits;
 };
 
 struct DecodeAttnCudaPlan {

@@ -40,13 +40,14 @@ ZIPVL_HOST_DEVICE constexpr std::int64_t warp_bytes(std::int64_t head_dim) {
 ZIPVL_HOST_DEVICE constexpr int quantized_warps(std::int64_t head_dim) { return head_dim == 256 ? 8 : 12; }
 constexpr int kMinQuantizedWarps = 4;
 // Buffers of a warp's ring, each of a block of 64 tokens.
-ZIPVL_HOST_DEVICE constexpr int quantized_stages(int bits) { return bits == 2 ? 2 : 1; }
+ZIPVL_HOST_DEVICE constexpr int quantized_stages(quantized::Bits bits) { return bits.keys == 2 ? 2 : 1; }
 
 // Shared memory of a warp: its queries, and a ring of either segment's blocks or of one tile of recent tokens.
-ZIPVL_HOST_DEVICE constexpr std::int64_t quantized_warp_bytes(std::int64_t head_dim, int high_bits, int low_bits) {
+ZIPVL_HOST_DEVICE constexpr std::int64_t quantized_warp_bytes(std::int64_t head_dim, quantized::Bits high_bits,
+                                                              quantized::Bits low_bits) {
   std::int64_t ring = kTileTokens * head_dim * 4;
-  const int both[] = {high_bits, low_bits};
-  for (const int bits : both) {
+  const quantized::Bits both[] = {high_bits, low_bits};
+  for (const quantized::Bits bits : both) {
     const std::int64_t bytes = quantized_stages(bits) * quantized::block_layout(head_dim, bits, 2).bytes;
     ring = bytes > ring ? bytes : ring;
   }

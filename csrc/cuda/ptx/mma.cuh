@@ -1,4 +1,5 @@
-// Matrix products of one warp (mma.sync m16n8k16, sm_80) and the loads of their operands (ldmatrix).
+// Matrix products of one warp (mma.sync m16n8k16, sm_80), the loads of their operands (ldmatrix), and stores of the
+// kind (stmatrix).
 //
 // A [16, 16]: a[0] rows 0-7, columns 0-7; a[1] rows 8-15; a[2], a[3] the same of columns 8-15. B [16, 8]: b0 rows 0-7,
 // b1 rows 8-15. C [16, 8]: c[0], c[1] are columns 2 (lane % 4) and the next of row lane / 4; c[2], c[3] of row + 8.
@@ -9,6 +10,7 @@
 
 #include <cstdint>
 #include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
@@ -40,6 +42,12 @@ __device__ __forceinline__ void ldmatrix(std::uint32_t (&x)[4], std::uint32_t ad
 // The same, each matrix transposed.
 __device__ __forceinline__ void ldmatrix_trans(std::uint32_t (&x)[4], std::uint32_t address) {
   ordered([&] { cute::SM75_U16x8_LDSM_T::copy(shared_row(address), x[0], x[1], x[2], x[3]); });
+}
+
+// Four 8 x 8 matrices of 16-bit elements into shared memory, held and addressed as ldmatrix gives them (sm_90).
+__device__ __forceinline__ void stmatrix(std::uint32_t address, const std::uint32_t (&x)[4]) {
+  auto& row = *static_cast<cute::uint128_t*>(__cvta_shared_to_generic(address));
+  ordered([&] { cute::SM90_U32x4_STSM_N::copy(x[0], x[1], x[2], x[3], row); });
 }
 
 // One 8 x 8 matrix of 16-bit elements, of which each lane holds columns 2 (lane % 4) and the next of row lane / 4,

@@ -37,6 +37,12 @@ __device__ __forceinline__ void bulk_store(void* target, const void* source, std
   cute::SM90_BULK_COPY_S2G::copy(source, target, static_cast<int>(bytes));
 }
 
+// A tile from shared memory to where a rank-4 tensor map says; rows and columns outside the view stay. `source`: as the
+// target of tma_load_4d.
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, const void* source, int x, int y, int z, int w) {
+  ordered([=] { cute::SM90_TMA_STORE_4D::copy(map, source, x, y, z, w); });
+}
+
 __device__ __forceinline__ void tma_store_arrive() {
   ordered([] { cute::tma_store_arrive(); });
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "common/quantized_block.h"
 #include "cuda/common/element.h"
 
 namespace zipvl::cuda {
@@ -32,7 +33,7 @@ struct QuantizeKvParams {
   std::int64_t mask_stride[2];  // batch, token
   std::int64_t batch, heads, tokens, capacity, chunks;
   int head_dim;                    // a multiple of 32
-  int bits[2];                     // 2, 4 or 8
+  quantized::Bits bits[2];         // of kSupportedBits
   std::optional<Element> element;  // none: float32
 };
 constexpr int kSplitChunk = 1024;

@@ -56,25 +56,25 @@ struct BlockBuilder {
   float* rows;           // [kBlockTokens, head_dim + 1]: a column's elements on different banks
   std::uint32_t* words;  // [kBlockTokens * head_dim * bits / 32]
   const int* position;   // [kBlockTokens]; -1: zeros
-  int tokens, head_dim, bits;
+  int tokens, head_dim;
 
   __device__ float& at(int token, int d) const { return rows[token * (head_dim + 1) + d]; }
-  __device__ int word_count() const { return kBlockTokens * head_dim * bits / 32; }
+  __device__ int word_count(int bits) const { return kBlockTokens * head_dim * bits / 32; }
 
   // Loads the rows of `source` [tokens, head_dim] and clears the words.
   template <typename ElementType>
-  __device__ void load(const ElementType* source, std::int64_t stride) const {
+  __device__ void load(const ElementType* source, std::int64_t stride, int bits) const {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < tokens * head_dim; i += kThreads) {
       const int token = i / head_dim, d = i % head_dim;
       at(token, d) = position[token] < 0 ? 0.0F : static_cast<float>(source[position[token] * stride + d]);
     }
-    for (int i = static_cast<int>(threadIdx.x); i < word_count(); i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < word_count(bits); i += kThreads) {
       words[i] = 0;
     }
     __syncthreads();
   }
-  __device__ void put(quantized::CodePlace place, float x, float scale, float zero) const {
+  __device__ void put(quantized::CodePlace place, float x, float scale, float zero, int bits) const {
     std::uint32_t code = quantized::code_of(x, scale, zero, bits);
     if (bits == 8) {
       atomicOr(words + place.word, (code & 15U) << place.shift);
@@ -83,9 +83,9 @@ struct BlockBuilder {
     }
     atomicOr(words + place.word, code << place.shift);
   }
-  __device__ void write(std::uint8_t* codes) const {
+  __device__ void write(std::uint8_t* codes, int bits) const {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < word_count(); i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < word_count(bits); i += kThreads) {
       reinterpret_cast<std::uint32_t*>(codes)[i] = words[i];
     }
   }
@@ -100,7 +100,8 @@ __device__ float2 put_range(float lowest, float highest, int bits, ElementType* 
 }
 
 template <typename ElementType>
-__device__ void pack_keys(const BlockBuilder& builder, std::uint8_t* block, const quantized::BlockLayout& layout) {
+__device__ void pack_keys(const BlockBuilder& builder, std::uint8_t* block, const quantized::BlockLayout& layout,
+                          int bits) {
   for (int d = static_cast<int>(threadIdx.x); d < builder.head_dim; d += kThreads) {
     float lowest = builder.at(0, d), highest = lowest;
     for (int t = 1; t < builder.tokens; ++t) {
@@ -109,18 +110,18 @@ __device__ void pack_keys(const BlockBuilder& builder, std::uint8_t* block, cons
     }
     const int place = quantized::parameter_place(d);
     const float2 range =
-        put_range(lowest, highest, builder.bits, reinterpret_cast<ElementType*>(block + layout.k_scale) + place,
+        put_range(lowest, highest, bits, reinterpret_cast<ElementType*>(block + layout.k_scale) + place,
                   reinterpret_cast<ElementType*>(block + layout.k_zero) + place);
     for (int t = 0; t < builder.tokens; ++t) {
-      builder.put(quantized::key_code_place(builder.bits, t, d), builder.at(t, d), range.x, range.y);
+      builder.put(quantized::key_code_place(bits, t, d), builder.at(t, d), range.x, range.y, bits);
     }
   }
-  builder.write(block + layout.k_codes);
+  builder.write(block + layout.k_codes, bits);
 }
 
 template <typename ElementType>
 __device__ void pack_values(const BlockBuilder& builder, std::uint8_t* block, const quantized::BlockLayout& layout,
-                            const float* factor) {
+                            int bits, const float* factor) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   auto* scales = reinterpret_cast<ElementType*>(block + layout.v_scale);
   auto* zeros = reinterpret_cast<ElementType*>(block + layout.v_zero);
@@ -144,32 +145,33 @@ __device__ void pack_values(const BlockBuilder& builder, std::uint8_t* block, co
       highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, offset));
     }
     ElementType scale, zero;
-    const float2 range = put_range(lowest, highest, builder.bits, &scale, &zero);
+    const float2 range = put_range(lowest, highest, bits, &scale, &zero);
     if (lane == 0) {
       scales[t] = scale;
       zeros[t] = zero;
     }
     for (int d = lane; d < builder.head_dim; d += kWarpThreads) {
-      builder.put(quantized::value_code_place(builder.bits, t, d), builder.at(t, d), range.x, range.y);
+      builder.put(quantized::value_code_place(bits, t, d), builder.at(t, d), range.x, range.y, bits);
     }
   }
-  builder.write(block + layout.v_codes);
+  builder.write(block + layout.v_codes, bits);
 }
 
-// gridDim.x: the blocks of the high segment, then those of the low one.
+// gridDim.x: the blocks of the high segment, then those of the low one. Four blocks a multiprocessor: with more the
+// registers do not hold it.
 template <typename ElementType>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ QuantizeKvParams params) {
+__global__ void __launch_bounds__(kThreads, 4) pack_kernel(const __grid_constant__ QuantizeKvParams params) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int position[kBlockTokens];
   const int segment = blockIdx.x < params.capacity ? 0 : 1;
   const std::int64_t number = blockIdx.x - segment * params.capacity;
   BlockBuilder builder{};
   builder.head_dim = params.head_dim;
-  builder.bits = params.bits[segment];
+  const quantized::Bits bits = params.bits[segment];
   builder.rows = reinterpret_cast<float*>(shared);
   builder.words = reinterpret_cast<std::uint32_t*>(builder.rows + kBlockTokens * (params.head_dim + 1));
   builder.position = position;
-  const quantized::BlockLayout layout = quantized::block_layout(params.head_dim, builder.bits, sizeof(ElementType));
+  const quantized::BlockLayout layout = quantized::block_layout(params.head_dim, bits, sizeof(ElementType));
   for (std::int64_t b = blockIdx.z; b < params.batch; b += gridDim.z) {
     const std::int64_t given = segment == 0 ? params.count[b * params.count_stride] : params.rest_count[b];
     const std::int64_t total = min(max(given, std::int64_t{0}), params.tokens);
@@ -191,11 +193,12 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
         reinterpret_cast<int*>(block)[threadIdx.x] = threadIdx.x == 0 ? builder.tokens : 0;
       }
       builder.load(static_cast<const ElementType*>(params.k) + b * params.k_stride[0] + h * params.k_stride[1],
-                   params.k_stride[2]);
-      pack_keys<ElementType>(builder, block, layout);
+                   params.k_stride[2], bits.keys);
+      pack_keys<ElementType>(builder, block, layout, bits.keys);
       builder.load(static_cast<const ElementType*>(params.v) + b * params.v_stride[0] + h * params.v_stride[1],
-                   params.v_stride[2]);
-      pack_values<ElementType>(builder, block, layout, params.v_factor + (b * params.heads + h) * params.head_dim);
+                   params.v_stride[2], bits.values);
+      pack_values<ElementType>(builder, block, layout, bits.values,
+                               params.v_factor + (b * params.heads + h) * params.head_dim);
     }
   }
 }
@@ -216,7 +219,8 @@ cudaError_t launch_for(const QuantizeKvParams& params, cudaStream_t stream) {
   if (const cudaError_t error = launch_split_tokens(params, stream); error != cudaSuccess) {
     return error;
   }
-  const int max_bits = params.bits[0] > params.bits[1] ? params.bits[0] : params.bits[1];
+  const int max_bits =
+      std::max({params.bits[0].keys, params.bits[0].values, params.bits[1].keys, params.bits[1].values});
   const int shared = kBlockTokens * (params.head_dim + 1) * static_cast<int>(sizeof(float)) +
                      kBlockTokens * params.head_dim * max_bits / 8;
   const dim3 grid(static_cast<unsigned>(2 * params.capacity), grid_of(params.heads), grid_of(params.batch));

@@ -1,5 +1,6 @@
 // What a neighbourhood adds to a selection, and the list of real tokens. One block a batch row walks the tokens once
-// (twice where some are padding, to know how many are real), four tokens a thread, and numbers them by block scans.
+// (twice where some are padding, to know how many are real), four or sixteen tokens a thread, and numbers them by block
+// scans.
 #include "cuda/select_tokens/extend_selection.h"
 
 #include "cuda/common/launch.h"
@@ -11,12 +12,9 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpThreads;
-constexpr int kEach = 4;  // adjacent tokens of a thread
-constexpr int kChunk = kThreads * kEach;
 
-struct Shared {
-  int warp_totals[kWarps];
-  alignas(4) unsigned char selected[kChunk];
+struct WarpTotals {
+  int of_warp[kWarps];
 };
 
 struct BlockSum {
@@ -24,7 +22,7 @@ struct BlockSum {
 };
 
 // The sum of `mine` over the threads before this one, and over all.
-__device__ BlockSum block_sum(int mine, Shared& shared) {
+__device__ BlockSum block_sum(int mine, WarpTotals& totals) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   int inclusive = mine;
 #pragma unroll
@@ -33,10 +31,10 @@ __device__ BlockSum block_sum(int mine, Shared& shared) {
     inclusive += lane >= step ? other : 0;
   }
   if (lane == kWarpThreads - 1) {
-    shared.warp_totals[warp] = inclusive;
+    totals.of_warp[warp] = inclusive;
   }
   __syncthreads();
-  const int total_of_lane = shared.warp_totals[lane];
+  const int total_of_lane = totals.of_warp[lane];
   const int before = __reduce_add_sync(kAllLanes, lane < warp ? total_of_lane : 0);
   const int total = __reduce_add_sync(kAllLanes, total_of_lane);
   __syncthreads();
@@ -48,9 +46,13 @@ __device__ bool is_set(const bool* row, std::int64_t stride, int n, int tokens) 
   return n < tokens && row[n * stride];
 }
 
+// Each: adjacent tokens of a thread.
+template <int Each>
 __global__ void __launch_bounds__(kThreads)
     extend_selection_kernel(const __grid_constant__ ExtendSelectionParams params) {
-  __shared__ Shared shared;
+  constexpr int kChunk = kThreads * Each;
+  __shared__ WarpTotals totals;
+  __shared__ alignas(16) unsigned char selected[kChunk];
   ptx::launch_dependent_grids();
   ptx::wait_on_dependent_grids();
   const std::int64_t b = blockIdx.x;
@@ -68,45 +70,48 @@ __global__ void __launch_bounds__(kThreads)
     for (int n = thread; n < tokens; n += kThreads) {
       mine += mask[n * params.token_stride[1]] ? 1 : 0;
     }
-    all_real = block_sum(mine, shared).total;
+    all_real = block_sum(mine, totals).total;
   }
   const int window_from = all_real - params.local_window;  // rank of the first of the last real tokens
   int place = 0, numbered = 0, taken = 0;                  // entries of index, real tokens, tokens taken so far
   for (int first = 0; first < tokens; first += kChunk) {
-    *reinterpret_cast<std::uint32_t*>(shared.selected + thread * kEach) = 0;
+#pragma unroll
+    for (int i = 0; i < Each; i += 4) {
+      *reinterpret_cast<std::uint32_t*>(selected + thread * Each + i) = 0;
+    }
     __syncthreads();
     int passed = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
+    for (int i = 0; i < Each; ++i) {
       const int at = place + i * kThreads + thread;
       const int token = at < count ? index[at] : tokens;
       if (token < min(first + kChunk, tokens)) {
         ++passed;
         if (token >= first) {
-          shared.selected[token - first] = 1;
+          selected[token - first] = 1;
         }
       }
     }
-    place += block_sum(passed, shared).total;
-    const int own = first + thread * kEach;
-    bool real[kEach];
+    place += block_sum(passed, totals).total;
+    const int own = first + thread * Each;
+    bool real[Each];
     int real_here = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
+    for (int i = 0; i < Each; ++i) {
       real[i] = mask == nullptr ? own + i < tokens : is_set(mask, params.token_stride[1], own + i, tokens);
       real_here += real[i] ? 1 : 0;
     }
     int rank = own;
     if (mask != nullptr) {
-      const BlockSum sum = block_sum(real_here, shared);
+      const BlockSum sum = block_sum(real_here, totals);
       rank = numbered + sum.before;
       numbered += sum.total;
     }
-    bool takes[kEach];
+    bool takes[Each];
     int takes_here = 0;
 #pragma unroll
-    for (int i = 0, at = rank; i < kEach; ++i) {
-      takes[i] = shared.selected[thread * kEach + i] != 0;
+    for (int i = 0, at = rank; i < Each; ++i) {
+      takes[i] = selected[thread * Each + i] != 0;
       if (real[i]) {
         takes[i] = takes[i] || at < params.num_sinks || at >= window_from ||
                    (extra != nullptr && is_set(extra, params.extra_stride[1], own + i, tokens));
@@ -118,17 +123,17 @@ __global__ void __launch_bounds__(kThreads)
       takes_here += takes[i] ? 1 : 0;
     }
     if (extended != nullptr) {
-      const BlockSum sum = block_sum(takes_here, shared);
+      const BlockSum sum = block_sum(takes_here, totals);
       int at = taken + sum.before;
       taken += sum.total;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < Each; ++i) {
         if (takes[i]) {
           extended[at++] = own + i;
         }
       }
     }
-    __syncthreads();  // shared.selected is written again
+    __syncthreads();  // `selected` is written again
   }
   if (extended != nullptr) {
     for (int at = taken + thread; at < tokens; at += kThreads) {
@@ -153,7 +158,11 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t launch_extend_selection(const ExtendSelectionParams& params, cudaStream_t stream) {
-  return launch_dependent(&extend_selection_kernel, static_cast<unsigned>(params.batch), kThreads, 0, stream, params);
+  // A walk of long rows costs the scans of its rounds, one of short rows a thread's tokens.
+  constexpr int kShort = 4, kLong = 16;
+  auto* kernel =
+      params.tokens <= kThreads * kShort ? &extend_selection_kernel<kShort> : &extend_selection_kernel<kLong>;
+  return launch_dependent(kernel, static_cast<unsigned>(params.batch), kThreads, 0, stream, params);
 }
 
 }  // namespace zipvl::cuda

@@ -26,6 +26,10 @@ def test_every_field_of_the_configuration_is_an_argument() -> None:
     assert arguments.zipvl == ZipVLConfig(**given | {"layers": (1, 2, 3)})
     assert parse({"pretrained": "m", "layers": "0+4"}).zipvl.layers == (0, 4)
     assert parse({"pretrained": "m", "layers": 2}).zipvl.layers == (2,)
+    assert parse({"pretrained": "m", "high_bits": 8}).zipvl.high_bits == (8, 8)
+    assert parse({"pretrained": "m", "low_bits": "4+2"}).zipvl.low_bits == (4, 2)
+    with pytest.raises(ValueError, match=r"ZipVLConfig: low_bits must be 2, 4 or 8, .*, got '4\+x'"):
+        parse({"pretrained": "m", "low_bits": "4+x"})
 
 
 @pytest.mark.parametrize(

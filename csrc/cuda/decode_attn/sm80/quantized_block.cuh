@@ -69,18 +69,18 @@ struct Unpack {
   }
 };
 
-template <typename ElementType, int D, int Bits_>
+template <typename ElementType, int D, int KeyBits, int ValueBits>
 struct QuantizedTile {
-  static constexpr int kBits = Bits_;
+  static constexpr quantized::Bits kBits{KeyBits, ValueBits};
   static constexpr quantized::BlockLayout kLayout = quantized::block_layout(D, kBits, 2);
   static constexpr int kBytes = static_cast<int>(kLayout.bytes);
   static constexpr int kTokenTiles = quantized::kBlockTokens / 16;
   using Code = CodeElement<ElementType>;
-  using Keys = Unpack<ElementType, kBits>;
-  using Values = Unpack<__half, kBits>;
+  using Keys = Unpack<ElementType, KeyBits>;
+  using Values = Unpack<__half, ValueBits>;
   // How many times too large the outputs of channels 16 m + 8 + i are; 8 bits have both halves of a code in one
   // operand.
-  static constexpr float kValueUpper = kBits == 8 ? 1.0F : static_cast<float>(Values::kUpper);
+  static constexpr float kValueUpper = ValueBits == 8 ? 1.0F : static_cast<float>(Values::kUpper);
 
   // Bytes [First, End) of a block. Both addresses are the lane's: 16 times it past the block's begin.
   template <int First, int End>
@@ -102,8 +102,9 @@ struct QuantizedTile {
 
   // The words of channel tile `tile` (of tiles `tile` and `tile + 1` at 2 bits), one of each 16 tokens; upper: of the
   // upper halves of 8 bits.
+  template <int Bits>
   static __device__ __forceinline__ uint4 words(const unsigned char* codes, int lane, int tile, bool upper = false) {
-    const int row = kBits == 2 ? tile / 2 : kBits == 4 ? tile : 2 * tile + (upper ? 1 : 0);
+    const int row = Bits == 2 ? tile / 2 : Bits == 4 ? tile : 2 * tile + (upper ? 1 : 0);
     return reinterpret_cast<const uint4*>(codes)[row * 32 + lane];
   }
 
@@ -132,7 +133,7 @@ struct QuantizedTile {
       hold_loads_back();
       const uint4 scale = scales[pair * 4 + j], zero = zeros[pair * 4 + j];
       const std::uint32_t scale_of[2][2] = {{scale.x, scale.y}, {scale.z, scale.w}};
-      uint4 word = words(codes, lane, 2 * pair);
+      uint4 word = words<KeyBits>(codes, lane, 2 * pair);
       std::uint32_t q[4];
       Queries<ElementType, D>::load_halves(q, queries, pair, lane);
       // As they were loaded: rows 0 to 7 are the zeros of channels 0 to 7 of both tiles, rows 8 to 15 of 8 to 15.
@@ -144,13 +145,13 @@ struct QuantizedTile {
         const int k = 2 * pair + odd;
         const std::uint32_t low = multiply_pairs<ElementType>(q[odd], scale_of[odd][0]);
         const std::uint32_t high = multiply_pairs<ElementType>(q[odd + 2], scale_of[odd][1]);
-        if (kBits != 2 && odd == 1) {
-          word = words(codes, lane, k);
+        if (KeyBits != 2 && odd == 1) {
+          word = words<KeyBits>(codes, lane, k);
         }
-        add_codes(s, set, word, kBits == 2 ? odd : 0, bits, low, high);
-        if constexpr (kBits == 8) {
+        add_codes(s, set, word, KeyBits == 2 ? odd : 0, bits, low, high);
+        if constexpr (KeyBits == 8) {
           constexpr std::uint32_t kSixteen = std::is_same_v<ElementType, __half> ? 0x4C004C00U : 0x41804180U;
-          add_codes(s, set, words(codes, lane, k, true), 0, bits, multiply_pairs<ElementType>(low, kSixteen),
+          add_codes(s, set, words<KeyBits>(codes, lane, k, true), 0, bits, multiply_pairs<ElementType>(low, kSixteen),
                     multiply_pairs<ElementType>(high, kSixteen));
         }
       }
@@ -229,26 +230,26 @@ struct QuantizedTile {
 #pragma unroll
     for (int pair = 0; pair < D / 32; ++pair) {
       hold_loads_back();
-      uint4 word = words(codes, lane, 2 * pair), above{};
+      uint4 word = words<ValueBits>(codes, lane, 2 * pair), above{};
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int m = 2 * pair + odd;
-        if (kBits != 2 && odd == 1) {
-          word = words(codes, lane, m);
+        if (ValueBits != 2 && odd == 1) {
+          word = words<ValueBits>(codes, lane, m);
         }
-        if constexpr (kBits == 8) {
+        if constexpr (ValueBits == 8) {
           hold_loads_back();
-          above = words(codes, lane, m, true);
+          above = words<ValueBits>(codes, lane, m, true);
         }
         const std::uint32_t lower_of[kTokenTiles] = {word.x, word.y, word.z, word.w};
         const std::uint32_t upper_of[kTokenTiles] = {above.x, above.y, above.z, above.w};
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
           std::uint32_t a[4];
-          if constexpr (kBits == 8) {
+          if constexpr (ValueBits == 8) {
             join_halves(a, lower_of[t], upper_of[t]);
           } else {
-            Values::run(a, lower_of[t], kBits == 2 ? odd : 0, 0);
+            Values::run(a, lower_of[t], ValueBits == 2 ? odd : 0, 0);
           }
           ptx::mma_16x8x16<__half>(state.out[m], a, weights[t][0], weights[t][1]);
         }

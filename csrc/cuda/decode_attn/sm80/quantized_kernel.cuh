@@ -111,16 +111,14 @@ __device__ __forceinline__ void attend_split(WarpState<D>& state, std::uint32_t 
         stream_segment<Tile, Warps>(state, queries, ring, head, segment.stride[2], mine, end, attn.scale_log2,
                                     params.code_bits);
       };
-      switch (segment.bits) {
-        case 2:
-          stream(QuantizedTile<ElementType, D, 2>{});
-          break;
-        case 4:
-          stream(QuantizedTile<ElementType, D, 4>{});
-          break;
-        default:
-          stream(QuantizedTile<ElementType, D, 8>{});
-          break;
+      if (segment.bits.keys == 2) {
+        stream(QuantizedTile<ElementType, D, 2, 2>{});
+      } else if (segment.bits.keys == 8) {
+        stream(QuantizedTile<ElementType, D, 8, 8>{});
+      } else if (segment.bits.values == 2) {
+        stream(QuantizedTile<ElementType, D, 4, 2>{});
+      } else {
+        stream(QuantizedTile<ElementType, D, 4, 4>{});
       }
       at += (end - mine + Warps - 1) / Warps * Warps;
     }
@@ -154,7 +152,7 @@ __device__ __forceinline__ void attend_split(WarpState<D>& state, std::uint32_t 
 template <typename ElementType, int D, int Warps>
 __global__ void __launch_bounds__(Warps* kWarpThreads, 1)
     decode_attn_quantized_kernel(const __grid_constant__ DecodeAttnQuantizedParams params) {
-  static_assert(quantized_warp_bytes(D, 2, 2) >= kMergeBytes<D>);
+  static_assert(quantized_warp_bytes(D, {4, 2}, {4, 2}) >= kMergeBytes<D>);  // the smallest
   extern __shared__ __align__(128) unsigned char shared[];
   const QuantizedRowTiles tiles(params);
   const int warp_bytes = params.attn.shared_bytes / Warps;

@@ -30,8 +30,8 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
       ptx::mbarrier_init(&shared.ranged.rows_full[i], kQueryWarps);
       ptx::mbarrier_init(&shared.ranged.rows_empty[i], kConsumerWarps + 1);  // and the thread that loads keys
     }
-    ptx::mbarrier_init(&shared.ranged.sinks_full, 1);
-    ptx::mbarrier_init(&shared.ranged.sinks_empty, kConsumerWarps);
+    ptx::mbarrier_init(&shared.ranged.sinks.full, 1);
+    ptx::mbarrier_init(&shared.ranged.sinks.empty, kConsumerWarps);
   }
   ptx::fence_barrier_init();
 }
@@ -158,39 +158,6 @@ __device__ __forceinline__ void consume(const AttnParams& params, SharedStorage<
   }
 }
 
-// Of the thread's row i: its sum over all columns, log2 of the sum of 2**score, and what a pass over other keys left in
-// `out` weighs beside this one's.
-struct Merge {
-  float inverse, other;  // out = o * inverse + (what is there) * other
-};
-
-// lse: of the row and head, written or, with kMerges, read; null: there is none. Every lane of the quad that holds the
-// row calls it.
-template <bool kMerges>
-__device__ __forceinline__ Merge merge_row(const RowState& rows, int i, float scale_log2, float* lse) {
-  const float sum = quad_sum(rows.sum[i]);
-  Merge merge{sum == 0.0F ? 0.0F : 1.0F / sum, 0.0F};  // a row that sees no key is 0; NaN stays
-  if (lse == nullptr) {
-    return merge;
-  }
-  const float own = sum == 0.0F ? -INFINITY : rows.max[i] * scale_log2 + log2f(sum);
-  if constexpr (!kMerges) {
-    if (threadIdx.x % 4 == 0) {
-      *lse = own;
-    }
-    return merge;
-  }
-  const float before = __ldcg(lse);
-  const float top = fmaxf(own, before);
-  if (top == -INFINITY) {
-    return merge;  // neither sees anything
-  }
-  const float mine = exp2f(own - top), theirs = exp2f(before - top), both = 1.0F / (mine + theirs);
-  merge.inverse *= mine * both;
-  merge.other = theirs * both;
-  return merge;
-}
-
 // As store_rows, of ranged attention: rows with their log-sum-exp, merged with what is there where ranges say so.
 template <typename Traits, bool kMerges, int kOutputs>
 __device__ __forceinline__ void store_ranged_rows(const AttnParams& params, const Tile& tile,
@@ -268,7 +235,7 @@ __device__ __forceinline__ void consume_ranged(const AttnParams& params, SharedS
         x = 0.0F;
       }
     }
-    if (!Traits::kWindow && params.ranges.merges) {
+    if (params.ranges.merges) {
       store_ranged_rows<Traits, true>(params, tile.tile, o, rows, consumer.places());
     } else {
       store_ranged_rows<Traits, false>(params, tile.tile, o, rows, consumer.places());
@@ -307,7 +274,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 // Ranged attention. What it reads was written by kernels before it, the last of which it waits for.
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     ranged_attn_sm90(const __grid_constant__ AttnParams params, const __grid_constant__ RangedMaps maps) {
   extern __shared__ unsigned char shared_bytes[];
   auto& shared =

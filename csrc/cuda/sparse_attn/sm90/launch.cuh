@@ -12,6 +12,7 @@
 #include "cuda/common/tensor_map.h"
 #include "cuda/sparse_attn/sm90/kernel.cuh"
 #include "cuda/sparse_attn/sm90/params.h"
+#include "cuda/sparse_attn/sm90/window.cuh"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
 
@@ -38,9 +39,17 @@ inline cudaError_t map_of(const SparseAttnParams& problem, const void* packed, c
                          map);
 }
 
+// Blocks of a grid: one a multiprocessor, which takes tile after tile.
+template <typename Tr>
+unsigned grid_of(const AttnParams& params, int num_sms) {
+  const std::int64_t tiles =
+      static_cast<std::int64_t>(params.batch) * params.query_heads * ceil_div(params.tokens, Tr::kBlockM);
+  return static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms));
+}
+
 template <typename ElementType, int HeadDim>
 cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* seen, int num_sms, cudaStream_t stream) {
-  using Tr = Traits<ElementType, HeadDim, Seen::kSelection>;
+  using Tr = Traits<ElementType, HeadDim, /*Ranged=*/false>;
   const AttnParams params = attn_params(problem, seen);
   CUtensorMap k_map, v_map;
   if (const cudaError_t error = map_of(problem, problem.k_packed, problem.k, problem.k_stride, Tr::kBlockN, &k_map);
@@ -53,42 +62,87 @@ cudaError_t launch_kernel(const SparseAttnParams& problem, const std::int32_t* s
   }
   constexpr int kSharedBytes = sizeof(SharedStorage<Tr>) + 1024;  // dynamic shared memory is aligned to 16 bytes only
   auto* kernel = &sparse_attn_sm90<Tr>;
-  const std::int64_t tiles =
-      static_cast<std::int64_t>(params.batch) * params.query_heads * ceil_div(params.tokens, Tr::kBlockM);
-  return launch_dependent(kernel, static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms)), Tr::kThreads,
-                          kSharedBytes, stream, params, k_map, v_map);
+  return launch_dependent(kernel, grid_of<Tr>(params, num_sms), Tr::kThreads, kSharedBytes, stream, params, k_map,
+                          v_map);
 }
 
+// Blocks of kBlockN keys and values at once, and kSinkRows of them.
 template <typename Tr>
-cudaError_t launch_ranged(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
-  const AttnParams params = attn_params(problem, nullptr);
-  RangedMaps maps;
+cudaError_t ranged_maps(const SparseAttnParams& problem, RangedMaps* maps) {
   for (const auto& [packed, data, stride, rows, map] :
-       {std::tuple{problem.k_packed, problem.k, &problem.k_stride, Tr::kBlockN, &maps.k},
-        std::tuple{problem.v_packed, problem.v, &problem.v_stride, Tr::kBlockN, &maps.v},
-        std::tuple{problem.k_packed, problem.k, &problem.k_stride, Tr::kSinkRows, &maps.sink_k},
-        std::tuple{problem.v_packed, problem.v, &problem.v_stride, Tr::kSinkRows, &maps.sink_v}}) {
+       {std::tuple{problem.k_packed, problem.k, &problem.k_stride, Tr::kBlockN, &maps->k},
+        std::tuple{problem.v_packed, problem.v, &problem.v_stride, Tr::kBlockN, &maps->v},
+        std::tuple{problem.k_packed, problem.k, &problem.k_stride, kSinkRows, &maps->sink_k},
+        std::tuple{problem.v_packed, problem.v, &problem.v_stride, kSinkRows, &maps->sink_v}}) {
     if (const cudaError_t error = map_of(problem, packed, data, *stride, static_cast<std::uint32_t>(rows), map);
         error != cudaSuccess) {
       return error;
     }
   }
+  return cudaSuccess;
+}
+
+template <typename ElementType, int HeadDim>
+cudaError_t launch_ranged(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
+  using Tr = Traits<ElementType, HeadDim, /*Ranged=*/true>;
+  RangedMaps maps;
+  if (const cudaError_t error = ranged_maps<Tr>(problem, &maps); error != cudaSuccess) {
+    return error;
+  }
+  const AttnParams params = attn_params(problem, nullptr);
   constexpr int kSharedBytes = sizeof(SharedStorage<Tr>) + 1024;
-  const std::int64_t tiles =
-      static_cast<std::int64_t>(params.batch) * params.query_heads * ceil_div(params.tokens, Tr::kBlockM);
-  const std::int64_t blocks = std::min<std::int64_t>(tiles, num_sms * Tr::kBlocksPerSm);
-  return launch_dependent(&ranged_attn_sm90<Tr>, static_cast<unsigned>(blocks), Tr::kThreads, kSharedBytes, stream,
+  return launch_dependent(&ranged_attn_sm90<Tr>, grid_of<Tr>(params, num_sms), Tr::kThreads, kSharedBytes, stream,
                           params, maps);
+}
+
+// Whether the copy engine reads the queries, which takes no strides of 0.
+inline bool copies_queries(const SparseAttnParams& problem) {
+  const auto& stride = problem.q_stride;
+  return (problem.batch == 1 || stride[0] > 0) && (problem.query_heads == 1 || stride[1] > 0) &&
+         (problem.queries == 1 || stride[2] > 0);
+}
+
+template <typename ElementType, int HeadDim>
+cudaError_t launch_window(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
+  using Tr = WindowTraits<ElementType, HeadDim>;
+  WindowMaps maps;
+  if (const cudaError_t error = ranged_maps<Tr>(problem, &maps.keys); error != cudaSuccess) {
+    return error;
+  }
+  const AttnParams params = attn_params(problem, nullptr);
+  const int tokens = tokens_of_tile<Tr>(params.group);
+  const std::int64_t out_row = problem.query_heads * problem.head_dim;
+  const auto size = [](std::int64_t x) { return static_cast<std::uint64_t>(x); };
+  TensorMapView rows{problem.q,
+                     problem.element,
+                     {size(problem.head_dim), size(problem.query_heads), size(problem.queries), size(problem.batch)},
+                     {problem.q_stride[1], problem.q_stride[2], problem.q_stride[0]},
+                     {kSlabColumns, static_cast<std::uint32_t>(params.group), static_cast<std::uint32_t>(tokens), 1}};
+  if (const cudaError_t error = make_tensor_map(rows, &maps.q); error != cudaSuccess) {
+    return error;
+  }
+  rows.data = problem.out;
+  const std::int64_t out_stride[3] = {problem.head_dim, out_row, problem.queries * out_row};
+  std::copy_n(out_stride, 3, rows.stride);
+  if (const cudaError_t error = make_tensor_map(rows, &maps.out); error != cudaSuccess) {
+    return error;
+  }
+  const std::int64_t tiles = std::int64_t{params.batch} * params.kv_heads * ceil_div(params.tokens, tokens);
+  const auto grid = static_cast<unsigned>(std::min<std::int64_t>(tiles, num_sms));
+  constexpr int kSharedBytes = sizeof(WindowStorage<Tr>) + 1024;
+  return launch_dependent(&window_attn_sm90<Tr>, grid, Tr::kThreads, kSharedBytes, stream, params, maps);
 }
 
 template <typename ElementType, int HeadDim>
 cudaError_t launch_ranged_kernel(const SparseAttnParams& problem, int num_sms, cudaStream_t stream) {
-  if constexpr (Traits<ElementType, HeadDim, Seen::kWindow>::kWindow) {
-    if (problem.ranges.in_window) {
-      return launch_ranged<Traits<ElementType, HeadDim, Seen::kWindow>>(problem, num_sms, stream);
+  if constexpr (HeadDim != 256) {  // whose outputs leave no room for three consumers
+    const bool fits = problem.query_heads / problem.kv_heads <= WindowTraits<ElementType, HeadDim>::kBlockM &&
+                      problem.ranges.num_sinks <= kSinkRows;
+    if (problem.ranges.in_window && fits && copies_queries(problem)) {
+      return launch_window<ElementType, HeadDim>(problem, num_sms, stream);
     }
   }
-  return launch_ranged<Traits<ElementType, HeadDim, Seen::kRanged>>(problem, num_sms, stream);
+  return launch_ranged<ElementType, HeadDim>(problem, num_sms, stream);
 }
 
 }  // namespace zipvl::cuda::sparse_attn::sm90

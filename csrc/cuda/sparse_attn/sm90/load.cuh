@@ -10,6 +10,7 @@
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
+#include "cuda/sparse_attn/sm90/sinks.cuh"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
 
@@ -58,7 +59,6 @@ __device__ __forceinline__ void load_keys_values(const AttnParams& params, const
 template <typename Traits>
 __device__ __forceinline__ void load_ranged_keys_values(const AttnParams& params, const RangedMaps& maps,
                                                         SharedStorage<Traits>& shared) {
-  using Sinks = typename Traits::Sinks;
   StageParity k_parity, v_parity;
   std::uint32_t sinks_phase = 0;
   PipelineState<Traits::kQueryStages> place;
@@ -71,18 +71,8 @@ __device__ __forceinline__ void load_ranged_keys_values(const AttnParams& params
     const TileBlocks blocks = tile_blocks<Traits>(params, [&](int i) { return shared.ranged.group[place.index][i]; });
     ptx::mbarrier_arrive(&shared.ranged.rows_empty[place.index]);
     place.advance();
-    for (int sink = 0; sink < (blocks.sinks ? params.ranges.num_sinks : 0); sink += Traits::kSinkRows) {
-      ptx::mbarrier_wait(&shared.ranged.sinks_empty, sinks_phase ^ 1);
-      ptx::mbarrier_arrive_expect_tx(&shared.ranged.sinks_full, 2 * Sinks::kBytes);
-#pragma unroll 1
-      for (int slab = 0; slab < Sinks::kSlabs; ++slab) {
-        const int column = slab * kSlabColumns, head = tile.head / params.group;
-        ptx::tma_load_4d(shared.ranged.sink_k + slab * Sinks::kSlabElements, &maps.sink_k, &shared.ranged.sinks_full,
-                         column, sink, head, tile.batch);
-        ptx::tma_load_4d(shared.ranged.sink_v + slab * Sinks::kSlabElements, &maps.sink_v, &shared.ranged.sinks_full,
-                         column, sink, head, tile.batch);
-      }
-      sinks_phase ^= 1;
+    if (blocks.sinks) {
+      load_sinks<Traits>(params, maps, shared.ranged.sinks, tile.head / params.group, tile.batch, sinks_phase);
     }
     load_blocks(params, &maps.k, &maps.v, shared, tile, blocks.first, blocks.end, k_parity, v_parity);
   }

@@ -12,116 +12,11 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sparse_attn/sm90/scheduler.cuh"
+#include "cuda/sparse_attn/sm90/sinks.cuh"
+#include "cuda/sparse_attn/sm90/softmax.cuh"
 #include "cuda/sparse_attn/sm90/traits.cuh"
 
 namespace zipvl::cuda::sparse_attn::sm90 {
-
-// Online softmax over the score tiles of a warpgroup (Milakov and Gimelshein, arXiv 1805.02867), in registers. A thread
-// holds parts of two rows, 8 apart; the four lanes of a quad share a row.
-
-struct RowState {
-  float max[2], sum[2];  // of the scores so far (unscaled), and of this thread's weights relative to that maximum
-};
-
-// The thread's row i: -inf from column `seen` on, counted from the thread's first column.
-template <int kScores>
-__device__ __forceinline__ void apply_mask(float (&s)[kScores], int i, int seen) {
-#pragma unroll
-  for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      if (8 * j + c >= seen) {
-        s[4 * j + 2 * i + c] = -INFINITY;
-      }
-    }
-  }
-}
-
-// The same before column `first`, and from column `end` on.
-template <int kScores>
-__device__ __forceinline__ void apply_mask(float (&s)[kScores], int i, int first, int end) {
-#pragma unroll
-  for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      if (static_cast<unsigned>(8 * j + c - first) >= static_cast<unsigned>(end - first)) {
-        s[4 * j + 2 * i + c] = -INFINITY;
-      }
-    }
-  }
-}
-
-// What the thread's two rows see: packed keys up to `limit`, or places [first, limit) of a list.
-template <bool kRanged>
-struct RowLimits {
-  const int (&limit)[2];
-};
-template <>
-struct RowLimits<true> {
-  const int (&first)[2];
-  const int (&limit)[2];
-};
-
-// Scores [64, kBlockN] of packed keys from `first_column` on -> weights exp2(scale_log2 * (score - max)), in place.
-// rescale: what sums and outputs so far must be multiplied by, as the maximum moved.
-template <bool kMasked, bool kRanged, int kScores>
-__device__ __forceinline__ void online_softmax(float (&s)[kScores], RowState& rows, float (&rescale)[2],
-                                               float scale_log2, const RowLimits<kRanged>& seen, int first_column) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int own_column = first_column + 2 * static_cast<int>(threadIdx.x % 4);
-    if constexpr (kMasked && kRanged) {
-      apply_mask(s, i, seen.first[i] - own_column, seen.limit[i] - own_column);
-    } else if constexpr (kMasked) {
-      apply_mask(s, i, seen.limit[i] - first_column - 2 * static_cast<int>(threadIdx.x % 4));
-    }
-    float max = rows.max[i];
-#pragma unroll
-    for (int j = 0; j < kScores / 4; ++j) {
-      max = fmaxf(max, fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
-    }
-    max = quad_max(max);
-    const float base = max == -INFINITY ? 0.0F : max * scale_log2;  // nothing seen yet: every weight is 0
-    rescale[i] = ptx::exp2(rows.max[i] * scale_log2 - base);
-    rows.max[i] = max;
-    float sum = 0.0F;
-#pragma unroll
-    for (int j = 0; j < kScores / 4; ++j) {
-      float& a = s[4 * j + 2 * i];
-      float& b = s[4 * j + 2 * i + 1];
-      a = ptx::exp2(fmaf(a, scale_log2, -base));
-      b = ptx::exp2(fmaf(b, scale_log2, -base));
-      sum += a + b;
-    }
-    rows.sum[i] = fmaf(rows.sum[i], rescale[i], sum);
-  }
-}
-
-// Weights as the A operand of the second product: fragment k holds columns 16 k to 16 k + 15.
-template <typename Element, int kScores>
-__device__ __forceinline__ void to_fragments(const float (&s)[kScores], std::uint32_t (&p)[kScores / 8][4]) {
-#pragma unroll
-  for (int k = 0; k < kScores / 8; ++k) {
-#pragma unroll
-    for (int f = 0; f < 4; ++f) {
-      p[k][f] = pack_pair<Element>(s[8 * k + 2 * f], s[8 * k + 2 * f + 1]);
-    }
-  }
-}
-
-// The maximum seldom moves after the first blocks: a warp in which none did skips the multiplications.
-template <int kOutputs>
-__device__ __forceinline__ void rescale_o(float (&o)[kOutputs], const float (&rescale)[2]) {
-  if (__any_sync(kAllLanes, rescale[0] != 1.0F || rescale[1] != 1.0F)) {
-#pragma unroll
-    for (int j = 0; j < kOutputs / 4; ++j) {
-      o[4 * j] *= rescale[0];
-      o[4 * j + 1] *= rescale[0];
-      o[4 * j + 2] *= rescale[1];
-      o[4 * j + 3] *= rescale[1];
-    }
-  }
-}
 
 template <typename Traits>
 class Consumer {
@@ -163,8 +58,17 @@ class Consumer {
       query.descriptor = ptx::wgmma_descriptor(shared_.q[q_.index] + QueryLayout::row_elements(warpgroup_ * 64));
     }
     if constexpr (Traits::kRanged) {
-      for (int sink = 0; sink < sinks; sink += Traits::kSinkRows) {
-        attend_sinks(o, rows, query, sink);
+      for (int sink = 0; sink < sinks; sink += kSinkRows) {
+        attend_sinks<Traits>(o, rows, shared_.ranged.sinks, sinks_phase_, scale_log2_, places().sinks, sink,
+                             [&](float (&scores)[kSinkRows / 2], std::uint64_t key, int k) {
+                               if constexpr (Traits::kQueriesInRegisters) {
+                                 ptx::Wgmma<Element, kSinkRows, false>::rs(scores, query.fragment[k], key, k > 0);
+                               } else {
+                                 ptx::Wgmma<Element, kSinkRows, false>::ss(
+                                     scores, ptx::wgmma_advance(operand(query.descriptor), QueryLayout::column_step(k)),
+                                     key, k > 0);
+                               }
+                             });
       }
     }
     int block = blocks - 1;
@@ -265,43 +169,6 @@ class Consumer {
     } else {
       return {places().limit};
     }
-  }
-
-  // The sinks from `sink` on, as many as one product takes: a tile of keys in small, before the others.
-  __device__ __forceinline__ void attend_sinks(float (&o)[kOutputs], RowState& rows, const Queries& query, int sink) {
-    using Sinks = typename Traits::Sinks;
-    constexpr int kSinkScores = Traits::kSinkRows / 2;
-    float s[kSinkScores], rescale[2];
-    ptx::mbarrier_wait(&shared_.ranged.sinks_full, sinks_phase_);
-    sinks_phase_ ^= 1;
-    const std::uint64_t key = ptx::wgmma_descriptor(shared_.ranged.sink_k);
-    ptx::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < kFragments; ++k) {
-      const std::uint64_t key_step = ptx::wgmma_advance(key, Sinks::column_step(k));
-      if constexpr (Traits::kQueriesInRegisters) {
-        ptx::Wgmma<Element, Traits::kSinkRows, false>::rs(s, query.fragment[k], key_step, k > 0);
-      } else {
-        ptx::Wgmma<Element, Traits::kSinkRows, false>::ss(
-            s, ptx::wgmma_advance(operand(query.descriptor), QueryLayout::column_step(k)), key_step, k > 0);
-      }
-    }
-    ptx::warpgroup_commit_batch();
-    ptx::warpgroup_wait<0>();
-    ptx::warpgroup_fence_operand(s);
-    const int none[2] = {0, 0};
-    online_softmax<true>(s, rows, rescale, scale_log2_, RowLimits<true>{none, places().sinks}, sink);
-    rescale_o(o, rescale);
-    std::uint32_t p[1][4];
-    to_fragments<Element>(s, p);
-    const std::uint64_t value = ptx::wgmma_descriptor(shared_.ranged.sink_v, Sinks::kGroupBytes, Sinks::kSlabBytes);
-    ptx::warpgroup_fence_operand(o);
-    ptx::warpgroup_arrive();
-    ptx::Wgmma<Element, Traits::kHeadDim, true>::rs(o, p[0], value, 1);
-    ptx::warpgroup_commit_batch();
-    ptx::warpgroup_wait<0>();
-    ptx::warpgroup_fence_operand(o);
-    arrive(&shared_.ranged.sinks_empty);
   }
 
   // Steps of `block` and the block before it, or of `block` alone where it is the first; says whether it was.

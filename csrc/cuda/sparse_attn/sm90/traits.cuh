@@ -17,27 +17,19 @@ constexpr int kMaxBatches = plan::kSparseAttnMaxBatches;  // batch rows in the s
 // outputs pass through it.
 constexpr std::int64_t kL2Bytes = std::int64_t{32} << 20;
 
-// What the rows of queries see: the selection up to themselves; what RowRanges says of a long list of keys; or what it
-// says of a window.
-enum class Seen { kSelection, kRanged, kWindow };
-
-template <typename ElementType, int HeadDim, Seen Rows>
+// Ranged: rows see what RowRanges says of a list of keys. Otherwise they see the selection up to themselves.
+template <typename ElementType, int HeadDim, bool Ranged>
 struct Traits {
   using Element = ElementType;
   static constexpr int kHeadDim = HeadDim;
-  static constexpr bool kRanged = Rows != Seen::kSelection;
-  // Within a window a tile of 64 rows visits three blocks of 64 keys, where one of 128 rows would visit two of 128:
-  // three quarters of the work. So few steps leave little to overlap within a block of one consumer: two of them share
-  // a multiprocessor.
-  static constexpr bool kWindow = Rows == Seen::kWindow && HeadDim != 256;
-  static constexpr int kBlocksPerSm = kWindow ? 2 : 1;
+  static constexpr bool kRanged = Ranged;
   // Each consumer warpgroup owns 64 query rows. Two of them at 232 registers hold the scores, the weights and the
   // output of a 64 x 128 tile at D 128 (160 registers) and the queries; with three there are 160 registers each, which
   // is enough at D 64 (128) only, and there not for what ranged attention keeps.
-  static constexpr int kConsumers = kWindow ? 1 : HeadDim == 64 && !kRanged ? 3 : 2;
+  static constexpr int kConsumers = HeadDim == 64 && !kRanged ? 3 : 2;
   static constexpr int kBlockM = 64 * kConsumers;
   // At D 256 the output takes 128 registers and two stages of 128 keys would take 256 KiB.
-  static constexpr int kBlockN = HeadDim == 256 || kWindow ? 64 : 128;
+  static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
   // Of K and of V. The first key block of a tile stands in stage 0, the next in stage 1 and so on: then the consumers'
   // loop, unrolled twice, knows its operands' addresses when it is compiled.
   static constexpr int kStages = 2;
@@ -50,13 +42,10 @@ struct Traits {
   // threads at 128.
   static constexpr bool kWideProducer = kRanged && HeadDim == 256;  // 56 + 2 * 224: with less it spills
   static constexpr int kProducerRegisters = kWideProducer ? 56 : kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kWideProducer ? 224 : kConsumers == 3 ? 160 : kWindow ? 216 : 232;
+  static constexpr int kConsumerRegisters = kWideProducer ? 224 : kConsumers == 3 ? 160 : 232;
 
   using Queries = Sw128Slabs<kBlockM, HeadDim>;
   using Keys = Sw128Slabs<kBlockN, HeadDim>;  // and values
-
-  static constexpr int kSinkRows = 16;  // sinks of one product: its depth in the second one
-  using Sinks = Sw128Slabs<kSinkRows, HeadDim>;
 };
 
 // Warps of the producer warpgroup.
@@ -92,20 +81,28 @@ struct Tile {
   int batch, head, block;
 };
 
+constexpr int kSinkRows = 16;  // sinks of one product: its depth in the second one
+
+template <typename Traits>
+struct SinkStorage {
+  using Layout = Sw128Slabs<kSinkRows, Traits::kHeadDim>;
+  alignas(1024) typename Traits::Element k[Layout::kElements];
+  alignas(1024) typename Traits::Element v[Layout::kElements];
+  std::uint64_t full, empty;
+};
+
 // What ranged attention adds to the shared memory of a block. The warps that load queries say what the rows of the next
 // tile see while this one is computed: nobody else waits for device memory.
 template <typename Traits, bool Ranged = Traits::kRanged>
 struct RangedStorage {};
 template <typename Traits>
 struct RangedStorage<Traits, true> {
-  alignas(1024) typename Traits::Element sink_k[Traits::Sinks::kElements];
-  alignas(1024) typename Traits::Element sink_v[Traits::Sinks::kElements];
+  SinkStorage<Traits> sinks;
   alignas(16) int4 group[Traits::kQueryStages][Traits::kBlockM / kRowGroup];  // RowRanges::group of the tile
   Tile tile[Traits::kQueryStages];                                            // batch -1: there are no more
   int2 range[Traits::kQueryStages][Traits::kBlockM];
   int row[Traits::kQueryStages][Traits::kBlockM];  // RowPlaces::row
   std::uint64_t rows_full[Traits::kQueryStages], rows_empty[Traits::kQueryStages];
-  std::uint64_t sinks_full, sinks_empty;
 };
 
 template <typename Traits>

@@ -68,6 +68,14 @@ inline void ldmatrix_trans(std::uint32_t (&x)[4], std::uint32_t address) {
   }
 }
 
+inline void stmatrix(std::uint32_t address, const std::uint32_t (&x)[4]) {
+  const std::uint32_t* rows = matrix_rows(address);
+  const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
+  for (int m = 0; m < 4; ++m) {
+    std::memcpy(shared_pointer(rows[8 * m + i] + 4 * j), &x[m], sizeof x[m]);
+  }
+}
+
 inline std::uint32_t movmatrix_trans(std::uint32_t x) {
   const std::uint32_t* all = emulated::Block::current_block->exchange(0xFFFFFFFFU, x);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
