@@ -57,6 +57,15 @@ def test_blocks_for_kept_tokens_alone(engine: Any, kept: Any, expected: Any, mon
     assert len(lines) == 2 and all(line.endswith(said) for line in lines)
 
 
+def test_a_budget_of_the_caches_own(engine: Any, kept: Any, expected: Any) -> None:
+    """Prefill attends to what tau keeps; every layer stores the same share, and blocks are reserved for it."""
+    options = {"tau": 0.95, "local_window": 128, "cache": "drop", "cache_ratio": 0.3}
+    tokens, _ = expected(**options)
+    with engine(options, **WHOLE, block_size=32, num_gpu_blocks_override=64) as sparse:
+        assert answers(sparse, NAMES, one_by_one=False) == tokens
+    assert kept() == [(TOKENS, TOKENS, [784] * 6)] * 2, "the ceiling of 0.3 * 2613"
+
+
 def test_pre_emption(engine: Any, kept: Any, expected: Any) -> None:
     """Two requests outgrow the pool: one is thrown out, and selected anew with what it has decoded."""
     options = WINDOW | {"cache": "drop"}
