@@ -56,6 +56,8 @@ class Step:
 class SparseBuilder:
     """Mixin before one of vLLM's metadata builders."""
 
+    supports_update_block_table = False  # a step is of one group's blocks
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.zipvl: Budget | None = getattr(kv_cache_spec, "zipvl", None)
