@@ -44,53 +44,65 @@ def write(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
     k_cache[at], v_cache[at] = key[: len(slots)][own], value[: len(slots)][own]
 
 
-@pytest.fixture
-def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def cuda_backend() -> Iterator[list[Any]]:
+    """The layers that were made of CUDA's backend."""
     from vllm.v1.attention.backends import fa_utils
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.selector import _cached_get_attn_backend
 
     from zipvl.vllm import plugin
 
     stand_ins = {"flash_attn_varlen_func": attention, "reshape_and_cache_flash": write, "get_scheduler_metadata": None}
     stand_ins |= {"compile_flash_attn_varlen_func_from_specs": None, "flash_attn_supports_sinks": lambda: False}
-    for name, value in stand_ins.items():
-        monkeypatch.setattr(fa_utils, name, value, raising=False)
-    monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
-    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 2)
-    for module in ("vllm.v1.attention.backends.flash_attn", "zipvl.vllm.cuda"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in stand_ins.items():
+            patch.setattr(fa_utils, name, value, raising=False)
+        patch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
+        patch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 2)
+        for module in ("vllm.v1.attention.backends.flash_attn", "zipvl.vllm.cuda"):
+            patch.delitem(sys.modules, module, raising=False)
 
-    from vllm.v1.attention.backends import flash_attn
+        from vllm.v1.attention.backends import flash_attn
 
-    from zipvl.vllm import cuda
+        from zipvl.vllm import cuda
 
-    monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", attention)
-    monkeypatch.setattr(cuda.ZipVLImpl, "device_type", "cpu")
-    monkeypatch.setattr(cuda.ZipVLBackend, "supported_dtypes", [torch.float32])
+        made, first = [], cuda.ZipVLImpl.__init__
 
-    def register() -> None:
-        register_backend(AttentionBackendEnum.CPU_ATTN, "zipvl.vllm.cuda.ZipVLBackend")
+        def make(self: Any, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+            first(self, *args, **kwargs)
 
-    monkeypatch.setattr(plugin, "_register_backend", register)
-    yield
-    monkeypatch.undo()
-    for module in ("vllm.v1.attention.backends.flash_attn", "zipvl.vllm.cuda"):
-        sys.modules.pop(module, None)
-    plugin._register_backend()
+        patch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", attention)
+        patch.setattr(cuda.ZipVLImpl, "__init__", make)
+        patch.setattr(cuda.ZipVLImpl, "device_type", "cpu")
+        patch.setattr(cuda.ZipVLBackend, "supported_dtypes", [torch.float32])
+
+        def register() -> None:
+            register_backend(AttentionBackendEnum.CPU_ATTN, "zipvl.vllm.cuda.ZipVLBackend")
+
+        patch.setattr(plugin, "_register_backend", register)
+        plugin.register()
+        _cached_get_attn_backend.cache_clear()
+        yield made
+    plugin.register()
+    _cached_get_attn_backend.cache_clear()
 
 
-@pytest.mark.usefixtures("cuda_backend")
 @pytest.mark.parametrize("cache", ["full", "drop"])
-def test_pages(cache: str, engine: Any, kept: Any, expected: Any) -> None:
+def test_pages(cache: str, cuda_backend: list[Any], engine: Any, kept: Any, expected: Any) -> None:
+    cuda_backend.clear()
     tokens, layers = expected(**PAPER, cache=cache)
-    with engine(PAPER | {"cache": cache}, **WHOLE, block_size=32) as sparse:
+    both = WHOLE | {"max_num_batched_tokens": 6000}  # two pages in a step
+    with engine(PAPER | {"cache": cache}, **both, block_size=32) as sparse:
         assert answers(sparse, NAMES, one_by_one=False) == tokens
     assert [found for _, _, found in kept()] == layers
+    assert len(cuda_backend) == 6
 
 
-@pytest.mark.usefixtures("cuda_backend")
-def test_few_blocks_and_chunks(engine: Any, kept: Any, expected: Any) -> None:
+def test_few_blocks_and_chunks(cuda_backend: list[Any], engine: Any, kept: Any, expected: Any) -> None:
     options = {"ratio": 0.4, "local_window": 64, "num_sinks": 4, "cache": "drop"}
+    cuda_backend.clear()
     tokens, layers = expected(**options)
     with engine(options, **WHOLE, block_size=32, num_gpu_blocks_override=80) as sparse:
         assert answers(sparse, NAMES, one_by_one=False) == tokens
@@ -102,3 +114,4 @@ def test_few_blocks_and_chunks(engine: Any, kept: Any, expected: Any) -> None:
     with engine(chunks, enable_prefix_caching=True, max_num_batched_tokens=2048, block_size=32) as cut:
         assert answers(cut, ("demo",)) == alone and answers(cut, ("demo",)) == alone
     assert [found[:2] for found in kept()] == [(2048, 2048), (565, TOKENS), (565, TOKENS)] and len(last) == 6
+    assert len(cuda_backend) == 3 * 6
