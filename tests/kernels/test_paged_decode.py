@@ -1,4 +1,4 @@
-"""The plug-in of vLLM without vLLM, on CUDA: prompts and decoding in a paged cache, and a step in a graph."""
+"""The plug-in of vLLM without vLLM, on CUDA: prompts, decoding in one paged cache, a decoding step in a graph."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ import zipvl
 from tests.models.oracle import chunk_masks, masked
 from tests.models.test_chunks import forward, logits_of
 from tests.models.tiny_models import PAPER, SPARSE, ids, make_llama, make_llava_next, pad_left, text_inputs
-from zipvl import ZipVLConfig, ops, policy, reference
-from zipvl.transformers import budget
+from zipvl import ZipVLConfig, budget, ops, policy, reference
 from zipvl.transformers.storage import Tokens
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}

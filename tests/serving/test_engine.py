@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.serving.tiny import NAMES, PAPER, TEXT, TOKENS, WHOLE, answers, prompt, text_copy
 from tests.serving.transformers_tokens import text_tokens_and_kept
+from zipvl.vllm import cache
 
 WINDOW = {"ratio": 0.4, "local_window": 64, "num_sinks": 4}
 
@@ -42,10 +42,10 @@ def test_drop_is_the_transformers_integration_one_by_one_and_in_a_batch(engine: 
     assert [found for _, _, found in kept()] == layers
 
 
-def test_blocks_for_kept_tokens_alone(
-    engine: Any, kept: Any, expected: Any, caplog_vllm: pytest.LogCaptureFixture
-) -> None:
+def test_blocks_for_kept_tokens_alone(engine: Any, kept: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 80 blocks of 32 vLLM itself refuses to start; two pages fit at a time."""
+    lines: list[str] = []
+    monkeypatch.setattr(cache.logger, "info", lambda text, *values, **_: lines.append(text % values))
     tokens, layers = expected(**WINDOW, cache="drop")
     few = {"block_size": 32, "num_gpu_blocks_override": 80}
     with pytest.raises(ValueError, match="KV cache"), engine(None, **WHOLE, **few):
@@ -53,8 +53,17 @@ def test_blocks_for_kept_tokens_alone(
     with engine(WINDOW | {"cache": "drop"}, **WHOLE, **few) as sparse:
         assert answers(sparse, NAMES, one_by_one=False) == tokens
     assert [found for _, _, found in kept()] == layers
-    blocks = [re.search(r"got (\d+) blocks, (\d+) less", line) for line in caplog_vllm.messages]
-    assert [found.groups() for found in blocks if found] == [("35", "47")] * 2
+    said = "a prompt of 2613 tokens got 35 blocks, 47 less than without zipvl"
+    assert sum(line.endswith(said) for line in lines) == 2
+
+
+def test_a_budget_of_the_caches_own(engine: Any, kept: Any, expected: Any) -> None:
+    """Prefill attends to what tau keeps; every layer stores the same share, and blocks are reserved for it."""
+    options = {"tau": 0.95, "local_window": 128, "cache": "drop", "cache_ratio": 0.3}
+    tokens, _ = expected(**options)
+    with engine(options, **WHOLE, block_size=32, num_gpu_blocks_override=64) as sparse:
+        assert answers(sparse, NAMES, one_by_one=False) == tokens
+    assert kept() == [(TOKENS, TOKENS, [784] * 6)] * 2, "the ceiling of 0.3 * 2613"
 
 
 def test_pre_emption(engine: Any, kept: Any, expected: Any) -> None:

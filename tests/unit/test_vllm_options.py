@@ -49,7 +49,7 @@ def test_options_are_those_of_the_configuration() -> None:
 @pytest.mark.parametrize("name", sorted(OUT_OF_REACH))
 def test_what_a_backend_cannot_see_is_an_error(name: str) -> None:
     assert name in {field.name for field in fields(ZipVLConfig)}
-    value = {"keep_text": True, "text_prompts": "dense"}.get(name, 4)
+    value = {"keep_text": True, "text_prompts": "dense"}.get(name, True)
     with pytest.raises(ValueError, match=f"zipvl: {name} cannot be had in vLLM: .*Leave it out"):
         Options.read({name: value})
 
@@ -63,6 +63,7 @@ def test_what_a_backend_cannot_see_is_an_error(name: str) -> None:
         ({"cache": "quantize"}, 'cache="quantize" cannot be had'),
         ({"cache": "none"}, "cache must be one of"),
         ({"tau": 1.5}, "tau must be in"),
+        ({"cache_ratio": 0.5}, 'cache_ratio must be None with cache="full"'),
         ({"ratio": "a lot"}, "ratio must be a number"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size must be None or an integer of at least 1, got 0"),
         ({"prefill_chunk_size": True}, "prefill_chunk_size must be None.*got True"),
@@ -83,6 +84,8 @@ def test_wrong_options(given: Any, message: str) -> None:
         ({"cache": "drop", "ratio": 0.25}, True, "ratio 0.25.*blocks are reserved for these alone"),
         ({"cache": "drop", "max_ratio": 0.5}, True, "tau 0.95, at most 0.5.*these alone"),
         ({"cache": "drop", "ratio": 1.0}, False, "reserved for all"),
+        ({"cache": "drop", "cache_ratio": 0.3}, True, "tau 0.95, 0.3 in the cache.*these alone"),
+        ({"cache": "drop", "cache_ratio": 1.0, "ratio": 0.2}, False, "reserved for all"),
     ],
 )
 def test_what_is_said(given: dict[str, Any], compact: bool, words: str) -> None:

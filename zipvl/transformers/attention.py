@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from zipvl import ops, policy
-from zipvl.transformers import budget
+from zipvl import budget, ops, policy
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.call import DEFAULT_RUN, Call
 from zipvl.transformers.quantized import QuantizedKV

@@ -10,10 +10,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
-from zipvl import policy
+from zipvl import budget, policy
 from zipvl.config import ZipVLConfig
 from zipvl.stats import Stats
-from zipvl.transformers import budget
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, TEXT, Dense, reason_dense

@@ -8,7 +8,7 @@ own (``paged.py``).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import zipvl
-from zipvl import ops, policy
+from zipvl import budget, ops, policy
 from zipvl.vllm import paged, plugin, rows, startup
 from zipvl.vllm.cache import ZipVLSpec
 from zipvl.vllm.options import Budget, Options
@@ -55,6 +55,8 @@ class Step:
 
 class SparseBuilder:
     """Mixin before one of vLLM's metadata builders."""
+
+    supports_update_block_table = False  # a step is of one group's blocks
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
@@ -222,8 +224,9 @@ class SparseImpl:
         some_dense = options.config.layers is not None or options.config.dense_first_layers > 0
         if some_dense and options.compact:
             raise ValueError(
-                "zipvl: layers and dense_first_layers leave layers dense, which need blocks for all tokens, and ratio "
-                'or max_ratio with cache="drop" reserves blocks for kept tokens alone. Use cache="full", or tau alone'
+                "zipvl: layers and dense_first_layers leave layers dense, which need blocks for all tokens, and ratio, "
+                'max_ratio and cache_ratio with cache="drop" reserve blocks for kept tokens alone. Use cache="full", '
+                "or tau alone"
             )
 
     def _dense_below(self, options: Options, queries: int | None) -> int:
@@ -276,10 +279,12 @@ class SparseImpl:
         if not step.prompts and not drops:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)  # type: ignore[misc]
         for number, prompt in enumerate(step.prompts):
-            kept = self._prompt(layer, prompt, query, key, value, kv_cache, step, output)
-            step.record.add(step.numbers[prompt.row], kept[1])
+            index, count = self._prompt(layer, prompt, query, key, value, kv_cache, step, output)
             if drops:
-                self._store(layer, prompt, number, *kept, key, value, kv_cache, step)
+                tokens = slice(prompt.start, prompt.end)
+                index, count = self._stored(query[tokens], key[tokens], index, count)
+                self._store(layer, prompt, number, index, count, key, value, kv_cache, step)
+            step.record.add(step.numbers[prompt.row], count)
         if step.others is not None:
             self._others(layer, step, query, key, value, kv_cache, output, drops)
         return output
@@ -335,6 +340,17 @@ class SparseImpl:
         assert index is not None and count is not None
         return index, count
 
+    def _stored(self, query: Tensor, key: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored where a layer attended to ``index``: the same, or what the cache's own budget takes."""
+        assert self.zipvl is not None
+        config = self.zipvl.options.config
+        if config.cache_ratio is None:
+            return index, count
+        tokens = _Keys(_heads_first(key))
+        keep, own = budget.first_stored(config, tokens.keys, None, None, None, None)
+        mean = _mean if get_tp_group().world_size > 1 else None
+        return budget.select(config, _heads_first(query), tokens, keep, own, self.scale, mean)  # type: ignore[attr-defined]
+
     def _select(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One layer's selection and attention. The ranks of a tensor-parallel group select by their mean scores."""
         assert self.zipvl is not None
@@ -345,8 +361,8 @@ class SparseImpl:
                 q, num_recent=config.num_recent, num_random=config.num_random, seed=config.seed, k=k
             )
             scores = torch.stack(ops.probe_scores(q, k, probes, scale=scale))
-            budget, rank = group.all_reduce(scores) / group.world_size
-            given = {"budget_score": budget, "rank_score": rank}
+            accumulated, normalized = _mean(scores)
+            given = {"budget_score": accumulated, "rank_score": normalized}
         out, index, count, _, _ = ops.zipvl_layer(q, k, v, **given, **config.attention_kwargs(), scale=scale)
         return out, index, count
 
@@ -378,8 +394,21 @@ class SparseImpl:
 
 def customized(spec: Any) -> Any:
     """The spec of a layer that was made in this process: with its budget where it is sparse."""
-    budget = _last[0]
-    return spec if budget is None or type(spec) is not FullAttentionSpec else ZipVLSpec.of(spec, budget)
+    last = _last[0]
+    return spec if last is None or type(spec) is not FullAttentionSpec else ZipVLSpec.of(spec, last)
+
+
+class _Keys(NamedTuple):
+    """Keys ``[1, Hkv, tokens, D]`` of real tokens."""
+
+    keys: Tensor
+    token_mask: Tensor | None = None
+
+
+def _mean(scores: Tensor) -> Tensor:
+    """Over the ranks of the tensor-parallel group, which have as many query heads each."""
+    group = get_tp_group()
+    return group.all_reduce(scores) / group.world_size
 
 
 def _heads_first(states: Tensor) -> Tensor:
@@ -405,12 +434,12 @@ def _reporter() -> Reporter:
     return _reporters[0]
 
 
-def _compare_ranks(budget: Budget) -> None:
+def _compare_ranks(own_budget: Budget) -> None:
     """Raises RuntimeError where the ranks of a tensor-parallel group are not alike: they must select alike."""
     group = get_tp_group()
     if group.world_size == 1:
         return
-    own = (zipvl.__version__, repr(budget))
+    own = (zipvl.__version__, repr(own_budget))
     every: list[Any] = [None] * group.world_size
     torch.distributed.all_gather_object(every, own, group=group.cpu_group)
     if any(other != own for other in every):

@@ -19,6 +19,7 @@ OUT_OF_REACH = {
     "skip_projections": "vLLM runs the projections itself",
     "decode": "vLLM runs decoding steps itself, in CUDA graphs where it can",
     "vision_attention": "vLLM runs the vision tower itself",
+    "vision_compile": "vLLM runs the vision tower itself",
     "high_bits": "there is no quantised cache in vLLM's blocks",
     "low_bits": "there is no quantised cache in vLLM's blocks",
 }
@@ -85,7 +86,9 @@ class Options:
     @property
     def compact(self) -> bool:
         """The scheduler knows beforehand how much is kept at most, and reserves no blocks for the rest."""
-        return self.drops and min(self.config.ratio or 1.0, self.config.max_ratio) < 1.0
+        config = self.config
+        share = config.cache_ratio or min(config.ratio or 1.0, config.max_ratio)
+        return self.drops and share < 1.0
 
     def describe(self) -> str:
         """One line for the log."""
@@ -93,6 +96,8 @@ class Options:
         kept = f"ratio {config.ratio:g}" if config.ratio is not None else f"tau {config.tau:g}"
         if config.max_ratio < 1.0:
             kept += f", at most {config.max_ratio:g}"
+        if config.cache_ratio is not None:
+            kept += f", {config.cache_ratio:g} in the cache"
         seen = f", window {config.local_window} and {config.sinks} sinks" if config.local_window else ""
         blocks = {
             (False, False): "the cache holds all tokens",

@@ -6,17 +6,27 @@ stored that the most recent queries look at, the same number in every layer (doc
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from zipvl import ops
 from zipvl.config import ZipVLConfig
-from zipvl.transformers.storage import Tokens
 
 WINDOW_SHARE = 0.75
 """Of a budget, what the last tokens of a window may take."""
+
+
+class Tokens(Protocol):
+    """Keys ``[B, Hkv, S, D]``, and which of them are real, ``[B, S]``, or None: all."""
+
+    @property
+    def keys(self) -> Tensor: ...
+
+    @property
+    def token_mask(self) -> Tensor | None: ...
 
 
 def first_stored(
@@ -61,6 +71,7 @@ def select(
     keep: Tensor,
     own: Tensor | None,
     scaling: float | None,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
     **projections: Any,
 ) -> tuple[Tensor, Tensor]:
     """The tokens to store: those of ``keep``, then by the score that the ``num_recent`` last queries give.
@@ -70,6 +81,7 @@ def select(
             hold hidden states and the query projection.
         keep, own: what ``first_stored`` gave.
         scaling: factor of the scores; None: ``D ** -0.5``.
+        over_ranks: gives the mean of scores over processes that have some of the heads each; None: there is one.
 
     Returns:
         ``index [B, S]`` and ``count [B]``, as of ``ops.select_tokens``.
@@ -91,6 +103,7 @@ def select(
     else:
         probes = ops.probe_index(query, k=keys, **recent)
     _, score = ops.probe_scores(query, keys, probes, scale=scaling, token_mask=mask)
+    score = score if over_ranks is None else over_ranks(score)
     return ops.select_tokens(
         score, score, ratio=config.cache_ratio, min_tokens=config.min_tokens, keep_mask=keep, token_mask=own
     )
