@@ -49,6 +49,8 @@ FULL = (
     "tau 0.975, window 512, full, text kept",
     "tau 0.95, window 512, full, text kept",
     "tau 0.95, window 512, drop, text kept",
+    "tau 0.95, window 512, drop, text kept, stored 0.35",
+    "tau 0.95, window 512, drop, text kept, stored 0.25",
     "tau 0.95, window 512, quantize, text kept",
     "tau 0.85, window 512, full, text kept",
     "tau 0.975, window 128, all queries, drop, text kept",

@@ -16,7 +16,7 @@ import torch
 tf = pytest.importorskip("transformers")
 
 import zipvl  # noqa: E402
-from tests.models.oracle import oracle  # noqa: E402
+from tests.models.oracle import chunk_masks, masked, oracle  # noqa: E402
 from tests.models.tiny_models import PAPER, TEXT, ids, pad_left, text_inputs  # noqa: E402
 from zipvl.transformers import DecodeGraph  # noqa: E402
 
@@ -86,6 +86,28 @@ def test_generated_logits_are_those_of_the_kept_tokens(cache: str) -> None:
     assert (found - exact).abs().max() <= 3 * (expected - exact).abs().max() + 1e-2
 
 
+@pytest.mark.parametrize("window", [0, 64])
+def test_a_cache_with_a_budget_of_its_own(window: int) -> None:
+    model, inputs = make(), on_cuda(text_inputs(1500, 3))
+    how: dict[str, Any] = {"local_window": window, "num_sinks": 4}
+    with sparse(model, tau=0.7, cache_ratio=0.3, **how, record_index=True) as stats:
+        output = model.generate(**inputs, max_new_tokens=80, **GENERATE)
+    masks = {}
+    for i, layer in stats.layers.items():
+        assert layer.index is not None and layer.stored_index is not None
+        assert layer.stored == [450] and len(layer.stored_index[0]) == 450
+        chunk, stored = [(1500, layer.index[0])], [layer.stored_index[0]]
+        seen = chunk_masks(1580, chunk, window=window, sinks=4, drop=True, stored=stored)
+        masks[i] = (seen[0].cuda(), seen[1].cuda())
+    assert len(masks) == 3
+    with masked(model, masks):
+        expected = model(output.sequences, use_cache=False).logits[0, 1499:-1].float()
+    found, double = torch.stack(output.logits, dim=1)[0].float(), model.double()
+    with masked(double, masks):
+        exact = double(output.sequences, use_cache=False).logits[0, 1499:-1].float()
+    assert (found - exact).abs().max() <= 3 * (expected - exact).abs().max() + 1e-2
+
+
 def test_a_padded_batch_is_single() -> None:
     model = make(dtype=torch.float16)
     rows = [text_inputs(1500, 1), text_inputs(900, 2)]
@@ -99,10 +121,13 @@ def test_a_padded_batch_is_single() -> None:
             assert difference.abs().max() < 0.1
 
 
-@pytest.mark.parametrize("cache", ["drop", "full", pytest.param("quantize", marks=quantized)])
-def test_a_prefill_reads_nothing_back(cache: str) -> None:
+@pytest.mark.parametrize(
+    ("cache", "stored"),
+    [("drop", None), ("drop", 0.2), ("full", None), pytest.param("quantize", None, marks=quantized)],
+)
+def test_a_prefill_reads_nothing_back(cache: str, stored: float | None) -> None:
     model = make(layers=6)
-    with sparse(model, ratio=0.25, cache=cache, num_sinks=4) as stats:
+    with sparse(model, ratio=0.25, cache=cache, cache_ratio=stored, num_sinks=4) as stats:
         warm = model(ids(4096, 1).cuda(), logits_to_keep=1)
         del warm
         inputs = ids(4096, 2).cuda()
