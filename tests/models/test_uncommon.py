@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import zipvl
 import zipvl.transformers
 from tests.models.tiny_models import PAPER, TEXT, build, ids, text_inputs
+from zipvl.transformers.features import FEATURES
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -70,14 +73,32 @@ def test_bits_are_checked_layer_by_layer() -> None:
         zipvl.ZipVLCache(config, zipvl.ZipVLConfig.paper(cache="quantize"))
 
 
-def test_a_model_that_splits_its_values_is_an_error() -> None:
-    """DiffLlama calls its attention twice, with halves of the values."""
-    model = build(tf.DiffLlamaForCausalLM, tf.DiffLlamaConfig(**TEXT))
+ALTERED = "keys or values are altered between the cache and the attention function"
+
+
+def jetmoe() -> Any:
+    text = {name: value for name, value in TEXT.items() if name not in ("num_attention_heads", "head_dim")}
+    config = tf.JetMoeConfig(**text, kv_channels=16, num_local_experts=2, num_experts_per_tok=1)
+    return build(tf.JetMoeForCausalLM, config)
+
+
+def diffllama() -> Any:
+    return build(tf.DiffLlamaForCausalLM, tf.DiffLlamaConfig(**TEXT))
+
+
+@pytest.mark.parametrize("make", [diffllama, jetmoe])
+def test_a_model_that_alters_its_states_is_an_error(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DiffLlama calls its attention twice, with halves of the values; JetMoE repeats keys and values for its experts.
+    The source tells at the start of a block; without it the first prefill does."""
+    model = make()
+    with pytest.raises(ValueError, match=rf"Attention, layer 0\): its {ALTERED}"), zipvl.sparse(model, PAPER):
+        pass
+    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent: None)
     with zipvl.sparse(model, PAPER), pytest.raises(RuntimeError, match="keys or values of a ZipVLCache were altered"):
         model(**text_inputs(300))
 
 
-@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "softcap"])
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "softcap", "indices", "block_indices"])
 def test_layers_that_stay_dense_lose_no_argument(name: str) -> None:
     """A sliding layer runs SDPA, which knows none of these."""
     model = build(tf.MistralForCausalLM, tf.MistralConfig(**TEXT, sliding_window=64))
@@ -108,3 +129,22 @@ def test_one_attention_module_for_several_layers() -> None:
     expected = model(ids(300, 1), use_cache=False).logits
     with zipvl.sparse(model, PAPER, tau=0.5), pytest.warns(UserWarning, match="no layer of Zamba2Model was sparse"):
         assert torch.equal(model(ids(300, 1), use_cache=False).logits, expected)
+
+
+HANDLED = {"query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "sliding_window"}
+"""Keywords that our attention function and SDPA take, the window by the mask."""
+OF_FLASH = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic"}
+"""Keywords that only flash attention reads; the mask says the same to others."""
+
+
+def test_every_keyword_of_transformers_attention_is_known() -> None:
+    """What attention modules pass is honoured, refused, or of no meaning to SDPA: a new keyword fails here."""
+    unknown: dict[str, list[str]] = {}
+    for path in sorted((Path(tf.__file__).parent / "models").glob("*/modeling_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("attention_interface", "attention_fn"):
+                for keyword in node.keywords:
+                    known = HANDLED | OF_FLASH | {"output_attentions"} | FEATURES.keys()
+                    if keyword.arg is not None and keyword.arg not in known:
+                        unknown.setdefault(keyword.arg, []).append(path.stem)
+    assert not unknown

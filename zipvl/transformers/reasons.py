@@ -8,15 +8,13 @@ import torch
 from torch import nn
 
 from zipvl.config import ZipVLConfig
+from zipvl.transformers.features import FEATURES, refusal
 from zipvl.transformers.target import layer_index, layer_type
 
 NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 
-# Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
-_PAGED = ("cache", "block_table", "read_index")
-_REFUSED = ("output_attentions", "softcap", "s_aux", "sinks", "position_bias", "head_mask", *_PAGED)
-_REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
+_REFUSED = ("output_attentions", *FEATURES)
 
 
 class Dense(NamedTuple):
@@ -98,22 +96,15 @@ def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float
     """
     if dropout == 0.0 and not asks_for_more(kwargs):
         return
-    found = None
-    other = "sdpa"
+    found, remedy = None, "sdpa"
     if dropout > 0:
         found = f"dropout={dropout} (the model is in training mode: call model.eval())"
     elif kwargs.get("output_attentions"):
-        found, other = "output_attentions=True (the probabilities are never formed)", "eager"
-    elif kwargs.get("softcap") is not None:
-        found, other = f"logit softcapping (softcap={kwargs['softcap']})", "eager"
-    elif kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None:
-        found, other = "attention sinks (s_aux)", "eager"
-    elif kwargs.get("position_bias") is not None:
-        found, other = "a position bias", "eager"
-    elif kwargs.get("head_mask") is not None:
-        found, other = "a head mask", "eager"
-    elif any(kwargs.get(name) is not None for name in _PAGED):
-        found = "a paged cache (continuous batching)"
+        found, remedy = "output_attentions=True (the probabilities are never formed)", "eager"
+    else:
+        name = next((name for name in FEATURES if kwargs.get(name) is not None), None)
+        if name is not None:
+            found, remedy = FEATURES[name].words.format(kwargs[name]), FEATURES[name].remedy
     if found is not None:
         where = f"{type(module).__name__}, layer {layer_index(module)}"
-        raise ValueError(f"zipvl attention ({where}): {found} is not supported. {_REMEDY.format(other=other)}")
+        raise ValueError(f"zipvl attention ({where}): {refusal(found, remedy)}")
