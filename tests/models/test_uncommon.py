@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import zipvl
 import zipvl.transformers
 from tests.models.tiny_models import PAPER, TEXT, build, ids, text_inputs
+from zipvl.lmms_eval.meter import full_cache_bytes
 from zipvl.transformers.features import FEATURES
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -43,9 +44,8 @@ def test_cross_attention_layers_beside_sparse_ones() -> None:
         assert all(stats.layers[i].mode == "dense" for i in (1, 3) if i in stats.layers)
 
 
-@pytest.mark.parametrize("cache", ["drop", "full"])
-def test_head_dimensions_that_differ_by_layer(cache: Any) -> None:
-    """Gemma 4 without shared keys and values."""
+def gemma4(**changes: Any) -> Any:
+    """Gemma 4 without shared keys and values: head dimensions, and in the large models heads, differ by layer."""
     config = tf.Gemma4TextConfig(
         **(TEXT | {"num_hidden_layers": 4, "head_dim": 32}),
         global_head_dim=64,
@@ -54,12 +54,21 @@ def test_head_dimensions_that_differ_by_layer(cache: Any) -> None:
         vocab_size_per_layer_input=TEXT["vocab_size"],
         hidden_size_per_layer_input=16,
         num_kv_shared_layers=0,
+        **changes,
     )
-    model, inputs = build(tf.Gemma4ForCausalLM, config), text_inputs(300)
+    return build(tf.Gemma4ForCausalLM, config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_global_key_value_heads": 1, "attention_k_eq_v": True}])
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_heads_and_their_dimensions_that_differ_by_layer(cache: Any, changes: dict[str, Any]) -> None:
+    model, inputs = gemma4(**changes), text_inputs(300)
     expected = model.generate(**inputs, **GENERATE)
     with zipvl.sparse(model, PAPER, tau=1.0, cache=cache) as stats:
         assert torch.equal(model.generate(**inputs, **GENERATE), expected)
     assert [stats.layers[i].mode for i in range(4)] == ["dense", "sparse"] * 2
+    global_heads = changes.get("num_global_key_value_heads", 2)
+    assert full_cache_bytes(model.config, 3, 300, 4) == 3 * 300 * 2 * (2 * 2 * 32 + 2 * global_heads * 64) * 4
 
 
 def test_bits_are_checked_layer_by_layer() -> None:
