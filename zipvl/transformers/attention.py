@@ -73,6 +73,7 @@ def attention_forward(
             sliding_window=sliding_window,
             is_causal=is_causal,
             same_head_dims=query.shape[-1] == value.shape[-1],
+            dtype=query.dtype,
         )
         if dense is None:
             refuse_unsupported(module, kwargs, dropout)

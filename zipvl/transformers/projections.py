@@ -151,6 +151,7 @@ def reason(
         sliding_window=getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)),
         is_causal=kwargs.get("is_causal"),
         same_head_dims=True,
+        dtype=hidden_states.dtype,
     )
     if dense is not None:
         return dense.words

@@ -14,6 +14,9 @@ from zipvl.transformers.target import layer_index, layer_type
 NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Of queries, keys and values that a layer can be sparse with (docs/ops.md)."""
+
 _REFUSED = ("output_attentions", *FEATURES)
 
 
@@ -36,6 +39,7 @@ def reason_dense(
     sliding_window: int | None,
     is_causal: bool | None,
     same_head_dims: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Dense | None:
     """Why a layer's prefill is dense; None: it is sparse.
 
@@ -47,8 +51,9 @@ def reason_dense(
         attention_mask: what ``masks.mask_function`` made.
         sliding_window, is_causal: as the module passes them to its attention function.
         same_head_dims: whether keys and values have one head dimension.
+        dtype: of the queries, keys and values.
     """
-    kind = _kind(module, sliding_window, is_causal, same_head_dims)
+    kind = _kind(module, sliding_window, is_causal, same_head_dims, dtype)
     if kind is not None:
         return Dense(kind, always=True)
     if config.layers is not None and layer_index(module) not in config.layers:
@@ -63,7 +68,9 @@ def reason_dense(
     return None
 
 
-def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None, same_head_dims: bool) -> str | None:
+def _kind(
+    module: nn.Module, sliding_window: int | None, is_causal: bool | None, same_head_dims: bool, dtype: torch.dtype
+) -> str | None:
     """Why layers of this kind are never sparse; None if they can be."""
     if layer_index(module) is None:
         return "not a decoder layer"
@@ -76,7 +83,15 @@ def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None,
         return "sliding-window attention"
     if (kind := layer_type(module)) not in (None, "full_attention"):
         return f"layer type {kind}"
-    return None if same_head_dims else "keys and values differ in head dimension"
+    if not same_head_dims:
+        return "keys and values differ in head dimension"
+    return (
+        None if dtype in DTYPES else f"the ops take {', '.join(map(_name, DTYPES))}, and this model is {_name(dtype)}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
