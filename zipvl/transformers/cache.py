@@ -105,8 +105,8 @@ class ZipVLCache(DynamicCache):
         if not self.handed_on and isinstance(layer, ZipVLCacheLayer) and layer.packed is not None:
             raise RuntimeError(
                 f"ZipVLCache: layer {layer_idx} is packed: its keys are placeholders on the meta device, which only "
-                "zipvl's attention reads, and this model does not run it. Its zipvl.sparse block has ended, or the cache is "
-                "another model's. Go on inside zipvl.sparse(model), or make the cache from the model itself: "
+                "zipvl's attention reads, and this model does not run it. Its zipvl.sparse block has ended, or the "
+                "cache is another model's. Go on inside zipvl.sparse(model), or make the cache from the model itself: "
                 "zipvl.ZipVLCache(model)"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

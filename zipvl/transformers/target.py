@@ -66,7 +66,9 @@ def find(model: nn.Module) -> Target:
     check_model(outer.config)
     text = outer.config.get_text_config(decoder=True)
     modules = list(outer.modules())
+    generates = outer.can_generate()
     attention = [m for m in modules if layer_index(m) is not None and _decodes(m, text)]
+    attention = [m for m in attention if generates or m.is_causal]
     if not attention:
         raise ValueError(f"zipvl.sparse: {name} {_why_none(outer, modules)}")
     models = [(m, set(m.modules())) for m in modules if isinstance(m, PreTrainedModel)]
@@ -157,7 +159,14 @@ def _decodes(module: nn.Module, text: PretrainedConfig) -> bool:
     """Whether ``module`` is a causal attention module of the model configured by ``text``."""
     config = getattr(module, "config", None)
     same = config is text or getattr(config, "model_type", None) == text.model_type
-    return same and bool(getattr(module, "is_causal", False))
+    return same and (bool(getattr(module, "is_causal", False)) or is_prefix_lm(module))
+
+
+def is_prefix_lm(module: nn.Module) -> bool:
+    """Whether an attention module calls itself not causal because tokens of the prompt see each other, as masks say;
+    it is causal behind that (PaliGemma)."""
+    config = getattr(module, "config", None)
+    return getattr(module, "is_causal", None) is False and getattr(config, "use_bidirectional_attention", None) is True
 
 
 def check_layers(target: Target, config: ZipVLConfig) -> None:
