@@ -72,6 +72,7 @@ def select(
     own: Tensor | None,
     scaling: float | None,
     over_ranks: Callable[[Tensor], Tensor] | None = None,
+    last_key: Tensor | None = None,
     **projections: Any,
 ) -> tuple[Tensor, Tensor]:
     """The tokens to store: those of ``keep``, then by the score that the ``num_recent`` last queries give.
@@ -81,6 +82,7 @@ def select(
             hold hidden states and the query projection.
         keep, own: what ``first_stored`` gave.
         scaling: factor of the scores; None: ``D ** -0.5``.
+        last_key: ``[B, n]``, the last token that each query sees; None: itself.
         over_ranks: gives the mean of scores over processes that have some of the heads each; None: there is one.
 
     Returns:
@@ -102,7 +104,7 @@ def select(
         )
     else:
         probes = ops.probe_index(query, k=keys, **recent)
-    _, score = ops.probe_scores(query, keys, probes, scale=scaling, token_mask=mask)
+    _, score = ops.probe_scores(query, keys, probes, scale=scaling, token_mask=mask, last_key=last_key)
     score = score if over_ranks is None else over_ranks(score)
     return ops.select_tokens(
         score, score, ratio=config.cache_ratio, min_tokens=config.min_tokens, keep_mask=keep, token_mask=own

@@ -201,3 +201,16 @@ def test_unreachable_hub_is_a_quick_line(page: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("zipvl: --model: nobody/no-model is no folder here"), done.stderr
     assert "the hub is not reachable" in done.stderr and done.stderr.count("\n") == 1
     assert time.monotonic() - start < 30
+
+
+def test_an_output_that_takes_no_more_is_a_line(page: Path, llava_next: Path) -> None:
+    """A full disk; a pipe whose reader is gone needs no word."""
+    command = [sys.executable, "-m", "zipvl", "run", "--image", page, "--question", "KQ", "--model", llava_next]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr == "zipvl: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == ""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from typer.testing import Result
 
 from zipvl.app.images import load_image, to_rgb
 from zipvl.errors import InputError
-from zipvl.lmms_eval.prompts import from_context
+from zipvl.lmms_eval.prompts import from_context, from_messages
 
 PAPER, INK, GREY = 65535, 0, 20000
 SIXTEEN_BITS = np.array([[PAPER, INK, GREY]], np.uint16)
@@ -182,3 +185,52 @@ def test_paths_that_the_file_system_does_not_take(tmp_path: Path, page: Path) ->
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     assert "symbolic links" in refused(tmp_path / "loop.png")
     assert "null byte" in refused(Path("a\0b"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_frames_behind_the_first_are_said(tmp_path: Path, kind: str) -> None:
+    first, *others = (Image.new("RGB", (4, 4), colour) for colour in ("white", "red", "blue"))
+    first.save(tmp_path / "pages", kind, save_all=True, append_images=others)
+    with pytest.warns(UserWarning, match="pages has 3 frames; the first is read"):
+        read = load_image(tmp_path / "pages")
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_frames_are_a_note_of_the_command_line(zipvl: Callable[..., Result], llava_next: Path, tmp_path: Path) -> None:
+    frames = [Image.new("L", (60, 60), grey) for grey in (0, 255)]
+    frames[0].save(tmp_path / "pages.gif", save_all=True, append_images=frames[1:])
+    given = ("run", "--image", tmp_path / "pages.gif", "--question", "KQ", "--max-new-tokens", "1")
+    result = zipvl(*given, "--model", llava_next)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == f"zipvl: note: {tmp_path / 'pages.gif'} has 2 frames; the first is read\n"
+
+
+def test_open_pictures_are_turned_and_refused_alike(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (3, 1)).save(tmp_path / "page.jpg", exif=exif)
+    with Image.open(tmp_path / "page.jpg") as opened:
+        (image,) = from_context("Q", [opened], frames=1, as_video=False).images
+    assert image.size == (1, 3)
+    Image.effect_noise((60, 60), 90).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    item = {"type": "image", "url": str(tmp_path / "cut.png")}
+    for source in (item, item | {"url": Image.open(tmp_path / "cut.png")}):
+        with pytest.raises(InputError, match="expected a readable picture"):
+            from_messages([{"role": "user", "content": [source]}], frames=1, as_video=False)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "is a device, pipe or socket" in refused(tmp_path / "pipe.png")
+    assert "is a device, pipe or socket" in refused(Path("/dev/zero"))
+
+
+def test_a_thread_of_a_page_is_refused_in_a_line(
+    zipvl: Callable[..., Result], llava_next: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (1, 2000), "white").save(tmp_path / "page.png")
+    result = zipvl("run", "--image", tmp_path / "page.png", "--question", "KQ", "--model", llava_next)
+    assert result.exit_code == 2 and result.stdout == ""
+    expected = "expected a picture at most 1000 times as long as it is wide, got one of 1 x 2000"
+    assert result.stderr == f"zipvl: --image: {expected}\n"

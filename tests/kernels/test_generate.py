@@ -17,7 +17,7 @@ tf = pytest.importorskip("transformers")
 
 import zipvl  # noqa: E402
 from tests.models.oracle import chunk_masks, masked, oracle  # noqa: E402
-from tests.models.tiny_models import PAPER, TEXT, ids, pad_left, text_inputs  # noqa: E402
+from tests.models.tiny_models import IMAGE, PAPER, TEXT, gemma3_inputs, ids, pad_left, text_inputs  # noqa: E402
 from zipvl.transformers import DecodeGraph  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 128
@@ -105,6 +105,32 @@ def test_a_cache_with_a_budget_of_its_own(window: int) -> None:
     found, double = torch.stack(output.logits, dim=1)[0].float(), model.double()
     with masked(double, masks):
         exact = double(output.sequences, use_cache=False).logits[0, 1499:-1].float()
+    assert (found - exact).abs().max() <= 3 * (expected - exact).abs().max() + 1e-2
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_images_whose_tokens_see_each_other(window: int) -> None:
+    """Gemma 3: rows end where the model's mask says, also in a padded batch."""
+    text = {**TEXT, **SHAPE, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": HEAD_DIM}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"image_size": 32, "patch_size": 4},
+        mm_tokens_per_image=16,
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = tf.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval().cuda()
+    inputs = on_cuda(pad_left([gemma3_inputs(1500, 1), gemma3_inputs(900, 2)]))
+    real = inputs["attention_mask"].bool()
+    exact = model.double()(**inputs | {"pixel_values": inputs["pixel_values"].double()}).logits[real].float()
+    model.bfloat16()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    expected = model(**inputs).logits[real].float()
+    with sparse(model, tau=1.0, local_window=window) as stats:
+        found = model(**inputs).logits[real].float()
+    assert stats.active
     assert (found - exact).abs().max() <= 3 * (expected - exact).abs().max() + 1e-2
 
 

@@ -58,10 +58,17 @@ def test_output_attentions(tokens: int) -> None:
 
 
 def test_softcap() -> None:
-    config = tf.Gemma2Config(**TEXT, query_pre_attn_scalar=16, sliding_window=64)
+    config, off = (
+        tf.Gemma2Config(**TEXT, query_pre_attn_scalar=16, sliding_window=64, attn_logit_softcapping=softcap)
+        for softcap in (50.0, None)
+    )
     model = build(tf.Gemma2ForCausalLM, config, attention="eager")
-    with zipvl.sparse(model, PAPER), pytest.raises(ValueError, match="softcap"):
+    with pytest.raises(ValueError, match=r"Gemma2Attention, layer 0\): logit softcapping"), zipvl.sparse(model, PAPER):
+        pass
+    model = build(tf.Gemma2ForCausalLM, off, attention="eager")
+    with zipvl.sparse(model, PAPER, dense_below=0) as stats:
         model(**text_inputs(300))
+    assert stats.layers[1].mode == "sparse"
 
 
 def test_continuous_batching() -> None:
@@ -84,7 +91,10 @@ def test_attention_sinks() -> None:
         **TEXT, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3, sliding_window=64
     )
     model = build(tf.GptOssForCausalLM, config, attention="eager")
-    with zipvl.sparse(model, PAPER), pytest.raises(ValueError, match=r"GptOssAttention, layer 0\): attention sinks"):
+    with pytest.raises(ValueError, match=r"GptOssAttention, layer 0\): attention sinks"), zipvl.sparse(model, PAPER):
+        pass
+    model.set_attn_implementation("zipvl")  # nobody asked find()
+    with pytest.raises(ValueError, match=r"GptOssAttention, layer 0\): attention sinks"):
         model(**text_inputs(300))
 
 
@@ -141,11 +151,29 @@ def test_models_without_a_decoder() -> None:
     with pytest.raises(ValueError, match="holds no transformers model"), zipvl.sparse(torch.nn.Linear(2, 2)):
         pass
     tower = make_llava_next().model.vision_tower
-    with pytest.raises(ValueError, match="no causal attention layers"), zipvl.sparse(tower, PAPER):
+    with pytest.raises(ValueError, match=r"no causal attention layers: its .* both ways"), zipvl.sparse(tower, PAPER):
         pass
     config = tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
     with pytest.raises(ValueError, match="encoder-decoder"), zipvl.sparse(tf.T5ForConditionalGeneration(config)):
         pass
+
+
+def test_models_without_attention_that_could_be_sparse() -> None:
+    """Each is refused for its own reason, and told what to do."""
+    small = {"vocab_size": 50, "hidden_size": 32}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    for cls, config, reason in (
+        (tf.BertLMHeadModel, tf.BertConfig(**small, **layers), "both ways; set is_decoder=True"),
+        (tf.BloomForCausalLM, tf.BloomConfig(**small, n_layer=1, n_head=2), "does not use transformers' attention int"),
+        (
+            tf.MambaForCausalLM,
+            tf.MambaConfig(**small, num_hidden_layers=1),
+            r"no attention layers \(a recurrent or state",
+        ),
+        (tf.DogeForCausalLM, tf.DogeConfig(**small, **layers), "attention modules without is_causal"),
+    ):
+        with pytest.raises(ValueError, match=rf"zipvl.sparse: {cls.__name__} .*{reason}"), zipvl.sparse(cls(config)):
+            pass
 
 
 def test_shared_keys_and_values() -> None:
@@ -187,8 +215,11 @@ def test_a_model_with_a_cache_of_its_own_kind_is_refused_at_the_start() -> None:
         pass
 
 
-def test_layers_that_do_not_hand_on_keywords_are_an_error() -> None:
+def test_layers_that_do_not_hand_on_keywords_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tf.StableLmForCausalLM, tf.StableLmConfig(**TEXT))
+    with pytest.raises(ValueError, match=r"StableLmAttention, layer 0\): keyword arguments are not handed on"):
+        zipvl.configure(model, PAPER)
+    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent: None)  # no source at hand
     with (
         zipvl.sparse(model, PAPER),
         pytest.raises(RuntimeError, match="StableLmModel do not hand keyword arguments"),

@@ -15,7 +15,6 @@ from tests.models.tiny_models import (
     PAPER,
     SPARSE,
     Family,
-    gemma3_inputs,
     make_gemma3,
     make_mistral,
     pad_left,
@@ -150,23 +149,25 @@ def test_short_prompts_are_untouched(name: str) -> None:
     assert stats.cache_bytes == stats.full_cache_bytes
 
 
-def test_gemma3_with_images_is_dense_and_says_so_once() -> None:
-    model, inputs = make_gemma3(), gemma3_inputs(300, 1)
-    tokens = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
+def test_a_mask_that_is_not_causal_is_dense_and_says_so_once() -> None:
+    model, inputs = make_gemma3(), text_inputs(300, 1)
+    mask = torch.ones(1, 1, 300, 300).tril().bool()
+    mask[..., 200, 299] = True
+    masks = {"full_attention": mask, "sliding_attention": mask}
+    expected = model(inputs["input_ids"], attention_mask=masks).logits
     with pytest.warns(UserWarning) as caught, zipvl.sparse(model, PAPER, tau=0.5) as stats:
-        output = model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
-        model.generate(**inputs, max_new_tokens=NEW, **GENERATE)
+        for _ in range(2):
+            assert torch.equal(model(inputs["input_ids"], attention_mask=masks).logits, expected)
     texts = [str(w.message) for w in caught if "zipvl" in str(w.message)]
     assert len(texts) == 2
-    assert "attend both ways" in texts[0]
+    assert "a custom 4-D mask" in texts[0]
     assert "no layer of Gemma3TextModel was sparse" in texts[1]
-    assert torch.equal(logits_of(output), logits_of(tokens))
     assert stats.layers[1].reason == "the mask is not plain causal"
     with (
         zipvl.sparse(model, PAPER, tau=0.5, layers=(1,)),
         pytest.raises(ValueError, match=r"layer 1\): ZipVLConfig.layers names this layer.*not plain causal"),
     ):
-        model.generate(**inputs, max_new_tokens=NEW)
+        model(inputs["input_ids"], attention_mask=masks)
 
 
 @pytest.mark.parametrize("marked", [False, True])

@@ -78,7 +78,7 @@ def test_a_mask_longer_or_shorter_than_the_keys() -> None:
         {"local_size": 3},
         {"kv_length": 9, "q_length": 1},
         {"kv_offset": 2, "q_offset": 2},
-        {"mask_function": or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[-1, 0, 0, -1, 1, 1]] * 2)))},
+        {"mask_function": or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[-1, 0, 0, -1, 0, 0]] * 2)))},
         {"mask_function": or_masks(causal_mask_function, lambda b, h, q, k: q >= 0)},
         {"mask_function": or_masks(bidirectional_mask_function, blockwise_overlay(torch.full((2, 6), -1)))},
     ],

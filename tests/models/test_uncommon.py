@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import zipvl
 import zipvl.transformers
 from tests.models.tiny_models import PAPER, TEXT, build, ids, text_inputs
+from zipvl.lmms_eval.meter import full_cache_bytes
+from zipvl.transformers.features import FEATURES
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -40,9 +44,8 @@ def test_cross_attention_layers_beside_sparse_ones() -> None:
         assert all(stats.layers[i].mode == "dense" for i in (1, 3) if i in stats.layers)
 
 
-@pytest.mark.parametrize("cache", ["drop", "full"])
-def test_head_dimensions_that_differ_by_layer(cache: Any) -> None:
-    """Gemma 4 without shared keys and values."""
+def gemma4(**changes: Any) -> Any:
+    """Gemma 4 without shared keys and values: head dimensions, and in the large models heads, differ by layer."""
     config = tf.Gemma4TextConfig(
         **(TEXT | {"num_hidden_layers": 4, "head_dim": 32}),
         global_head_dim=64,
@@ -51,12 +54,21 @@ def test_head_dimensions_that_differ_by_layer(cache: Any) -> None:
         vocab_size_per_layer_input=TEXT["vocab_size"],
         hidden_size_per_layer_input=16,
         num_kv_shared_layers=0,
+        **changes,
     )
-    model, inputs = build(tf.Gemma4ForCausalLM, config), text_inputs(300)
+    return build(tf.Gemma4ForCausalLM, config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_global_key_value_heads": 1, "attention_k_eq_v": True}])
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_heads_and_their_dimensions_that_differ_by_layer(cache: Any, changes: dict[str, Any]) -> None:
+    model, inputs = gemma4(**changes), text_inputs(300)
     expected = model.generate(**inputs, **GENERATE)
     with zipvl.sparse(model, PAPER, tau=1.0, cache=cache) as stats:
         assert torch.equal(model.generate(**inputs, **GENERATE), expected)
     assert [stats.layers[i].mode for i in range(4)] == ["dense", "sparse"] * 2
+    global_heads = changes.get("num_global_key_value_heads", 2)
+    assert full_cache_bytes(model.config, 3, 300, 4) == 3 * 300 * 2 * (2 * 2 * 32 + 2 * global_heads * 64) * 4
 
 
 def test_bits_are_checked_layer_by_layer() -> None:
@@ -70,14 +82,32 @@ def test_bits_are_checked_layer_by_layer() -> None:
         zipvl.ZipVLCache(config, zipvl.ZipVLConfig.paper(cache="quantize"))
 
 
-def test_a_model_that_splits_its_values_is_an_error() -> None:
-    """DiffLlama calls its attention twice, with halves of the values."""
-    model = build(tf.DiffLlamaForCausalLM, tf.DiffLlamaConfig(**TEXT))
+ALTERED = "keys or values are altered between the cache and the attention function"
+
+
+def jetmoe() -> Any:
+    text = {name: value for name, value in TEXT.items() if name not in ("num_attention_heads", "head_dim")}
+    config = tf.JetMoeConfig(**text, kv_channels=16, num_local_experts=2, num_experts_per_tok=1)
+    return build(tf.JetMoeForCausalLM, config)
+
+
+def diffllama() -> Any:
+    return build(tf.DiffLlamaForCausalLM, tf.DiffLlamaConfig(**TEXT))
+
+
+@pytest.mark.parametrize("make", [diffllama, jetmoe])
+def test_a_model_that_alters_its_states_is_an_error(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DiffLlama calls its attention twice, with halves of the values; JetMoE repeats keys and values for its experts.
+    The source tells at the start of a block; without it the first prefill does."""
+    model = make()
+    with pytest.raises(ValueError, match=rf"Attention, layer 0\): its {ALTERED}"), zipvl.sparse(model, PAPER):
+        pass
+    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent: None)
     with zipvl.sparse(model, PAPER), pytest.raises(RuntimeError, match="keys or values of a ZipVLCache were altered"):
         model(**text_inputs(300))
 
 
-@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "softcap"])
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "softcap", "indices", "block_indices"])
 def test_layers_that_stay_dense_lose_no_argument(name: str) -> None:
     """A sliding layer runs SDPA, which knows none of these."""
     model = build(tf.MistralForCausalLM, tf.MistralConfig(**TEXT, sliding_window=64))
@@ -108,3 +138,22 @@ def test_one_attention_module_for_several_layers() -> None:
     expected = model(ids(300, 1), use_cache=False).logits
     with zipvl.sparse(model, PAPER, tau=0.5), pytest.warns(UserWarning, match="no layer of Zamba2Model was sparse"):
         assert torch.equal(model(ids(300, 1), use_cache=False).logits, expected)
+
+
+HANDLED = {"query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "sliding_window"}
+"""Keywords that our attention function and SDPA take, the window by the mask."""
+OF_FLASH = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic"}
+"""Keywords that only flash attention reads; the mask says the same to others."""
+
+
+def test_every_keyword_of_transformers_attention_is_known() -> None:
+    """What attention modules pass is honoured, refused, or of no meaning to SDPA: a new keyword fails here."""
+    unknown: dict[str, list[str]] = {}
+    for path in sorted((Path(tf.__file__).parent / "models").glob("*/modeling_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("attention_interface", "attention_fn"):
+                for keyword in node.keywords:
+                    known = HANDLED | OF_FLASH | {"output_attentions"} | FEATURES.keys()
+                    if keyword.arg is not None and keyword.arg not in known:
+                        unknown.setdefault(keyword.arg, []).append(path.stem)
+    assert not unknown

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zipvl.errors import InputError
+from zipvl.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,6 +48,8 @@ class _OneLineErrors(TyperGroup):
             sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: what its encoding lacks is escaped
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except InputError as error:
             _fail(str(error), error.exit_code)
         except typer.TyperException as error:
@@ -56,6 +59,9 @@ class _OneLineErrors(TyperGroup):
             _fail(f"{str(error).removeprefix('zipvl: ')}{hint}", 1)
         except typer.Abort:
             _fail("aborted", 1)
+        except OSError as error:  # the reader of a pipe is gone, a disk is full
+            sys.stdout = None  # which Python would try to empty once more
+            _fail(f"{error.strerror or first_line(error)}", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -157,8 +163,8 @@ def run(
         keep_text=keep_text,
         seed=seed,
     )
-    page = _page(image, question, max_new_tokens)
-    loaded = _model(model, device, dtype)
+    page, notes = _page(image, question, max_new_tokens)
+    loaded = _model(model, device, dtype, notes)
 
     from zipvl.app.run import ask
 
@@ -210,14 +216,14 @@ def inspect(
         keep_text=keep_text,
         seed=seed,
     )
-    page = _page(image, question, max_new_tokens)
+    page, notes = _page(image, question, max_new_tokens)
 
     from zipvl.app.inspect import check_output, inspect_page, write_report
     from zipvl.app.show_run import print_inspect
 
     output = output or Path(f"{image.stem}-zipvl.html")
     check_output(output)
-    loaded = _model(model, device, dtype)
+    loaded = _model(model, device, dtype, notes)
     _say("asking, ZipVL")
     inspection = inspect_page(loaded, page, question, config, max_new_tokens=max_new_tokens)
     write_report(inspection, output)
@@ -254,8 +260,8 @@ def _config(**values: Any) -> ZipVLConfig:
         raise InputError(name, rest) from error
 
 
-def _page(image: Path, question: str, max_new_tokens: int) -> Image.Image:
-    """The picture, once the options beside it are checked."""
+def _page(image: Path, question: str, max_new_tokens: int) -> tuple[Image.Image, list[str]]:
+    """The picture and remarks about it, once the options beside it are checked."""
     if not question.strip():
         raise InputError("question", "expected a question, got an empty text")
     try:
@@ -267,18 +273,21 @@ def _page(image: Path, question: str, max_new_tokens: int) -> Image.Image:
 
     from zipvl.app.images import load_image
 
-    return load_image(image)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        page = load_image(image)
+    return page, [str(warning.message) for warning in caught]
 
 
-def _model(model: str | None, device: str, dtype: str) -> Loaded:
-    """The model of that name, or the default."""
+def _model(model: str | None, device: str, dtype: str, notes: Sequence[str]) -> Loaded:
+    """The model of that name, or the default; then ``notes`` and its own are said."""
     from zipvl.app.loading import default_model, load
 
     _hush()
     name = default_model() if model is None else model
     _say(f"loading {name}")
     loaded = load(name, device=device, dtype=dtype)
-    for note in loaded.notes:
+    for note in (*notes, *loaded.notes):
         typer.echo(f"zipvl: note: {note}", err=True)
     return loaded
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,37 @@ _WHITES = (1, 255, 65535)
 _OVERSHOOT = 1.1  # resampling a float picture leaves values a little above its white
 
 
-def load_image(path: Path) -> Image.Image:
-    """The picture at ``path`` as upright RGB. Raises ``InputError`` where there is none."""
-    shown = shortened(path)
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """The picture at a path, or an open one, as upright RGB of 8 bits a channel; see ``to_rgb``.
+
+    Of a file with several frames (GIF, TIFF, APNG, WebP, MPO) it is the first, and a ``UserWarning`` says so.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    shown = "this picture" if isinstance(source, Image.Image) else shortened(source)
+    try:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        path = Path(source)
+        _check_file(path, shown)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks about metadata and sizes
+            with Image.open(path) as image:
+                picture, frames = to_rgb(image), _count_frames(image)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file ends in whatever its format's decoder stumbles over
+        raise InputError(
+            "image", f"expected a readable picture, but {shown} is not one: {first_line(error)}"
+        ) from error
+    if frames > 1:
+        warnings.warn(f"{shown} has {frames} frames; the first is read", stacklevel=2)
+    return picture
+
+
+def _check_file(path: Path, shown: str) -> None:
+    """Raises ``InputError`` unless there is a file at ``path``."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -26,19 +56,24 @@ def load_image(path: Path) -> Image.Image:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise InputError("image", f"expected a picture file, but {shown} is not one: {why}") from error
-    if stat.S_ISDIR(mode):
-        raise InputError("image", f"expected a picture file, but {shown} is a directory")
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # a damaged file ends in whatever its format's decoder stumbles over
-        raise InputError(
-            "image", f"expected a readable picture, but {shown} is not one: {first_line(error)}"
-        ) from error
+    if not stat.S_ISREG(mode):
+        kind = "directory" if stat.S_ISDIR(mode) else "device, pipe or socket"
+        raise InputError("image", f"expected a picture file, but {shown} is a {kind}")
+
+
+def _count_frames(image: Image.Image) -> int:
+    """How many frames the file has, as far as that can be known: those behind the first may be damaged."""
+    with suppress(Exception):
+        return int(getattr(image, "n_frames", 1))
+    return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """``image`` as RGB: grey values of more than 8 bits are scaled, and transparency shows white."""
+    """``image`` as RGB, turned as its EXIF data say.
+
+    Grey values of more than 8 bits are scaled, and transparency shows white.
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return _grey_of_8_bits(image).convert("RGB")
     if not image.has_transparency_data:

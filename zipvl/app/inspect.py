@@ -15,7 +15,7 @@ from torch import Tensor
 from zipvl.app.loading import Loaded
 from zipvl.app.patches import Grid, PatchMap, patch_map
 from zipvl.app.run import Answer, ask, prepare
-from zipvl.errors import InputError, shortened
+from zipvl.errors import InputError, first_line, shortened
 
 __all__ = ["FORMATS", "Inspection", "LayerView", "check_output", "inspect_page", "write_report"]
 
@@ -103,7 +103,7 @@ def inspect_page(loaded: Loaded, image: Image.Image, question: str, config: Any,
         page=image,
         question=question,
         answer=answer,
-        model=Path(loaded.name).name,
+        model=Path(loaded.name).name.encode(errors="backslashreplace").decode(),  # names of files may be any bytes
         setting=f"{target}, {config.num_recent} recent and {config.num_random} random probes",
         layers=[_view(index, answer.stats.layers[index], len(tokens)) for index in sorted(answer.stats.layers)],
         patches=patches,
@@ -131,8 +131,9 @@ def check_output(path: Path) -> None:
         path.stat()
     except FileNotFoundError:
         pass
-    except OSError as error:
-        raise InputError("output", f"expected a file name, but {shown} is not one: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise InputError("output", f"expected a file name, but {shown} is not one: {why}") from error
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -102,7 +102,8 @@ def _anyres(model_config: Any, page: list[int], image: Tensor) -> PatchMap | Non
     left, right = _span(full_columns, columns, page[1] * scale)
     top, bottom = _span(full_rows, rows, page[0] * scale)
     tiles = Grid("tiles", with_ends[:, :-1], (left, top, right, bottom))
-    return PatchMap(image, (base, tiles), with_ends[:, -1])
+    shown = (base, tiles) if tiles.positions.numel() else (base,)  # a thread of a page has no patch of its own left
+    return PatchMap(image, shown, with_ends[:, -1])
 
 
 def _span(full: int, kept: int, page: float) -> tuple[float, float]:

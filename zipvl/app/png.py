@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ __all__ = ["render_png"]
 
 _COLUMNS = 3, 6  # fewest and most panels in a row
 _PANEL = 3.0  # inches
+_SHAPES = 0.2, 5.0  # height of a panel by its width, at least and at most; a longer page leaves the rest blank
+_DPI, _LONGEST = 100.0, 60_000  # matplotlib draws pictures of fewer than 2**16 pixels a side
 _PAGE_PIXELS = 900  # a panel shows no more
 _DROPPED = (0.16, 0.05, 0.30, 0.80)  # over the page; kept patches stay clear
 _BAR, _BAR_DENSE = "#3b6fb6", "#b9b9b9"
@@ -31,9 +34,10 @@ def render_png(inspection: Inspection) -> bytes:
     layers, grids = inspection.layers, inspection.patches.grids[::-1]
     columns = min(max(_COLUMNS[0], len(layers)), _COLUMNS[1])
     panel_rows = math.ceil(len(layers) / columns)
-    height = _PANEL * page.height / page.width
+    height = _PANEL * min(max(page.height / page.width, _SHAPES[0]), _SHAPES[1])
     heights = [max(height, _PANEL) + 0.4] + [height * panel_rows + 0.6] * len(grids) + ([] if grids else [3.0])
-    figure = Figure(figsize=(_PANEL * columns, sum(heights)), dpi=100, layout="constrained")
+    dpi = min(_DPI, _LONGEST / sum(heights))
+    figure = Figure(figsize=(_PANEL * columns, sum(heights)), dpi=dpi, layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     figure.suptitle(
         f"{inspection.model}, {inspection.setting}: {inspection.question!r} → {inspection.answer.text!r}",
@@ -50,7 +54,9 @@ def render_png(inspection: Inspection) -> bytes:
     if not grids:
         _strip(parts[1].subplots(), inspection)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -20,7 +20,10 @@ from zipvl.transformers import cache_names
 if TYPE_CHECKING:
     from zipvl.config import ZipVLConfig
 
-__all__ = ["Answer", "ask", "prepare", "reasons_for_dense"]
+__all__ = ["LONGEST", "Answer", "ask", "prepare", "reasons_for_dense"]
+
+LONGEST = 1000
+"""A page is at most so many times as long as it is wide."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,16 @@ class Answer:
 
 
 def prepare(processor: Any, image: Image.Image, question: str, model: Any) -> Any:
-    """The model's inputs for one user turn of ``image`` and ``question``, on the model's device and in its dtype."""
+    """The model's inputs for one user turn of ``image`` and ``question``, on the model's device and in its dtype.
+
+    Raises:
+        InputError: the picture is too long and narrow, or the processor rejects it.
+    """
+    width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):  # a processor that scales the short side would fill memory
+        raise InputError(
+            "image", f"expected a picture at most {LONGEST} times as long as it is wide, got one of {width} x {height}"
+        )
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     try:
         inputs = processor.apply_chat_template(
@@ -68,8 +80,10 @@ def prepare(processor: Any, image: Image.Image, question: str, model: Any) -> An
             return_dict=True,
             return_tensors="pt",
         )
-    except ValueError as error:
-        raise InputError("image", f"the model's processor rejects this page: {first_line(error)}") from error
+    except Exception as error:  # each processor stumbles over other pages and texts in its own way
+        raise InputError(
+            "image", f"the model's processor rejects this page of {width} x {height}: {first_line(error)}"
+        ) from error
     return inputs.to(model.device, dtype=model.dtype)
 
 

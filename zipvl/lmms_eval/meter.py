@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zipvl.app.cache_bytes import cache_bytes
+from zipvl.transformers.target import layer_configs
 
 __all__ = ["Meter", "Tally", "full_cache_bytes", "held_cache_bytes"]
 
@@ -143,9 +144,17 @@ def held_cache_bytes(cache: Any) -> int | None:
 def full_cache_bytes(model_config: Any, rows: int, seen: int, itemsize: int) -> int:
     """Bytes of the keys and values of ``seen`` tokens in every layer, for ``rows`` sequences."""
     text = model_config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * rows * seen * itemsize
+    layers = layer_configs(text)
+    numbers = sum(_heads(layer) * _head_dim(layer) for layer in layers) * (text.num_hidden_layers // len(layers))
+    return 2 * numbers * rows * seen * itemsize
+
+
+def _heads(layer: Any) -> int:
+    return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+
+
+def _head_dim(layer: Any) -> int:
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
 def _mib(count: float) -> str:

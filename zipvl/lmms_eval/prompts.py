@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zipvl.app.images import to_rgb
+from zipvl.app.images import load_image
 
 __all__ = ["Prompt", "collate", "from_context", "from_messages"]
 
@@ -53,6 +53,7 @@ def from_messages(
 
     Raises:
         ValueError: the content is of another type, such as audio.
+        InputError: a picture cannot be read.
     """
     prompt = Prompt([], [], [])
     if system_prompt:
@@ -119,7 +120,7 @@ def _parts(item: dict[str, Any], prompt: Prompt, frames: int, as_video: bool) ->
         return [{"type": "text", "text": item["text"]}]
     source = next((item[key] for key in ("url", "image", "video", "path") if item.get(key) is not None), None)
     if kind == "image" and source is not None:
-        prompt.images.append(_picture(source))
+        prompt.images.append(load_image(source))
         return [{"type": "image"}]
     if kind == "video" and source is not None:
         pixels, where = _frames(source, frames)
@@ -139,20 +140,13 @@ def _visual(visual: Any) -> dict[str, Any]:
     raise ValueError(f"zipvl: expected pictures or paths of videos as visuals, got {type(visual).__name__}")
 
 
-def _picture(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    with Image.open(source) as picture:
-        return to_rgb(picture)
-
-
 def _frames(source: Any, most: int) -> tuple[np.ndarray, Any]:
     """At most ``most`` evenly spaced frames ``[T, H, W, 3]`` of a video file or of a list of pictures."""
     if isinstance(source, dict):
         source = source.get("url") or source.get("path")
     if isinstance(source, (list, tuple)):
         chosen = [source[i] for i in _spread(len(source), most)]
-        return np.stack([np.asarray(_picture(frame)) for frame in chosen]), None
+        return np.stack([np.asarray(load_image(frame)) for frame in chosen]), None
     from transformers.video_utils import load_video
 
     decoder = next((name for package, name in _DECODERS.items() if find_spec(package) is not None), None)

@@ -14,7 +14,7 @@ from zipvl.transformers.call import DEFAULT_RUN, Call
 from zipvl.transformers.quantized import QuantizedKV
 from zipvl.transformers.reasons import refuse_unsupported
 from zipvl.transformers.storage import RaggedKV, Tokens, packed_mask
-from zipvl.transformers.target import IN_BLOCK, layer_index
+from zipvl.transformers.target import IN_BLOCK, is_prefix_lm, layer_index
 
 
 def attention_forward(
@@ -36,7 +36,8 @@ def attention_forward(
         module: the attention module.
         query: ``[B, Hq, n, D]``.
         key, value: ``[B, Hkv, S, D]``, or placeholders of that shape if they come from a packed ``ZipVLCache`` layer.
-        attention_mask: what ``masks.mask_function`` made: ``[B, S]``, ``[B, 1, n, S]`` or None.
+        attention_mask: what ``masks.mask_function`` made: ``[B, S]``, ``[B, 1, n, S]``, int32
+            ``[B, 1, 1, S]`` or None.
         scaling: factor of the scores, ``D ** -0.5`` if None.
         dropout, sliding_window, is_causal, kwargs: as the module passes them.
         zipvl: what the decoder's pre-hook handed on. Without it the module is under the default configuration, or of a
@@ -55,6 +56,7 @@ def attention_forward(
             )
         call = Call(DEFAULT_RUN, None)
     call.reached = True
+    attention_mask, ends = call.read_mask(attention_mask, query.shape[2])
     layer, new, tokens = call.layer_of(module, key, value), query.shape[2], key.shape[2]
     packed = layer is not None and layer.packed is not None
     bystander = zipvl is None and _implementation(module) == IN_BLOCK
@@ -71,13 +73,14 @@ def attention_forward(
             tokens - call.candidates if layer is not None else tokens,
             attention_mask,
             sliding_window=sliding_window,
-            is_causal=is_causal,
+            is_causal=is_causal if ends is None else True,  # the mask says what a row sees
             same_head_dims=query.shape[-1] == value.shape[-1],
+            dtype=query.dtype,
         )
         if dense is None:
             refuse_unsupported(module, kwargs, dropout)
             attend = _chunk if chunk else _prefill
-            return attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling), None
+            return attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling, ends), None
         plain = attention_mask is None or attention_mask.dim() == 2
         if prompt or plain:
             call.record(module, layer, key, attention_mask, dense_below, dense=dense)
@@ -88,7 +91,7 @@ def attention_forward(
         assert layer is not None
         if dropout > 0:
             refuse_unsupported(module, kwargs, dropout)
-        return _attend_packed(module, call, layer, query, attention_mask, scaling), None
+        return _attend_packed(module, call, layer, query, attention_mask, scaling, ends), None
     if layer is not None:
         layer.keep_all()
     out = _dense(
@@ -97,7 +100,7 @@ def attention_forward(
         query,
         key,
         value,
-        attention_mask,
+        attention_mask if ends is None else call.seen_by(ends, attention_mask, tokens),
         scaling=scaling,
         dropout=dropout,
         sliding_window=sliding_window,
@@ -130,6 +133,7 @@ def _prefill(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None,
+    ends: Tensor | None,
 ) -> Tensor:
     """A sparse prefill, and what becomes of it: the cache layer's content, the statistics.
 
@@ -142,9 +146,11 @@ def _prefill(
     tokens = query.shape[2] - candidates
     token_mask = None if attention_mask is None else attention_mask[:, :tokens]
     q, k, v = (s[:, :, :tokens] if candidates else s for s in _in_one_dtype(query, key, value))
-    out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling).transpose(1, 2).to(query.dtype)
+    last_key = None if ends is None else ends[:, :tokens]
+    out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling, last_key=last_key)
+    out = out.transpose(1, 2).to(query.dtype)
     if layer is not None and candidates:
-        guessed = _attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling)
+        guessed = _attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling, None)
         out = torch.cat([out, guessed], dim=1)
     return out
 
@@ -159,14 +165,15 @@ def run_layer(
     value: Tensor,
     token_mask: Tensor | None,
     scaling: float | None,
-    **projections: Any,
+    **given: Any,
 ) -> Tensor:
     """``ops.zipvl_layer``, and what becomes of it: the cache layer's content, the statistics.
 
     Args:
-        query: ``[B, Hq, N, D]``, or None: ``projections`` (keywords of the op) hold hidden states and weights.
+        query: ``[B, Hq, N, D]``, or None: ``given`` holds hidden states and weights.
         key, value: ``[B, Hkv, N, D]``.
         token_mask: ``[B, N]`` or None: all real.
+        given: further keywords of the op.
 
     Returns:
         The op's ``out``.
@@ -177,11 +184,11 @@ def run_layer(
     budgeted = drops and config.cache_ratio is not None
     visual = call.visual_of(key.shape[2], key.device)
     tokens, packs = Tokens(key, value, token_mask, visual), drops and not budgeted
-    out, chosen, count, keys, values = _select(call, dense_below, query, tokens, scaling, pack=packs, **projections)
+    out, chosen, count, keys, values = _select(call, dense_below, query, tokens, scaling, pack=packs, **given)
     stored = None
     if budgeted:
         first = call.first_stored(tokens, None, dense_below)
-        stored = budget.select(config, query, tokens, *first, scaling, **projections)
+        stored = budget.select(config, query, tokens, *first, scaling, **given)
         keys, values = ops.pack_kv(key, value, *stored)
     if layer is not None and drops:
         index, held = stored or (chosen, count)
@@ -189,7 +196,7 @@ def run_layer(
         kept = None if visual is None else packed_mask(visual, index, held)
         layer.keep_packed(keys, values, held, max_kept, call.candidates, kept)
     elif layer is not None:
-        query_heads = out.shape[1] if query is not None else projections["q_weight"].shape[0] // key.shape[3]
+        query_heads = out.shape[1] if query is not None else given["q_weight"].shape[0] // key.shape[3]
         layer.keep_selected(key, value, chosen, count, token_mask, query_heads, call.candidates, visual)
     call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count, stored=stored)
     return out
@@ -222,6 +229,7 @@ def _chunk(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None,
+    ends: Tensor | None,
 ) -> Tensor:
     """Further tokens of a prompt, sparse among all so far; what becomes of them is up to the cache layer.
 
@@ -229,11 +237,13 @@ def _chunk(
         query: ``[B, Hq, n, D]``, of the chunk.
         key, value: ``[B, Hkv, S, D]``, all so far, or a placeholder where ``layer`` is packed.
         attention_mask: ``[B, S]`` or None: all real.
+        ends: ``[B, n]``, which of the chunk's tokens is the last that each of them sees; None: itself.
 
     Returns:
         ``[B, n, Hq, D]``.
     """
     new = query.shape[2]
+
     if layer is None:  # earlier tokens are stored as they came: in a layer of ours or in an ordinary cache
         held = call.stored_in(module, key)
         q, k, v = _in_one_dtype(query, key, value)
@@ -244,11 +254,12 @@ def _chunk(
         held, visual = layer, call.visual_of(new, query.device, new=True)
         tokens = layer.with_new(call.new_mask(attention_mask, new), visual)
         q = query.to(layer.packed.dtype)
-    out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling)
+    last_key = None if ends is None else ends + (tokens.keys.shape[2] - new)
+    out, chosen, count, _, _ = _select(call, dense_below, q, tokens, scaling, last_key=last_key)
     stored, index = None, chosen
     if held is not None and call.config.cache == "drop" and call.config.cache_ratio is not None:
         first = call.first_stored(tokens, new, dense_below)
-        index, added = budget.select(call.config, q, tokens, *first, scaling)
+        index, added = budget.select(call.config, q, tokens, *first, scaling, last_key=last_key)
         stored = index, added + budget.before(tokens, new)
     if held is not None and layer is None:
         held.pack(index, new, attention_mask, visual, q.dtype)
@@ -266,18 +277,21 @@ def _attend_packed(
     query: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None,
+    ends: Tensor | None,
 ) -> Tensor:
     """New tokens against what the cache kept and, causally, themselves.
 
     Args:
         query: ``[B, Hq, n, D]``, the new tokens.
         attention_mask: ``[B, seen + n]`` or None: all real.
+        ends: ``[B, n]``, which of the new tokens is the last that each of them sees; None: itself.
 
     Returns:
         ``[B, n, Hq, D]``.
 
     Raises:
-        ValueError: the mask is not plain causal, so it names columns that may have been dropped.
+        ValueError: the mask is not plain causal, so it names columns that may have been dropped; or tokens see later
+            ones behind a quantised cache.
     """
     new, packed = query.shape[2], layer.packed
     assert packed is not None
@@ -293,13 +307,19 @@ def _attend_packed(
         return layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2).to(query.dtype)
     new_keys, new_values = (states.to(dtype) for states in layer.pending())
     if isinstance(packed, QuantizedKV):
+        if ends is not None:
+            raise ValueError(
+                f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): images whose tokens see each "
+                'other both ways are not supported behind a quantised ZipVLCache; use cache="drop" or "full"'
+            )
         packed.make_room(new)
         out = packed.attend_several(q, new_keys, new_values, token_mask, scaling).transpose(1, 2)
     else:
         keys, values = packed.visible()
         past = packed.valid()[:, None, None, :].expand(-1, 1, new, -1)
         own = q.new_ones(q.shape[0], new, dtype=torch.bool) if token_mask is None else token_mask
-        mask = torch.cat([past, call.expanded(own, new, q.device)], dim=-1)
+        among = call.expanded(own, new, q.device) if ends is None else call.seen_by(ends, own, new)
+        mask = torch.cat([past, among], dim=-1)
         keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
         out, _ = sdpa_attention_forward(module, q, keys, values, mask, scaling=scaling)
     layer.append(token_mask, q, scaling, call.visual_of(new, q.device, new=True))
@@ -318,7 +338,7 @@ def _dense(
 ) -> Tensor:
     """transformers' SDPA attention with the mask it would have been given; ``[B, n, Hq, D]``."""
     new, length = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) or is_prefix_lm(module) if is_causal is None else is_causal
     if attention_mask is None and causal and 1 < new < length:  # all real; to SDPA None would mean the first columns
         attention_mask = query.new_ones(query.shape[0], length, dtype=torch.bool)
     if attention_mask is not None and attention_mask.dim() == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class ZipVLCache(DynamicCache):
         assisted: the cache is that of an assisted generation.
         plan: how the ``generate()`` that runs decodes (``decode.Plan``); None outside of one.
         visual: ``[B, m]`` bool, which of the tokens seen are visual, those beyond ``m`` being text; None: none.
+        handed_on: the forward that is under way hands this cache to zipvl's attention function.
     """
 
     def __init__(
@@ -89,6 +91,39 @@ class ZipVLCache(DynamicCache):
         self.candidates, self.assisted = 0, False
         self.plan: Any = None
         self.visual: torch.Tensor | None = None
+        self.handed_on = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``ZipVLCacheLayer.update`` of one layer.
+
+        Raises:
+            RuntimeError: the layer is packed, and the model was not told to read it.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not self.handed_on and isinstance(layer, ZipVLCacheLayer) and layer.packed is not None:
+            raise RuntimeError(
+                f"ZipVLCache: layer {layer_idx} is packed: its keys are placeholders on the meta device, which only "
+                "zipvl's attention reads, and this model does not run it. Its zipvl.sparse block has ended, or the "
+                "cache is another model's. Go on inside zipvl.sparse(model), or make the cache from the model itself: "
+                "zipvl.ZipVLCache(model)"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Keys and values layer by layer, of which ``DynamicCache(cache)`` makes a copy.
+
+        Raises:
+            RuntimeError: a layer is packed, and has no tensors of all tokens seen.
+        """
+        packed = [i for i, x in enumerate(self.layers) if isinstance(x, ZipVLCacheLayer) and x.packed is not None]
+        if packed:
+            raise RuntimeError(
+                f"ZipVLCache: layers {packed} are packed and do not hold every token seen, so they cannot be copied as "
+                "keys and values (DynamicCache(cache)); use copy.deepcopy(cache)"
+            )
+        return super().__iter__()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""

@@ -94,6 +94,8 @@ class Call:
         self._first_stored: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self._new: list[torch.Tensor | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+        self._read: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
+        self._seen_by: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # The cache
 
@@ -183,8 +185,8 @@ class Call:
             )
         if dense.words == NOT_PLAIN_CAUSAL:
             self.run.warn_once(
-                f"zipvl: layers of {type(module).__name__} are dense for this prompt: {dense.words} (image blocks that "
-                "attend both ways, packed sequences or a custom 4-D mask)."
+                f"zipvl: layers of {type(module).__name__} are dense for this prompt: {dense.words} (packed sequences, "
+                "blocks of tokens that lie apart and attend both ways, or a custom 4-D mask)."
             )
 
     # Statistics
@@ -300,6 +302,41 @@ class Call:
         return known[1]
 
     # The mask
+
+    def read_mask(
+        self, attention_mask: torch.Tensor | None, new: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What a mask of ``masks.mask_function`` says, read once for all layers of this forward.
+
+        Returns:
+            The mask itself and None. Of an int32 mask ``[B, 1, 1, S]``: ``[B, S]`` bool of the real tokens, or None if
+            all are; and ``[B, new]`` int32, which of the ``new`` tokens is the last that each of them sees.
+        """
+        if attention_mask is None or attention_mask.dtype != torch.int32:
+            return attention_mask, None
+        if self._read is None or self._read[0] is not attention_mask:
+            last = attention_mask[:, 0, 0]
+            real, ends = last >= 0, last[:, -new:] - (last.shape[1] - new)
+            known = not torch.compiler.is_compiling() and bool(real.all())
+            self._read = attention_mask, None if known else real, ends
+        return self._read[1:]
+
+    def seen_by(self, ends: torch.Tensor, token_mask: torch.Tensor | None, tokens: int) -> torch.Tensor:
+        """The 4-D mask that SDPA needs for the last tokens of ``tokens``, made once for all layers of this forward.
+
+        Args:
+            ends: ``[B, n]`` int32, of ``read_mask``.
+            token_mask: ``[B, tokens]`` or None: all real.
+
+        Returns:
+            ``[B, 1, n, tokens]`` bool.
+        """
+        if self._seen_by is None or self._seen_by[0] is not ends or self._seen_by[1].shape[-1] != tokens:
+            keys = torch.arange(tokens, device=ends.device) - (tokens - ends.shape[1])
+            seen = keys <= ends[:, :, None]
+            seen = seen if token_mask is None else seen & token_mask[:, None]
+            self._seen_by = ends, seen[:, None]
+        return self._seen_by[1]
 
     def new_mask(self, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
         """Which of ``new`` tokens behind a filled cache are real: ``[B, new]``, or None: all. Read once a forward."""

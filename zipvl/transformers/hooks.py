@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.utils.import_utils import is_tracing
 
+from zipvl.config import ZipVLConfig
 from zipvl.stats import Decoding
 from zipvl.transformers import cache_names, projections, vision
 from zipvl.transformers.cache import ZipVLCache, adopt
@@ -167,7 +168,7 @@ class DecoderHook:
         if not self.runs:
             if not isinstance(cache, ZipVLCache):
                 return None
-            run = Run(cache.config, cost_key=cache.cost_key)
+            run, cache.handed_on = Run(cache.config, cost_key=cache.cost_key), True
             return args, kwargs | {KEYWORD: Call(run, cache, self._visual(run, cache, args, kwargs))}
         run = self.runs[-1]
         use_cache = kwargs.get("use_cache")
@@ -178,6 +179,8 @@ class DecoderHook:
             kwargs = cache_names.without(kwargs) | {self.cache_name: cache}
         elif is_tracing():
             kwargs = kwargs | _all_real(args, kwargs)
+        if isinstance(cache, ZipVLCache):
+            cache.handed_on = True
         return args, kwargs | {KEYWORD: Call(run, cache, self._visual(run, cache, args, kwargs))}
 
     def _visual(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visual:
@@ -261,6 +264,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     call = kwargs.get(KEYWORD)
     if call is None:
         return
+    if isinstance(call.cache, ZipVLCache):
+        call.cache.handed_on = False
     name = type(module).__name__
     if not call.reached:
         raise RuntimeError(
@@ -306,6 +311,8 @@ class _PrepareCache:
             self.generator, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = cache_names.given(model_kwargs)
+        if run is not None or isinstance(cache, ZipVLCache):
+            _check_padding(model_kwargs.get("attention_mask"), run)
         if cache is not None and run is not None:
             adopt(cache, decoder.config, run.config, run.cost_key)
         if isinstance(cache, ZipVLCache):
@@ -313,6 +320,19 @@ class _PrepareCache:
             decoding = Decoding() if run is None or run.stats is None else run.stats.decodes()
             cache.plan = plan_decoding(decoder, cache, generation_config, generation_mode, max_cache_length, decoding)
         return result
+
+
+def _check_padding(attention_mask: Any, run: Run | None) -> None:
+    """Warns once a run if rows of a prompt end in padding, behind which ``generate()`` would go on."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
+        return
+    rows = int((attention_mask[:, -1] == 0).sum())
+    if rows:
+        (Run(ZipVLConfig()) if run is None else run).warn_once(
+            f"zipvl: {rows} of {attention_mask.shape[0]} rows of this batch end in padding. generate() goes on behind "
+            "it, so the answers of those rows mean little, with zipvl and without. Pad on the left "
+            '(tokenizer.padding_side = "left").'
+        )
 
 
 def _note_candidates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

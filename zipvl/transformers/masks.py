@@ -1,7 +1,9 @@
 """The mask function behind ``attn_implementation="zipvl"``.
 
 A plain causal mask never becomes a 4-D tensor here (16 GiB at 128K tokens): what is handed to the attention function is
-the 2-D padding mask, or None where nothing is padded. Every other mask is what transformers' SDPA would get.
+the 2-D padding mask, or None where nothing is padded. A causal mask in which blocks of neighbouring tokens, such as an
+image's, see each other both ways is as small: of int32, the last position that each token sees. It has four dimensions,
+so that models which make masks of masks hand it on as it is. Every other mask is what transformers' SDPA would get.
 """
 
 from __future__ import annotations
@@ -36,19 +38,31 @@ def mask_function(
 
     Returns:
         For plain causal attention over everything seen so far: ``[B, kv_length]`` bool, true where a token is real, or
-        None if all are. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length, kv_length]`` bool, or None where
-        SDPA's own ``is_causal`` says it all.
+        None if all are. With blocks that attend both ways: ``[B, 1, 1, kv_length]`` int32, the last position that a
+        token sees, its own or the end of its block, and -1 where a token is not real. Otherwise what ``sdpa_mask``
+        returns: ``[B, 1, q_length, kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
 
     Raises:
         ValueError: there are more keys than tokens seen.
     """
-    plain = local_size is None and _is_plain_causal(mask_function, allow_is_causal_skip)
+    plain = local_size is None and _is_causal(mask_function, allow_is_causal_skip)
+    blocks = _blocks(mask_function) if plain else None
     sized_by_tensor = isinstance(q_offset, torch.Tensor)
-    if plain and kv_offset == 0 and q_length > 1 and (sized_by_tensor or kv_length > q_offset + q_length):
+    if (
+        plain
+        and blocks is None
+        and kv_offset == 0
+        and q_length > 1
+        and (sized_by_tensor or kv_length > q_offset + q_length)
+    ):
         raise ValueError(
             f"zipvl attention: {q_length} tokens with {kv_length} keys: a cache of fixed size (StaticCache) or prefix "
             'tuning is not supported. Use a ZipVLCache or a DynamicCache, or attn_implementation="sdpa".'
         )
+    ends = None
+    if blocks is not None:
+        ends = _ends(blocks) if q_length > 1 and blocks.shape == (batch_size, kv_length) else None
+        plain = ends is not None
     if not plain or kv_offset != 0 or sized_by_tensor or kv_length != q_offset + q_length:
         return sdpa_mask(
             batch_size=batch_size,
@@ -65,26 +79,57 @@ def mask_function(
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding_mask is not None:
         padding_mask = padding_mask[:, :kv_length]
+    if ends is not None:
+        return (ends if padding_mask is None else torch.where(padding_mask.bool(), ends, -1))[:, None, None]
+    if padding_mask is not None:
         if is_tracing(padding_mask) or not bool(padding_mask.all()):
             return padding_mask
     return None
 
 
-def _is_plain_causal(function: Callable[..., Any], allow_is_causal_skip: bool) -> bool:
-    """Whether ``function`` is causal and nothing else, and nobody asked for the tensor.
-
-    Gemma 3's processor marks images even in prompts that have none: causal *or* in the same block, of no blocks.
-    """
+def _is_causal(function: Callable[..., Any], allow_is_causal_skip: bool) -> bool:
+    """Whether ``function`` is causal and nothing else, and nobody asked for the tensor; or causal *or* in the same
+    block."""
     if function is causal_mask_function:
         return allow_is_causal_skip
     if getattr(function, "__qualname__", "") != or_masks(causal_mask_function).__qualname__:
         return False
     causal, *others = _captured(function)["mask_functions"]
     blocks = blockwise_overlay(torch.empty(0)).__qualname__
-    return causal is causal_mask_function and all(
-        getattr(other, "__qualname__", "") == blocks and not bool((_captured(other)["block_sequence_ids"] >= 0).any())
-        for other in others
-    )
+    return causal is causal_mask_function and all(getattr(other, "__qualname__", "") == blocks for other in others)
+
+
+def _blocks(function: Callable[..., Any]) -> torch.Tensor | None:
+    """Which block each token is in, ``[B, kv_length]``, negative where in none; None: there are no blocks.
+
+    Gemma 3's processor marks images even in prompts that have none. Blocks of several kinds are an empty tensor.
+    """
+    if function is causal_mask_function:
+        return None
+    of_kinds = [_captured(other)["block_sequence_ids"] for other in _captured(function)["mask_functions"][1:]]
+    found = [ids for ids in of_kinds if bool((ids >= 0).any())]
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else found[0].new_empty(0)
+
+
+def _ends(blocks: torch.Tensor) -> torch.Tensor | None:
+    """The last position that each token sees, ``[B, S]`` int32: the end of its block, or its own; None: the tokens of a
+    block do not all stand side by side, so there is no such position.
+
+    Args:
+        blocks: ``[B, S]``, negative where a token is in none.
+    """
+    inside = blocks >= 0
+    apart = torch.nn.functional.pad(
+        blocks[:, 1:] != blocks[:, :-1], (1, 1), value=True
+    )  # before each token, and behind
+    highest = torch.nn.functional.pad(blocks.cummax(-1).values, (1, 0), value=-1)[:, :-1]
+    if bool((inside & apart[:, :-1] & (blocks <= highest)).any()):  # it began before
+        return None
+    own = torch.arange(blocks.shape[1], dtype=torch.int32, device=blocks.device).expand_as(blocks)
+    last = torch.where(apart[:, 1:], own, blocks.shape[1])
+    return torch.where(inside, last.flip(-1).cummin(-1).values.flip(-1), own).to(torch.int32)
 
 
 def _captured(function: Callable[..., Any]) -> dict[str, Any]:

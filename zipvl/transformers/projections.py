@@ -141,6 +141,8 @@ def reason(
         return "the rotary embedding is not of whole heads in the model's dtype"
     if weight.dtype != hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type):
         return "mixed dtypes"
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        return "tokens see later ones"
     if module.training or asks_for_more(cache_names.without(kwargs)):
         return "left to the attention function to refuse"
     dense = call.reason_dense(
@@ -151,6 +153,7 @@ def reason(
         sliding_window=getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)),
         is_causal=kwargs.get("is_causal"),
         same_head_dims=True,
+        dtype=hidden_states.dtype,
     )
     if dense is not None:
         return dense.words

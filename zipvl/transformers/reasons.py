@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from zipvl.config import ZipVLConfig
+from zipvl.transformers.features import FEATURES, refusal
 from zipvl.transformers.target import layer_index, layer_type
 
 NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 
-# Continuous batching hands these to attention functions: until transformers 5.23 its cache, since then places in it.
-_PAGED = ("cache", "block_table", "read_index")
-_REFUSED = ("output_attentions", "softcap", "s_aux", "sinks", "position_bias", "head_mask", *_PAGED)
-_REMEDY = 'Use attn_implementation="{other}" for this model, or turn the feature off.'
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Of queries, keys and values that a layer can be sparse with (docs/ops.md)."""
+
+_REFUSED = ("output_attentions", *FEATURES)
 
 
 class Dense(NamedTuple):
@@ -38,6 +39,7 @@ def reason_dense(
     sliding_window: int | None,
     is_causal: bool | None,
     same_head_dims: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Dense | None:
     """Why a layer's prefill is dense; None: it is sparse.
 
@@ -49,8 +51,9 @@ def reason_dense(
         attention_mask: what ``masks.mask_function`` made.
         sliding_window, is_causal: as the module passes them to its attention function.
         same_head_dims: whether keys and values have one head dimension.
+        dtype: of the queries, keys and values.
     """
-    kind = _kind(module, sliding_window, is_causal, same_head_dims)
+    kind = _kind(module, sliding_window, is_causal, same_head_dims, dtype)
     if kind is not None:
         return Dense(kind, always=True)
     if config.layers is not None and layer_index(module) not in config.layers:
@@ -65,7 +68,9 @@ def reason_dense(
     return None
 
 
-def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None, same_head_dims: bool) -> str | None:
+def _kind(
+    module: nn.Module, sliding_window: int | None, is_causal: bool | None, same_head_dims: bool, dtype: torch.dtype
+) -> str | None:
     """Why layers of this kind are never sparse; None if they can be."""
     if layer_index(module) is None:
         return "not a decoder layer"
@@ -78,7 +83,15 @@ def _kind(module: nn.Module, sliding_window: int | None, is_causal: bool | None,
         return "sliding-window attention"
     if (kind := layer_type(module)) not in (None, "full_attention"):
         return f"layer type {kind}"
-    return None if same_head_dims else "keys and values differ in head dimension"
+    if not same_head_dims:
+        return "keys and values differ in head dimension"
+    return (
+        None if dtype in DTYPES else f"the ops take {', '.join(map(_name, DTYPES))}, and this model is {_name(dtype)}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
@@ -98,22 +111,15 @@ def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float
     """
     if dropout == 0.0 and not asks_for_more(kwargs):
         return
-    found = None
-    other = "sdpa"
+    found, remedy = None, "sdpa"
     if dropout > 0:
         found = f"dropout={dropout} (the model is in training mode: call model.eval())"
     elif kwargs.get("output_attentions"):
-        found, other = "output_attentions=True (the probabilities are never formed)", "eager"
-    elif kwargs.get("softcap") is not None:
-        found, other = f"logit softcapping (softcap={kwargs['softcap']})", "eager"
-    elif kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None:
-        found, other = "attention sinks (s_aux)", "eager"
-    elif kwargs.get("position_bias") is not None:
-        found, other = "a position bias", "eager"
-    elif kwargs.get("head_mask") is not None:
-        found, other = "a head mask", "eager"
-    elif any(kwargs.get(name) is not None for name in _PAGED):
-        found = "a paged cache (continuous batching)"
+        found, remedy = "output_attentions=True (the probabilities are never formed)", "eager"
+    else:
+        name = next((name for name in FEATURES if kwargs.get(name) is not None), None)
+        if name is not None:
+            found, remedy = FEATURES[name].words.format(kwargs[name]), FEATURES[name].remedy
     if found is not None:
         where = f"{type(module).__name__}, layer {layer_index(module)}"
-        raise ValueError(f"zipvl attention ({where}): {found} is not supported. {_REMEDY.format(other=other)}")
+        raise ValueError(f"zipvl attention ({where}): {refusal(found, remedy)}")

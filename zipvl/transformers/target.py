@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from zipvl.config import ZipVLConfig
+from zipvl.transformers.features import problem_of
 
 IMPLEMENTATION = "zipvl"
 """The attention implementation that a model is given for good."""
@@ -21,6 +22,10 @@ another model, which only shares the configuration object, and is left alone."""
 
 KEYWORD = "zipvl"
 """The keyword argument that hands a ``Call`` from a decoder's pre-hook to its attention function."""
+
+
+_WITHOUT = "run this model without zipvl"
+_NO_INTERFACE = f"does not use transformers' attention interface, so its attention cannot be replaced; {_WITHOUT}"
 
 
 @dataclass
@@ -49,7 +54,8 @@ def find(model: nn.Module) -> Target:
 
     Raises:
         ValueError: there is none, or it is an encoder-decoder, of a kind that ``check_model`` refuses, without
-            transformers' attention interface, or with a cache of its own kind.
+            transformers' attention interface, with a cache of its own kind, or its attention asks for what is not
+            supported. The message says which, and the remedy.
     """
     name = type(model).__name__
     outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -60,32 +66,55 @@ def find(model: nn.Module) -> Target:
     check_model(outer.config)
     text = outer.config.get_text_config(decoder=True)
     modules = list(outer.modules())
+    generates = outer.can_generate()
     attention = [m for m in modules if layer_index(m) is not None and _decodes(m, text)]
+    attention = [m for m in attention if generates or m.is_causal]
     if not attention:
-        raise ValueError(f"zipvl.sparse: {name} has no causal attention layers")
+        raise ValueError(f"zipvl.sparse: {name} {_why_none(outer, modules)}")
     models = [(m, set(m.modules())) for m in modules if isinstance(m, PreTrainedModel)]
     decoder, _ = min((pair for pair in models if pair[1].issuperset(attention)), key=lambda pair: len(pair[1]))
     problem = _why_not(decoder)
     if problem is not None:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
+    parents = {id(child): parent for parent in modules for child in parent.children()}
+    for module in attention:
+        problem = problem_of(module, parents.get(id(module)))
+        if problem is not None:
+            where = f"{type(module).__name__}, layer {layer_index(module)}"
+            raise ValueError(f"zipvl attention ({where}): {problem}")
     configs: dict[int, Any] = {id(c): c for c in (text, decoder.config, *(m.config for m in attention))}
     generators = [m for m, _ in models if hasattr(m, "_prepare_cache_for_generation")]
     around = [m for m, parts in models if m is not decoder and decoder in parts]
     return Target(outer, decoder, attention, list(configs.values()), generators, around)
 
 
+def _why_none(outer: PreTrainedModel, modules: list[nn.Module]) -> str:
+    """Why none of ``modules`` is a causal attention module of a decoder's layer, and the remedy where there is one."""
+    attention = [m for m in modules if "attention" in type(m).__name__.lower() and not isinstance(m, PreTrainedModel)]
+    if not attention:
+        return f"has no attention layers (a recurrent or state-space model) that could be sparse; {_WITHOUT}"
+    if not all(m._can_set_attn_implementation() for m in modules if isinstance(m, PreTrainedModel)):
+        return _NO_INTERFACE
+    if any(getattr(m, "is_causal", None) is False for m in attention):
+        encoder = getattr(outer.config, "is_decoder", None) is False
+        remedy = "set is_decoder=True in its configuration to make a decoder of it" if encoder else _WITHOUT
+        return f"has no causal attention layers: its attention looks both ways; {remedy}"
+    lacks = "layer_idx" if all(layer_index(m) is None for m in attention) else "is_causal"
+    return f"has attention modules without {lacks}, by which zipvl tells a decoder's layers; {_WITHOUT}"
+
+
 def _why_not(decoder: PreTrainedModel) -> str | None:
     """Why this decoder cannot be given another attention or another cache; None if it can."""
     if not decoder._can_set_attn_implementation():
-        return "does not use transformers' attention interface, so its attention cannot be replaced"
+        return _NO_INTERFACE
     forward = inspect.unwrap(type(decoder).forward)
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        return "takes no further keyword arguments, which is how zipvl reaches its attention"
+        return f"takes no further keyword arguments, which is how zipvl reaches its attention; {_WITHOUT}"
     for name in forward.__code__.co_names:
         named = forward.__globals__.get(name)
         if isinstance(named, type) and issubclass(named, Cache) and named.__module__ == forward.__module__:
-            return f"asks for a cache of its own, {name}, which ZipVLCache cannot replace"
+            return f"asks for a cache of its own, {name}, which ZipVLCache cannot replace; {_WITHOUT}"
     return None
 
 
@@ -130,7 +159,14 @@ def _decodes(module: nn.Module, text: PretrainedConfig) -> bool:
     """Whether ``module`` is a causal attention module of the model configured by ``text``."""
     config = getattr(module, "config", None)
     same = config is text or getattr(config, "model_type", None) == text.model_type
-    return same and bool(getattr(module, "is_causal", False))
+    return same and (bool(getattr(module, "is_causal", False)) or is_prefix_lm(module))
+
+
+def is_prefix_lm(module: nn.Module) -> bool:
+    """Whether an attention module calls itself not causal because tokens of the prompt see each other, as masks say;
+    it is causal behind that (PaliGemma)."""
+    config = getattr(module, "config", None)
+    return getattr(module, "is_causal", None) is False and getattr(config, "use_bidirectional_attention", None) is True
 
 
 def check_layers(target: Target, config: ZipVLConfig) -> None:
