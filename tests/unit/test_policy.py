@@ -132,7 +132,7 @@ def test_costs_by_hand() -> None:
 def test_costs_of_a_window_and_a_chunk_by_hand() -> None:
     shape = {"query_heads": 10, "head_dim": 100, "tokens": 1000, "share": 0.5}
     numbers = 1e-3
-    zipvl = 25 + 24.47 + 1739 * numbers + 3.377 * (numbers * 1000 / 4 + 2.3 * numbers * (200 + 280))
+    zipvl = 40 + 24.47 + 1739 * numbers + 3.377 * (numbers * 1000 / 4 + 2.0 * numbers * (200 + 200))
     assert policy.layer_cost(**shape, window=200).zipvl_us == pytest.approx(zipvl)
     assert policy.layer_cost(**shape, window=200).dense_us == policy.layer_cost(**shape).dense_us
     cost, pairs = policy.layer_cost(**shape, queries=400), 0.4e-3 * (400 + 2 * 600)
