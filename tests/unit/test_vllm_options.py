@@ -78,13 +78,13 @@ def test_wrong_options(given: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "compact", "words"),
     [
-        ({}, False, "tau 0.95, window 512 and 4 sinks.*holds all tokens"),
+        ({}, False, "tau 0.9, window 512 and 4 sinks.*holds all tokens"),
         ({"ratio": 0.25, "local_window": 0}, False, r"\(ratio 0.25\); the cache holds all tokens"),
         ({"cache": "drop"}, False, "blocks are reserved for all"),
         ({"cache": "drop", "ratio": 0.25}, True, "ratio 0.25.*blocks are reserved for these alone"),
-        ({"cache": "drop", "max_ratio": 0.5}, True, "tau 0.95, at most 0.5.*these alone"),
+        ({"cache": "drop", "max_ratio": 0.5}, True, "tau 0.9, at most 0.5.*these alone"),
         ({"cache": "drop", "ratio": 1.0}, False, "reserved for all"),
-        ({"cache": "drop", "cache_ratio": 0.3}, True, "tau 0.95, 0.3 in the cache.*these alone"),
+        ({"cache": "drop", "cache_ratio": 0.3}, True, "tau 0.9, 0.3 in the cache.*these alone"),
         ({"cache": "drop", "cache_ratio": 1.0, "ratio": 0.2}, False, "reserved for all"),
     ],
 )
