@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ tf = pytest.importorskip("transformers")
 import zipvl  # noqa: E402
 from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread  # noqa: E402
 from tests.models.tiny_models import PAPER, TEXT, ids  # noqa: E402
+from tests.unit.test_scores_over_ranks import check as check_ranks  # noqa: E402
 from zipvl.transformers import DecodeGraph  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
@@ -121,3 +123,8 @@ def test_heads_on_two_devices_are_the_model_on_one(name: str, found: list[dict[s
     expected = in_groups(model, prompt, CONFIGS[name]).float().cpu()
     actual = torch.tensor(found[0][name]["logits"])
     assert (actual - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_scores_over_nccl_select_alike(tmp_path: Path) -> None:
+    """Two processes with a GPU and half of the heads each, as under vLLM's tensor parallelism."""
+    check_ranks(tmp_path, "cuda")

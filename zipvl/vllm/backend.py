@@ -7,7 +7,7 @@ own (``paged.py``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -197,9 +197,8 @@ class SparseImpl:
             if not self._has_window():
                 dtype = vllm_config.model_config.dtype
                 self._states = torch.empty(0, dtype=dtype, device=self.device_type)
-                limit = options.prefill_chunk_size or vllm_config.scheduler_config.max_num_batched_tokens
-                block = vllm_config.cache_config.block_size or 1
-                self.zipvl = Budget(options, self._dense_below(options, None), max(limit // block, 1) * block)
+                chunk = options.prefill_chunk_size or vllm_config.scheduler_config.max_num_batched_tokens
+                self.zipvl = Budget(options, self._dense_below(options, None), chunk)
         _last[0] = self.zipvl
 
     def _has_window(self) -> bool:
@@ -395,7 +394,10 @@ class SparseImpl:
 def customized(spec: Any) -> Any:
     """The spec of a layer that was made in this process: with its budget where it is sparse."""
     last = _last[0]
-    return spec if last is None or type(spec) is not FullAttentionSpec else ZipVLSpec.of(spec, last)
+    if last is None or type(spec) is not FullAttentionSpec:
+        return spec
+    blocks = max(last.chunk // spec.block_size, 1)
+    return ZipVLSpec.of(spec, replace(last, chunk=blocks * spec.block_size))
 
 
 class _Keys(NamedTuple):

@@ -86,5 +86,10 @@ def _prepare(vllm_config: Any, options: Options) -> None:
                 f"zipvl cannot act in this server:\n  - --attention-backend {chosen.name}: zipvl is a backend itself, "
                 "CUSTOM. Leave it out"
             )
+        if getattr(vllm_config.attention_config, "backend_per_kind", None):
+            raise ValueError(
+                "zipvl cannot act in this server:\n  - attention_config.backend_per_kind: layers of a kind would go "
+                "past zipvl. Leave it out"
+            )
         vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
     init_logger("vllm.zipvl").info_once("zipvl: %s", options.describe())
