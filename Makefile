@@ -6,12 +6,13 @@
 #   make vllm-check  the plug-in of vLLM: makes an environment with vLLM's CPU build in build/vllm, and runs tests/serving in it
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
 #   make fidelity    are answers of pretrained weights kept? fetches a model of 98 MB (15 minutes on two cores)
+#   make models      try every model that transformers names, tiny and random, and write docs/models.md (20 minutes)
 #   make lint        formatting, lint, types, and which module imports which
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo check test gpu-check vllm-check paper fidelity lint format cuda-check wheel clean
+.PHONY: demo check test gpu-check vllm-check paper fidelity models lint format cuda-check wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -112,6 +113,9 @@ paper: $(VENV)/build.stamp
 fidelity: $(VENV)/build.stamp
 	$(BIN)/python -m benchmarks.fidelity $(FIDELITY_ARGS)
 	$(BIN)/python -m benchmarks.readme
+
+models: $(VENV)/build.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.models.matrix docs/models.md
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
