@@ -161,7 +161,7 @@ def test_a_quantised_cache(zipvl: Zipvl, page: Path, tmp_path: Path) -> None:
     assert [layer["kept"] for layer in layers] == [kept] * 3
     blocks = [2 * (-(-kept // 64)), 2 * (-(-(PROMPT - kept) // 64))]  # two heads each
     segments = sum(
-        n * reference_cache.block_bytes(32, bits, torch.float32) for n, bits in zip(blocks, (4, 2), strict=True)
+        n * reference_cache.block_bytes(32, bits, torch.float32) for n, bits in zip(blocks, (4, (4, 2)), strict=True)
     )
     window, queries, factor, counts = 2 * 2 * 100 * 32 * 4, 16 * (4 * 32 * 4 + 4), 2 * 32 * 4, 3 * 4
     assert [layer["cache_bytes"] for layer in layers] == [segments + window + queries + factor + counts] * 3
