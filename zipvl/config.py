@@ -67,8 +67,8 @@ class ZipVLConfig:
             and enough tokens are to come; ``"graph"``: for few tokens too; ``"eager"``: step by step.
         vision_attention: on a GPU, vision towers that attend within windows make one call of exact attention for all
             windows of a layer, instead of one for each.
-        vision_compile: the blocks of vision towers run by ``torch.compile``: the same to rounding, sooner, after the
-            first forward has waited for the compiler (half a minute on a GPU).
+        vision_compile: the blocks of vision towers run by ``torch.compile``: the same to rounding, and the first
+            forward waits for the compiler.
 
     Scalars of numpy are taken too. Values are stored as Python's own and ``layers`` as a tuple, so that a configuration
     can be hashed.
