@@ -1,7 +1,7 @@
 """What a ``drop`` cache stores under a budget of its own (``ZipVLConfig.cache_ratio``), whatever prefill attends to.
 
 Decoded tokens look where the prompt's last tokens look, more than where tokens drawn from all of it do. So those are
-stored that the most recent queries look at, the same number in every layer (docs/ops.md, step 6).
+stored that the most recent queries look at, the same number in every layer (docs/ops.md, step 6b).
 """
 
 from __future__ import annotations

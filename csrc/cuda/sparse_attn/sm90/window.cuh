@@ -1,9 +1,10 @@
 // The pass of ranged attention within a window: every query, in token order, against the few keys before it.
 //
-// A tile of such rows is short, three blocks of 64 keys within a window of 128, so what bounds it is how long one step
-// waits for the last. Three consumer warpgroups, each with 64 rows, share the tile's keys but not its steps: each
-// visits the blocks that its own rows see and hands on the others, so they are at different steps and fill each other's
-// waits. Queries come and outputs go by the copy engine: their rows are adjacent tokens.
+// A tile of such rows is short, three blocks of 64 keys within a window of 128: its beginning and end weigh as much as
+// its steps. Three consumer warpgroups, each with 64 rows, share the tile's keys but not its steps: each visits the
+// blocks that its own rows see and hands on the others, so that they are at different steps and fill each other's
+// waits. Queries come and outputs go by the copy engine: their rows are adjacent tokens. The launch admits kSinkRows
+// sinks at most, because a consumer hands on keys before it takes sinks.
 #pragma once
 
 #include <cuda.h>
