@@ -255,7 +255,8 @@ def ttft() -> list[str]:
         return ["Time to first token: no run of `python -m benchmarks.ttft` is recorded yet."]
     newest: dict[tuple[bool, str], dict[int, Result]] = {}
     for run in results("ttft"):
-        newest.setdefault((run["compiled"], run["device"]["name"]), {})[run["tokens"]] = run
+        if not _has_windows(run):
+            newest.setdefault((run["compiled"], run["device"]["name"]), {})[run["tokens"]] = run
     title = (
         "Time to first token of a Qwen2-7B-shaped model in ms (times as fast as on dense cuDNN attention; peak GiB "
         "beyond the weights), bfloat16. The paper's model takes 3.28 s at 32,768 tokens on its hardware, and 0.45 s "
@@ -267,6 +268,22 @@ def ttft() -> list[str]:
         for line in _ttft_table(dict(sorted(newest[compiled, device].items())), "compiled" if compiled else "eager")
     ]
     return [title, *tables]
+
+
+def _has_windows(run: Result) -> bool:
+    return any(row.get("window") for row in run["rows"])
+
+
+def ttft_window() -> list[str]:
+    """Time to first token with windows and in chunks, a column a length: the newest run of each."""
+    runs = {run["tokens"]: run for run in results("ttft") if _has_windows(run)}
+    if not runs:
+        return ["Time to first token with windows: no run of `python -m benchmarks.ttft --window 128` is recorded yet."]
+    title = (
+        "The same with windows and 4 sinks, a `full` cache; in chunks each chunk selects for itself among all tokens "
+        "so far:"
+    )
+    return [title, *_ttft_table(dict(sorted(runs.items())), "eager")]
 
 
 def repeated(run: Result) -> bool:
@@ -361,6 +378,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "decode": decode,
     "layer": layer,
     "ttft": ttft,
+    "ttft_window": ttft_window,
     "answer": answer,
     "fidelity": fidelity,
 }

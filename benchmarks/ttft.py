@@ -2,8 +2,10 @@
 
 ``python -m benchmarks.ttft`` builds LongVA-7B's language model with random weights through transformers and adds
 ZipVL's parts to dense attention one after the other: the estimate first, its result thrown away, then sparse attention
-under imposed ratios, which uses it. Every row is the same model on the same tokens in one process, runs interleaved;
-the last token's logits are computed, and a cache is kept, as ``generate()`` does. ``--smoke``: a tiny shape on the CPU.
+under imposed ratios, which uses it. ``--window`` adds rows in which every token attends to those right before it and to
+the first four as well, ``--chunk`` the same prompts in chunks. Every row is the same model on the same tokens in one
+process, runs interleaved; the last token's logits are computed, and a cache is kept, as ``generate()`` does.
+``--smoke``: a tiny shape on the CPU.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ PAPER_TOKENS = 32768  # what the paper's times here are of
 # 2,247 ms to a first token behind 32,768 on an H200, 1,077 without.
 NO_MASK = {"full_attention": None}
 CUDNN = "aten::_scaled_dot_product_cudnn_attention"
+SINKS = 4  # beside a window
 TAU = 0.975  # of the estimate whose result is thrown away: with a ratio there is no budget to find
 
 
@@ -53,6 +56,8 @@ class Method:
         select: tokens are selected.
         ratio: attention runs among that share of the tokens; None: among all, and nothing uses the estimate.
         skip: projections of other tokens are not computed either.
+        window: tokens right before each that it attends to whatever is selected, and with them the first four; 0: none.
+        chunk: tokens of a forward, each selecting for itself among all so far; None: the prompt is one forward.
         paper_seconds: the paper's figure at 32,768 tokens on its own hardware, as far as it is known here.
     """
 
@@ -61,10 +66,12 @@ class Method:
     select: bool = False
     ratio: float | None = None
     skip: bool = False
+    window: int = 0
+    chunk: int | None = None
     paper_seconds: float | None = None
 
     def flops(self, shape: Shape, tokens: int) -> float:
-        """Of the products of one forward; selection has none."""
+        """Of the products of one forward without chunks; selection has none, and a window's are not counted."""
         rows = tokens if self.ratio is None else -int(-self.ratio * tokens // 1)
         projected = rows + PROBES if self.skip else tokens
         width = shape.heads * shape.head_dim
@@ -84,12 +91,25 @@ ESTIMATES = (
 )
 
 
-def methods(ratios: tuple[float, ...]) -> list[Method]:
-    """All rows: the estimates once, what uses them for each ratio."""
+def methods(ratios: tuple[float, ...], windows: tuple[int, ...] = (), chunk: int | None = None) -> list[Method]:
+    """All rows: the estimates once, what uses them for each ratio, with each window, and that in chunks."""
     sparse = [
         Method(name, estimate=True, select=True, ratio=ratio, skip=skip)
         for ratio in ratios
         for name, skip in (("+ sparse attention", False), ("+ skipped projections", True))
+    ]
+    sparse += [
+        Method(
+            f"sparse attention, window {window}" + (f", chunks of {size:,}" if size else ""),
+            estimate=True,
+            select=True,
+            ratio=ratio,
+            window=window,
+            chunk=size,
+        )
+        for ratio in ratios
+        for window in windows
+        for size in (None, *([chunk] if chunk else []))
     ]
     return [ORIGINAL, *ESTIMATES, *sparse]
 
@@ -113,7 +133,13 @@ def applied(model: Qwen2ForCausalLM, method: Method) -> Iterator[None]:
         if model.device.type == "cuda":
             stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
         if method.ratio is not None:
-            config = zipvl.ZipVLConfig.paper(ratio=method.ratio, skip_projections=method.skip)
+            config = zipvl.ZipVLConfig.paper(
+                ratio=method.ratio,
+                skip_projections=method.skip,
+                local_window=method.window,
+                num_sinks=SINKS if method.window else 0,
+                cache="full" if method.window else "drop",
+            )
             stack.enter_context(zipvl.sparse(model, config))
         elif method.estimate:
             name = f"zipvl_benchmark_{'select' if method.select else 'estimate'}"
@@ -142,7 +168,10 @@ def run_once(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tenso
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         mask = NO_MASK if method.ratio is None else None
-        output = forward(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        cache = None
+        for chunk in tokens.split(method.chunk or tokens.shape[1], dim=1):
+            output = forward(chunk, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -236,6 +265,8 @@ def record(shape: Shape, tokens: int, compiled: bool, found: dict[Method, list[R
 def main(
     length: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated. [4096 to 131072]")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Imposed ratio; may be repeated. [0.25, 0.48, 0.5]")] = None,
+    window: Annotated[list[int] | None, typer.Option(help="Rows with such a window and a full cache.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Those rows in chunks of so many tokens too.")] = None,
     eager: Annotated[bool, typer.Option(help="Measure the model as it stands.")] = True,
     compiled: Annotated[bool, typer.Option(help="Measure torch.compile(fullgraph=True), the first ratio.")] = False,
     smoke: Annotated[bool, typer.Option(help="A tiny shape, on the CPU, not recorded.")] = False,
@@ -253,7 +284,7 @@ def main(
     prompt = torch.randint(0, shape.vocab, (1, lengths[-1]), generator=generator).to(device)
     console = Console(width=130)
     for compile_it in (False,) * eager + (True,) * compiled:
-        rows = [ORIGINAL, *methods(ratios[:1])[3:]] if compile_it else methods(ratios)
+        rows = [ORIGINAL, *methods(ratios[:1])[3:]] if compile_it else methods(ratios, tuple(window or ()), chunk)
         found = {}
         forward = torch.compile(model, fullgraph=True, dynamic=True) if compile_it else model
         warm_up(model, forward, prompt[:, : lengths[0]], rows)

@@ -10,10 +10,11 @@ from benchmarks import _models, ttft
 
 
 def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
-    ttft.main(length=[300], ratio=[0.25, 0.5], eager=True, compiled=False, smoke=True, save=False)
+    ttft.main(length=[300], ratio=[0.25, 0.5], window=[64], chunk=128, smoke=True, save=False)
     printed = capsys.readouterr().out
     for row in ("original", "+ approximate attention", "+ sort and cumsum", "+ sparse attention", "+ skipped projec"):
         assert row in printed
+    assert "window 64" in printed and "chunks of" in printed
     assert "0.25" in printed and "0.5" in printed
 
 
@@ -41,7 +42,7 @@ def test_a_method_leaves_the_model_as_it_was() -> None:
     model = _models.build(_models.SMOKE, 512, "cpu")
     tokens = torch.randint(0, 128, (1, 300))
     before = model(tokens).logits
-    for method in ttft.methods((0.25,)):
+    for method in ttft.methods((0.25,), windows=(64,)):
         with ttft.applied(model, method), torch.no_grad():
             found = model(tokens, use_cache=False).logits
         assert torch.equal(found, before) == (method.ratio is None), method.name
