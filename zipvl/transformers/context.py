@@ -45,8 +45,8 @@ def sparse(
         the statistics of the block, which stay readable after it.
 
     Raises:
-        ValueError: the model, ``config.layers``, ``config.skip_mlp_layers`` or ``visual_mask`` is not supported; inside the block, a cache that is
-            not.
+        ValueError: the model, ``config.layers``, ``config.skip_mlp_layers`` or ``visual_mask`` is not supported;
+            inside the block, a cache that is not.
         RuntimeError: inside the block, layers that do not hand keyword arguments on to their attention function.
     """
     config = (config or ZipVLConfig()).replace(**overrides)

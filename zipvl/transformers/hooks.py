@@ -24,8 +24,8 @@ from zipvl.stats import Decoding
 from zipvl.transformers import cache_names, projections, vision
 from zipvl.transformers.cache import ZipVLCache, adopt
 from zipvl.transformers.call import Call, Run
-from zipvl.transformers.mlp import MLPs
 from zipvl.transformers.decode import Replaying, plan_decoding
+from zipvl.transformers.mlp import MLPs
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
 from zipvl.transformers.vision import VISION
 from zipvl.transformers.visual import Noted, Visual, is_visual, named, visual_ids
@@ -305,8 +305,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         )
     if call.passed is not None and (left := call.passed.left()):
         raise RuntimeError(
-            f"zipvl: ZipVLConfig.skip_mlp_layers names {left}, whose MLPs were not called behind their attention; leave "
-            "them out"
+            f"zipvl: ZipVLConfig.skip_mlp_layers names {left}, whose MLPs were not called behind their attention. "
+            "Leave them out"
         )
     if call.saw_prefill:
         if isinstance(call.cache, ZipVLCache):

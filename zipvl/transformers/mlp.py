@@ -39,7 +39,7 @@ COUNTED = frozenset(
         "Qwen3VLTextMLP",
     }
 )
-"""transformers' MLPs that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``: those that ``_counted`` computes."""
+"""transformers' MLPs that compute what ``_counted`` does, ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
 
 MAX_CHUNKS = 8  # one without rows costs its launches and the activation of what is there
 MIN_CHUNK = 4096  # rows; see docs/kernels/projections.md
