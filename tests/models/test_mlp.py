@@ -64,12 +64,17 @@ def make_llama_with_biases() -> Any:
     return model
 
 
+def make_olmoe() -> Any:
+    return make("Olmoe", num_experts=4, num_experts_per_tok=2)
+
+
 TEXT_MODELS = {
     "llama": make_llama,
     "llama with biases": make_llama_with_biases,
     "qwen2": make_qwen2,
     "qwen3_moe": make_qwen3_moe,
     "mixtral": make_mixtral,
+    "olmoe": make_olmoe,
     "gemma3": make_gemma3_text,  # layer 0 slides; a norm behind the MLP
     "gpt2": lambda: build(tf.GPT2LMHeadModel, tf.GPT2Config(vocab_size=200, n_embd=64, n_head=4, n_layer=3)),
 }
@@ -370,6 +375,35 @@ def masked_inputs(tokens: int, padding: int) -> dict[str, torch.Tensor]:
     inputs = text_inputs(tokens)
     inputs["attention_mask"][:, :padding] = 0
     return inputs
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
+@pytest.mark.parametrize("kept", [{"tau": 0.7}, {"ratio": 0.3}], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe"])
+def test_experts_that_leave_out_what_no_one_asked_for(
+    name: str, kept: dict[str, float], implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grouped product ends on the device with the selected rows; other implementations compute what they are
+    given."""
+    model, inputs = TEXT_MODELS[name](), text_inputs(300, 3)
+    model.set_experts_implementation(implementation)
+    ends: list[int] = []
+    plain = nn.functional.grouped_mm
+
+    def noted(*args: Any, offs: torch.Tensor) -> torch.Tensor:
+        ends.append(int(offs[-1]))
+        return plain(*args, offs=offs)
+
+    with zipvl.sparse(model, PAPER, **kept, skip_mlp_layers=(2,)) as stats:
+        expected = model(**inputs).logits
+        selected = stats.layers[2].mlp_tokens
+        with monkeypatch.context() as patch:
+            patch.setattr(mlp, "is_tracing", lambda _: True)
+            patch.setattr(nn.functional, "grouped_mm", noted)
+            found = model(**inputs).logits
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert selected is not None and selected[0] < 300
+    assert ends[-2:] == ([2 * selected[0]] * 2 if implementation == "grouped_mm" else []), "two experts a token"
 
 
 # Where it applies

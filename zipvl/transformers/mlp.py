@@ -41,6 +41,16 @@ COUNTED = frozenset(
 )
 """transformers' MLPs that compute what ``_counted`` does, ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
 
+ROUTED = frozenset(
+    {
+        "MixtralSparseMoeBlock",
+        "OlmoeSparseMoeBlock",
+        "Qwen3MoeSparseMoeBlock",
+        "Qwen3VLMoeTextSparseMoeBlock",
+    }
+)
+"""transformers' mixtures of experts that compute what ``_routed`` does."""
+
 MAX_CHUNKS = 8  # one without rows costs its launches and the activation of what is there
 MIN_CHUNK = 4096  # rows; see docs/kernels/projections.md
 
@@ -334,12 +344,19 @@ class SparseMLP:
         return _first_replaced(result, lambda y: y.new_zeros(states.shape).index_copy_(0, at, y[0]).view(x.shape))
 
     def _enough(self, x: Tensor, rows: Rows) -> Any:
-        """As many rows as the host knows to be enough; all of them, others made zero, where it knows nothing."""
+        """As many rows as the host knows to be enough; all of them, others made zero, where it knows nothing. Experts
+        that can are told which of these are none."""
+        routes = can_route(self.module, self.before)
         if rows.most is None or rows.most >= x.shape[1]:
+            if routes:
+                return _routed(self.module, x.flatten(0, 1), rows.mask.flatten()).view(x.shape)
             result = self._whole(x)
             return _first_replaced(result, lambda y: y.masked_fill(~rows.mask[:, :, None], 0.0))
         states, at = x.flatten(0, 1), _places(rows, 1)[0]
-        result = self._whole(states.index_select(0, at.clamp(max=states.shape[0] - 1))[None])
+        picked = states.index_select(0, at.clamp(max=states.shape[0] - 1))
+        if routes:
+            return _put_back(states, at, _routed(self.module, picked, at < states.shape[0])).view(x.shape)
+        result = self._whole(picked[None])
         return _first_replaced(result, lambda y: _put_back(states, at, y[0]).view(x.shape))
 
 
@@ -387,11 +404,34 @@ def _in_vectors(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and weight.is_contiguous() and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
 
 
+def can_route(module: Any, before: Any) -> bool:
+    """Whether ``module`` is a mixture of experts that leaves out, on the device, what is routed to no expert.
+
+    transformers' grouped product of experts sorts the rows by expert and ends with the last one's, as under expert
+    parallelism; biases it would look up for every row.
+    """
+    kind = type(module)
+    if before is not None or kind.__name__ not in ROUTED or not kind.__module__.startswith("transformers.models."):
+        return False
+    experts = module.experts
+    grouped = getattr(getattr(experts, "config", None), "_experts_implementation", None) == "grouped_mm"
+    return grouped and "forward" not in experts.__dict__ and getattr(experts, "has_bias", None) is False
+
+
+def _routed(module: Any, x: Tensor, chosen: Tensor) -> Tensor:
+    """A mixture of experts of the rows of ``x [T, C]`` that are ``chosen [T]``; the others, which no expert computes,
+    are zero."""
+    _, weights, experts = module.gate(x)
+    others = ~chosen[:, None]
+    experts = experts.masked_fill(others, module.experts.num_experts)
+    return module.experts(x, experts, weights.masked_fill(others, 0.0)).masked_fill(others, 0.0)
+
+
 def _counted(module: Any, x: Tensor, rows: Rows) -> Tensor:
     """The MLP of the rows there are, chunk after chunk: memory for the products of every place would be that of a whole
     MLP. ``x [B, n, C]``; the same shape."""
     states, places = x.flatten(0, 1), rows.mask.shape[0] * (rows.mask.shape[1] if rows.most is None else rows.most)
-    chunks = MAX_CHUNKS if torch.compiler.is_compiling() else min(MAX_CHUNKS, max(1, -(-places // MIN_CHUNK)))
+    chunks = MAX_CHUNKS if torch.compiler.is_compiling() else max(1, min(MAX_CHUNKS, places // MIN_CHUNK))
     at, total = _places(rows, chunks)
     size, tokens = at.shape[0] // chunks, states.shape[0]
     out = x.new_zeros(tokens + 1, x.shape[2])
