@@ -162,7 +162,9 @@ def engine(model: Path, options: dict[str, Any] | None, flags: list[str], longes
     log = Log()
     logging.getLogger("vllm").addHandler(log)
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = parser.parse_args([*engine_flags(model, options, flags, longest), "--skip-tokenizer-init"])
+    given = parser.parse_args(
+        [*engine_flags(model, options, flags, longest), "--skip-tokenizer-init", "--disable-log-stats"]
+    )
     made = LLMEngine.from_engine_args(EngineArgs.from_cli_args(given))
     try:
         yield made, "\n".join(log.lines)
@@ -245,7 +247,8 @@ class Run:
                     made, log = stack.enter_context(engine(model, options, self.flags, self.longest))
                 else:
                     log = stack.enter_context(server(model, options, self.flags, self.longest))
-                about = {"setting": self.name, "vllm": versions.installed(), "in_process": self.in_process} | facts(log)
+                about = {"setting": self.name, "vllm": versions.installed(), "in_process": self.in_process}
+                about |= {"max_model_len": self.longest, **facts(log)}
                 for load in self.loads:
                     found = drive(made, load) if self.in_process else measure(model, load)
                     line = about | vars(load) | found
@@ -303,6 +306,7 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="Concurrencies with prompts of 32,768 tokens.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SETTINGS)}. [all]")] = None,
     new: Annotated[int, typer.Option(help="New tokens of a request.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Requests one after another, of each that runs at a time.")] = 2,
     flag: Annotated[list[str] | None, typer.Option(help="Further flag of the server, for both.")] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="Without server and client.")] = False,
     smoke: Annotated[bool, typer.Option(help="A tiny shape on the CPU: whether it works.")] = False,
@@ -313,9 +317,11 @@ def main(
     if unknown := set(chosen) - set(SETTINGS):
         raise typer.BadParameter(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
     lengths, at_once = tokens or [4096, 8192, 32768, 131072], concurrency or [1, 8, 32]
+    if rounds < 1:
+        raise typer.BadParameter(f"rounds must be at least 1, got {rounds}")
     shape, flags = QWEN2_7B, ["--dtype", "bfloat16", *(flag or [])]
-    loads = [Load(n, 1, 2 if n > 32768 else 4, new) for n in lengths]
-    loads += [Load(32768, c, c if c > 8 else 2 * c, new) for c in at_once if c > 1 or 32768 not in lengths]
+    loads = [Load(n, 1, rounds * (2 if n > 32768 else 4), new) for n in lengths]
+    loads += [Load(32768, c, max(rounds * c, 4 * rounds), new) for c in at_once if c > 1 or 32768 not in lengths]
     if smoke:
         shape, flags = SMOKE_SHAPE, ["--dtype", "float32", "--enforce-eager", *(flag or [])]
         loads = [Load(600, 1, 2, 8), Load(600, 2, 4, 8)]
