@@ -1,5 +1,5 @@
-"""Writes the tables of README.md and docs/fidelity.md from benchmarks/results: ``python -m benchmarks.readme``
-(``--check`` only compares).
+"""Writes the tables of README.md, docs/benchmarks.md and docs/fidelity.md from benchmarks/results:
+``python -m benchmarks.readme`` (``--check`` only compares).
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` and shows the newest result of its kind.
 """
@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from benchmarks.fidelity import show
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "fidelity.md")
+PAGES = (README, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "fidelity.md")
 RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = ROOT / "models" / "tiny-llava-next" / "model.safetensors"
 
@@ -46,9 +47,9 @@ def cpu_prefill() -> list[str]:
     labels = {
         "dense": "dense `scaled_dot_product_attention`",
         "zipvl_attn": "`zipvl_attn`",
-        "probe": "of it `probe_index`, `probe_scores`",
-        "select": "of it `select_tokens`",
-        "attend": "of it `sparse_attn`",
+        "probe": "its `probe_index`, `probe_scores`",
+        "select": "its `select_tokens`",
+        "attend": "its `sparse_attn`",
     }
     dense = times["dense"]["median_ms"]
     rows = [
@@ -60,6 +61,85 @@ def cpu_prefill() -> list[str]:
         f"{run['ratio']} ({source(run)}):"
     )
     return [title, "", "| | median ms | dense / this |", "| --- | ---: | ---: |", *rows]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of README.md's table.
+
+    Attributes:
+        name: what the row is called.
+        timed: ``ratio`` or ``tau``, and ``window``, in answer.jsonl.
+        judged: the setting's name in fidelity.jsonl.
+    """
+
+    name: str
+    timed: dict[str, float]
+    judged: str
+
+
+SETTINGS = (
+    Setting("`ZipVLConfig()`", {"tau": 0.9, "window": 512}, "tau 0.9, window 512, full, text kept"),
+    Setting("`ZipVLConfig(tau=0.95)`", {"tau": 0.95, "window": 512}, "tau 0.95, window 512, full, text kept"),
+    Setting("`ZipVLConfig(ratio=0.25)`", {"ratio": 0.25, "window": 512}, "ratio 0.25, window 512, full, text kept"),
+    Setting("`ZipVLConfig.paper()`", {"tau": 0.975, "window": 0}, "tau 0.975, drop"),
+    Setting("`ZipVLConfig.paper(ratio=0.25)`", {"ratio": 0.25, "window": 0}, "ratio 0.25, drop"),
+)
+SHOWN = ("1 page + 128", "8 pages + 128")
+
+
+def image_to_answer() -> list[str]:
+    """What a user gets on which setting, and what it loses: of each setting the newest times and the newest losses.
+
+    A setting without either has no row, but for the default."""
+    runs = [run for run in results("answer") if not run.get("vision_compile")]
+    judged = [run for run in results("fidelity") if run["split"] == "report" and run["device"]["type"] == "cuda"]
+    rows = [row for run in judged for row in run["rows"]]
+    dense = {row["name"]: row for run in runs for row in run["rows"]}
+    right = next(row for row in reversed(rows) if row["setting"] == "dense" and row.get("page"))["page"]["right"]
+    lines = [
+        f"Time of `generate()` to the first token and to 128 tokens ({source(runs[-1])}), in Qwen2.5-VL-7B's shape "
+        "with random weights; a page has 4,096 visual tokens. KL to dense: a trained text model of 135 M parameters, "
+        "nats a token. Pages right, and points against dense: a trained vision-language model of 6.5 M. `-`: not "
+        "measured.",
+        "",
+        "| setting | 1 page | 8 pages | KL to dense | pages right |",
+        "| --- | --- | --- | ---: | ---: |",
+        f"| dense, as transformers runs it | {' | '.join(_answered(dense[name], 'default') for name in SHOWN)} | 0 "
+        f"| {100 * right:.1f}% |",
+    ]
+    for setting in SETTINGS:
+        times = _timed(setting, runs)
+        text, page = (_judged(setting, rows, measure) for measure in ("text", "page"))
+        if setting is SETTINGS[0] or times or text or page:
+            cells = [_answered(times[name], "zipvl") if name in times else "-" for name in SHOWN]
+            cells.append(f"{text['kl']:.3f}" if text else "-")
+            cells.append(f"{100 * page['right']:.1f}% ({100 * page['against_dense']:+.1f})" if page else "-")
+            lines.append(f"| {setting.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _timed(setting: Setting, runs: list[Result]) -> dict[str, Result]:
+    """The newest rows of a setting's times by name."""
+    same = [
+        run
+        for run in runs
+        if all(run.get(name) == setting.timed.get(name) for name in ("ratio", "tau"))
+        and run.get("window", 0) == setting.timed["window"]
+    ]
+    return {row["name"]: row for run in same for row in run["rows"]}
+
+
+def _judged(setting: Setting, rows: list[Result], measure: str) -> Result | None:
+    """The newest of a setting's ``text`` or ``page``."""
+    found = [row[measure] for row in rows if row["setting"] == setting.judged and row.get(measure)]
+    return found[-1] if found else None
+
+
+def _answered(row: Result, method: str) -> str:
+    """First token and whole answer of one row; against dense for zipvl."""
+    said = f"{row[f'{method}_first'] / 1e3:.2f} s, {row[method] / 1e3:.2f} s"
+    return said if method == "default" else f"{said} (**{row['default'] / row['zipvl']:.1f}x**)"
 
 
 def answer() -> list[str]:
@@ -114,21 +194,14 @@ def gpu_tests() -> list[str]:
     recorded = results("gpu_tests")
     runs = [line for line in recorded if "tests" in line]
     whole = max(i for i, line in enumerate(runs) if "part" not in line)
-    parts = "".join(
-        f"; {tests_said(line)} of {line['part']} ({counted(line)}{sources(line)})" for line in runs[whole + 1 :]
-    )
-    lines = [
-        f"Last whole run of `tests/kernels`: {tests_said(runs[whole])} ({source(runs[whole])}; {sources(runs[whole])})"
-        f"{f'. In parts since: {parts[2:]}' if parts else ''}."
+    found = [(line.get("part", "all of `tests/kernels`"), tests_said(line), line) for line in runs[whole:]]
+    newest = {tool: (verdict, line) for line in recorded for tool, verdict in line.get("sanitizers", {}).items()}
+    found += [(f"compute-sanitizer's {tool}", sanitizer_verdict(it), line) for tool, (it, line) in newest.items()]
+    rows = [
+        f"| {what} | {said}{counted(line)} | {source(line)} | `{line['csrc_sha256'][:12]}` |"
+        for what, said, line in found
     ]
-    newest = {tool: (found, line) for line in recorded for tool, found in line.get("sanitizers", {}).items()}
-    if newest:
-        said = ", ".join(
-            f"{tool} {sanitizer_verdict(found)} ({counted(line)}{sources(line)})"
-            for tool, (found, line) in newest.items()
-        )
-        lines.append(f"compute-sanitizer over its small shapes: {said}.")
-    return lines
+    return ["| what ran | result | where | sha256 of `csrc/` |", "| --- | --- | --- | --- |", *rows]
 
 
 def tests_said(line: dict[str, Any]) -> str:
@@ -137,11 +210,7 @@ def tests_said(line: dict[str, Any]) -> str:
 
 def counted(line: dict[str, Any]) -> str:
     """How the numbers were had, where not from the program that records them."""
-    return f"{line['counted']}; " if "counted" in line else ""
-
-
-def sources(line: dict[str, Any]) -> str:
-    return f"`csrc/` with sha256 `{line['csrc_sha256'][:12]}`"
+    return f" ({line['counted']})" if "counted" in line else ""
 
 
 def sanitizer_verdict(found: dict[str, Any]) -> str:
@@ -353,6 +422,7 @@ def fidelity() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "image_to_answer": image_to_answer,
     "cpu_prefill": cpu_prefill,
     "tiny_llava_next": tiny_llava_next,
     "gpu_tests": gpu_tests,

@@ -1,4 +1,5 @@
-"""README.md and docs/fidelity.md say what the recorded results say, and links lead somewhere."""
+"""README.md, docs/benchmarks.md and docs/fidelity.md say what the recorded results say, links lead somewhere, and the
+README is short."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ import pytest
 from benchmarks import readme
 
 ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("models/*/*.md")]
+)
 
 
 def test_every_table_stands_on_a_page() -> None:
@@ -23,10 +27,28 @@ def test_tables_are_those_of_the_results(page: Path) -> None:
     assert readme.rendered(text) == text, "run 'python -m benchmarks.readme'"
 
 
-@pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/notes/*.md")], ids=lambda page: page.name
-)
+def test_the_readme_is_short_and_names_the_commands_of_a_clone() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 90
+    assert all(f"`make {target}`" in text for target in ("demo", "check", "test"))
+    assert not re.search(r"\b[0-9a-f]{12,}\b", text)  # digests belong in the tables of docs/benchmarks.md
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).replace("`", "").lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)[^)]*\)", page.read_text())
-    missing = [link for link in links if not (page.parent / link).exists()]
-    assert not missing
+    """To a file that is there, and to a heading of it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    wrong = []
+    for target, heading in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        file = page.parent / target if target else page
+        if not file.exists() or (heading and file.suffix == ".md" and heading not in anchors(file)):
+            wrong.append(f"{target}#{heading}" if heading else target)
+    assert not wrong
