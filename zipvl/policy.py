@@ -22,7 +22,7 @@ DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
 # What a window adds: microseconds of a call; keys that count for a query beyond its window, for the rest of its tiles
 # and its output; and what a pair of the window costs over a pair of the N * N of a causal prompt, of which half are
-# computed. Fitted to the windows of 128 and 512 tokens in docs/kernels/sparse_attn.md, within 13%.
+# computed. Fitted to the windows of 128 and 512 tokens in docs/notes/2026-11-30-windows.md, within 13%.
 WINDOW_US, WINDOW_TILE, WINDOW_PAIR = 40.0, 200, 2.0
 
 # What ZipVL may cost beyond dense attention where tau decides. At such lengths attention is a tenth of a layer's time,
