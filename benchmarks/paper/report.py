@@ -1,4 +1,4 @@
-"""The report: docs/report/report.html, self-contained, and docs/report/README.md with its pictures, from the results."""
+"""The report, from the results: docs/report/report.html, self-contained, and README.md there with its pictures."""
 
 from __future__ import annotations
 

@@ -90,4 +90,4 @@ def test_a_search_finds_an_op(chromium: Browser, site: str) -> None:
     while not found and time.monotonic() < deadline:
         found = chromium.run("[...document.querySelectorAll('.md-search-result__link')].map(a => a.pathname)")
         time.sleep(0.1)
-    assert any(path.endswith("/docs/kernels/probe_scores.html") for path in found), json.dumps(found)
+    assert any(path.endswith("/kernels/probe_scores.html") for path in found), json.dumps(found)

@@ -1,5 +1,5 @@
-"""README.md, docs/benchmarks.md and docs/fidelity.md say what the recorded results say, links lead somewhere, and the
-README is short."""
+"""README.md, docs/benchmarks.md, docs/fidelity.md say what the recorded results say. Links lead somewhere. README and
+CHANGELOG are short."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def test_the_readme_is_short_and_names_the_commands_of_a_clone() -> None:
     assert len(text.splitlines()) <= 90
     assert all(f"`make {target}`" in text for target in ("demo", "check", "test"))
     assert not re.search(r"\b[0-9a-f]{12,}\b", text)  # digests belong in the tables of docs/benchmarks.md
+
+
+def test_a_release_has_at_most_twenty_lines_one_an_entry() -> None:
+    releases = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1:]
+    assert releases
+    for release in releases:
+        lines = [line for line in release.splitlines()[1:] if line]
+        assert len(lines) <= 20 and all(line.startswith("- ") for line in lines)
 
 
 def anchors(page: Path) -> set[str]:
