@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,40 @@ def test_every_table_stands_on_a_page() -> None:
 def test_tables_are_those_of_the_results(page: Path) -> None:
     text = page.read_text()
     assert readme.rendered(text) == text, "run 'python -m benchmarks.readme'"
+
+
+def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of one setting, one of another window, one on a CPU, one of samples that settings are chosen by."""
+    device = {"type": "cuda", "name": "GPU"}
+    about = {"device": device, "versions": {"torch": "2.11"}, "date": "2026-11-30T00:00:00"}
+
+    def timed(window: int, seconds: float) -> dict[str, Any]:
+        rows = [
+            {"name": name, "default": 8e3, "default_first": 4e3, "zipvl": 1e3 * seconds, "zipvl_first": 500 * seconds}
+            for name in readme.SHOWN
+        ]
+        return about | {"ratio": 0.25, "window": window, "rows": rows}
+
+    def judged(kl: float, **changes: Any) -> dict[str, Any]:
+        page = {"right": 0.99, "against_dense": -0.004}
+        rows = [{"setting": "dense", "page": {"right": 0.994}}]
+        rows += [{"setting": "tau 0.9, window 512, full, text kept", "text": {"kl": kl}, "page": page}]
+        return about | {"split": "report", "rows": rows} | changes
+
+    recorded = {
+        "answer": [timed(512, 3.0), timed(512, 2.0), timed(0, 1.0)],
+        "fidelity": [judged(0.5), judged(0.007), judged(0.1, split="tune"), judged(0.2, device={"type": "cpu"})],
+    }
+    monkeypatch.setattr(readme, "results", recorded.__getitem__)
+    rows = {line.split(" | ")[0].strip("| `"): line for line in readme.image_to_answer()[4:]}
+    assert list(rows) == [
+        "dense, as transformers runs it",
+        *(f"ZipVLConfig{end}" for end in ("()", "(ratio=0.25)", ".paper(ratio=0.25)")),
+    ]
+    assert rows["ZipVLConfig()"].endswith("| - | - | 0.007 | 99.0% (-0.4) |")
+    assert "| 1.00 s, 2.00 s (**4.0x**) |" in rows["ZipVLConfig(ratio=0.25)"]
+    assert "| 0.50 s, 1.00 s (**8.0x**) |" in rows["ZipVLConfig.paper(ratio=0.25)"]
+    assert "| 4.00 s, 8.00 s |" in rows["dense, as transformers runs it"]
 
 
 def test_the_readme_is_short_and_names_the_commands_of_a_clone() -> None:
