@@ -63,6 +63,9 @@ class ZipVLConfig:
             ``sparse``, as the paper's method would (ours).
         skip_projections: project queries and outputs of the tokens that need it alone, in attention modules where that
             is tested (docs/transformers.md). ``None``: where it pays; True: wherever it applies; False: nowhere.
+        skip_mlp_layers: indices of layers whose MLP, during a sparse prefill, runs for the selected tokens alone; the
+            others keep their residual there (ours). Layers that stay dense, and decoded tokens, run whole MLPs. Which
+            layers bear it has to be measured (docs/transformers.md).
         decode: how ``generate()`` decodes. ``"auto"``: by replays of a step captured in a CUDA graph where that can be
             and enough tokens are to come; ``"graph"``: for few tokens too; ``"eager"``: step by step.
         vision_attention: on a GPU, vision towers that attend within windows make one call of exact attention for all
@@ -70,7 +73,7 @@ class ZipVLConfig:
         vision_compile: the blocks of vision towers run by ``torch.compile``: the same to rounding, and the first
             forward waits for the compiler.
 
-    Scalars of numpy are taken too. Values are stored as Python's own and ``layers`` as a tuple, so that a configuration
+    Scalars of numpy are taken too. Values are stored as Python's own and layers as a tuple, so that a configuration
     can be hashed.
 
     Raises:
@@ -98,6 +101,7 @@ class ZipVLConfig:
     keep_text: bool = True
     text_prompts: TextPrompts = "dense"
     skip_projections: bool | None = None
+    skip_mlp_layers: tuple[int, ...] = ()
     decode: DecodeMode = "auto"
     vision_attention: bool = True
     vision_compile: bool = False
@@ -134,8 +138,11 @@ class ZipVLConfig:
                 raise _error("cache_ratio", "None with num_recent=0", self.cache_ratio)
         for name in ("high_bits", "low_bits"):
             self._store(name, _bits(name, getattr(self, name)))
+        self._store("skip_mlp_layers", _layers("skip_mlp_layers", self.skip_mlp_layers, "an"))
+        if self.skip_mlp_layers and self.keep_recent == 0:  # the last token makes the first new one
+            raise _error("skip_mlp_layers", "empty with keep_recent=0", self.skip_mlp_layers)
         if self.layers is not None:
-            self._store("layers", _layers(self.layers))
+            self._store("layers", _layers("layers", self.layers, "None or an"))
             if any(layer < self.dense_first_layers for layer in self.layers):
                 expected = f"None or at least dense_first_layers={self.dense_first_layers}"
                 raise _error("layers", expected, self.layers)
@@ -241,15 +248,15 @@ def _bits(name: str, value: Any) -> tuple[int, int]:
     raise _error(name, "2, 4 or 8, or (4, 2) of keys and values", value)
 
 
-def _layers(value: Any) -> tuple[int, ...]:
-    expected = "None or an iterable of integers of at least 0"
+def _layers(name: str, value: Any, kind: str) -> tuple[int, ...]:
+    expected = f"{kind} iterable of integers of at least 0"
     try:
         given = None if isinstance(value, (str, bytes, Mapping)) else [_index(layer) for layer in value]
     except TypeError:
         given = None
     if given is None:
-        raise _error("layers", expected, value)
+        raise _error(name, expected, value)
     layers = tuple(layer for layer in given if layer is not None and layer >= 0)
     if len(layers) < len(given):
-        raise _error("layers", expected, value)
+        raise _error(name, expected, value)
     return layers

@@ -12,7 +12,7 @@ import torch
 
 from zipvl.config import ZipVLConfig
 
-__all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "max_kept", "pays_from"]
+__all__ = ["SHORTEST", "LayerCost", "cost_key", "dense_below", "layer_cost", "max_kept", "max_selected", "pays_from"]
 
 # us on an NVIDIA H200, bfloat16: of a call, of each 1e9 numbers of q, and of each 1e9 of those times the tokens. ZipVL
 # multiplies with the selected tokens alone; its last constant is the time of finding their number by tau. ``python -m
@@ -87,14 +87,29 @@ def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, a
         where a storage of so many would not be one for every length.
     """
     stored = config.cache_ratio if config.cache == "drop" else None
-    if added or (stored is None and config.ratio is None and config.max_ratio == 1.0) or _is_exported():
+    if stored is None:
+        return max_selected(config, tokens, dense_below, masked, added)
+    if added or _is_exported():
         return None
-    most = math.ceil((stored or min(config.ratio or 1.0, config.max_ratio)) * _PARTS)
-    share = (tokens * most + _PARTS - 1) // _PARTS
     kept = max(config.keep_recent, config.min_tokens, dense_below if masked else 0)
-    if stored is not None:  # nothing comes on top of a cache's own budget
-        return min(max(share, kept) + config.sinks, tokens)
+    return min(max(_share_of(tokens, stored), kept) + config.sinks, tokens)  # nothing comes on top
+
+
+def max_selected(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, added: bool = False) -> int | None:
+    """The same of what a layer selects, whatever the cache stores.
+
+    Args:
+        config, tokens, dense_below, masked, added: as for ``max_kept``.
+    """
+    if added or (config.ratio is None and config.max_ratio == 1.0) or _is_exported():
+        return None
+    kept = max(config.keep_recent, config.min_tokens, dense_below if masked else 0)
+    share = _share_of(tokens, min(config.ratio or 1.0, config.max_ratio))
     return min(share + kept + config.sinks + config.local_window, tokens)
+
+
+def _share_of(tokens: int, share: float) -> int:
+    return (tokens * math.ceil(share * _PARTS) + _PARTS - 1) // _PARTS
 
 
 @torch.compiler.assume_constant_result

@@ -42,6 +42,8 @@ class LayerStats:
             no budget of its own (``ZipVLConfig.cache_ratio``).
         stored_positions: ``[B, N]`` int32, the prompt's (a chunk's) tokens that it took, ``N`` in unused places; None
             if not recorded, or as ``stored_counts``.
+        mlp_counts: ``[B]`` tokens of each row, of this forward, for which the layer's MLP ran; None: for all
+            (``ZipVLConfig.skip_mlp_layers``).
     """
 
     layer: int
@@ -53,6 +55,7 @@ class LayerStats:
     positions: torch.Tensor | None = field(default=None, repr=False)
     stored_counts: torch.Tensor | None = field(default=None, repr=False)
     stored_positions: torch.Tensor | None = field(default=None, repr=False)
+    mlp_counts: torch.Tensor | None = field(default=None, repr=False)
     _holder: weakref.ref[Holder] | None = field(default=None, repr=False)
     _last_bytes: tuple[int, int] | None = field(default=None, repr=False)
 
@@ -104,6 +107,11 @@ class LayerStats:
         return None if self.stored_counts is None else [int(n) for n in self.stored_counts.tolist()]
 
     @property
+    def mlp_tokens(self) -> list[int] | None:
+        """Tokens of each row for which the layer's MLP ran, of a chunk its own; None: for all."""
+        return None if self.mlp_counts is None else [int(n) for n in self.mlp_counts.tolist()]
+
+    @property
     def stored_ratio(self) -> float | None:
         """Mean over the rows of stored / real tokens; None where ``stored`` is."""
         return None if self.stored_counts is None else float(_ratios(self.real, self.stored_counts).mean())
@@ -125,7 +133,7 @@ class LayerStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, without ``index``."""
-        names = ("layer", "mode", "reason", "prompt", "tokens", "kept", "ratio", "stored", "stored_ratio")
+        names = ("layer", "mode", "reason", "prompt", "tokens", "kept", "ratio", "stored", "stored_ratio", "mlp_tokens")
         return {name: getattr(self, name) for name in (*names, "cache_bytes", "full_cache_bytes")}
 
 
@@ -229,6 +237,7 @@ class Stats:
         index: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
         stored: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mlp: torch.Tensor | None = None,
     ) -> LayerStats:
         """Records the prefill of one layer.
 
@@ -239,9 +248,10 @@ class Stats:
             real: ``[B]`` real tokens of each row.
             index, count: ``[B, N]`` and ``[B]``, the selection of a sparse layer.
             stored: of a cache with a budget of its own, ``[B, N]`` the tokens that it took, ``[B]`` how many it holds.
+            mlp: ``[B]``, for how many tokens of each row its MLP ran; None: for all.
         """
         self._count_traced()
-        return self._add(layer, reason, prompt, real, index, count, stored)
+        return self._add(layer, reason, prompt, real, index, count, stored, mlp)
 
     def _count_traced(self) -> None:
         for layer, prefill in self.traced.take():
@@ -256,6 +266,7 @@ class Stats:
         index: torch.Tensor | None,
         count: torch.Tensor | None,
         stored: tuple[torch.Tensor, torch.Tensor] | None,
+        mlp: torch.Tensor | None,
     ) -> LayerStats:
         kept = real if count is None else count
         entry = LayerStats(
@@ -268,6 +279,7 @@ class Stats:
             positions=index if self.record_index else None,
             stored_counts=None if stored is None else stored[1],
             stored_positions=None if stored is None or not self.record_index else stored[0],
+            mlp_counts=mlp,
         )
         ratio_sum = _ratios(real, kept).sum()
         with self._lock:
@@ -350,7 +362,8 @@ class Stats:
             entry = self.layers[layer]
             note = f" ({entry.reason})" if entry.reason else ""
             stored = "" if entry.stored is None else f", stored {entry.stored}"
-            lines.append(f"  layer {layer:3d} {entry.mode:6s} kept {entry.kept} of {entry.tokens}{stored}{note}")
+            mlp = "" if entry.mlp_tokens is None else f", MLP of {entry.mlp_tokens}"
+            lines.append(f"  layer {layer:3d} {entry.mode:6s} kept {entry.kept} of {entry.tokens}{stored}{mlp}{note}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

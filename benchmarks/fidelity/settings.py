@@ -19,6 +19,7 @@ WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     r"(\d+) sinks": lambda tokens: {"num_sinks": int(tokens)},
     r"(all) queries": lambda _: {"all_queries": True},
     r"first (\d+) dense": lambda layers: {"dense_first_layers": int(layers)},
+    r"MLPs skipped in (\d+(?: \d+)*)": lambda layers: {"skip_mlp_layers": tuple(map(int, layers.split()))},
     r"(text) kept": lambda _: {"keep_text": True},
     r"stored (0?\.\d+|1)": lambda share: {"cache_ratio": float(share)},
     r"(drop|full)": lambda cache: {"cache": cache},

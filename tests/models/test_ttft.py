@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _models, ttft
 
 
 def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
-    ttft.main(length=[300], ratio=[0.25, 0.5], eager=True, compiled=False, smoke=True, save=False)
+    further: dict[str, Any] = {"skip_mlp": "half", "window": [16], "chunk": 128}
+    ttft.main(length=[300], ratio=[0.25, 0.5], **further, eager=True, compiled=False, smoke=True, save=False)
     printed = capsys.readouterr().out
+    for row in ("+ skipped MLPs", "sparse attention, window 16", "+ skipped MLPs, window 16"):
+        assert row in printed
     for row in ("original", "+ approximate attention", "+ sort and cumsum", "+ sparse attention", "+ skipped projec"):
         assert row in printed
+    assert "chunks of" in printed
     assert "0.25" in printed and "0.5" in printed
 
 
@@ -37,11 +44,30 @@ def test_flops_fall_row_by_row() -> None:
     assert attention == pytest.approx(2 * layers * 3584 * 131072**2 * 0.75, rel=0.02)
 
 
+def test_flops_of_skipped_mlps() -> None:
+    shape, tokens = _models.QWEN2_7B, 131072
+    rows = ttft.methods((0.25,), windows=(128,), skip_mlp=ttft.read_layers("half", shape.layers))
+    flops = {row.name: row.flops(shape, tokens) for row in rows}
+    saved = flops["+ skipped projections"] - flops["+ skipped MLPs"]
+    assert saved == 14 * 6 * shape.hidden * shape.mlp * tokens * 0.75
+    window = flops["sparse attention, window 128"] - flops["+ sparse attention"]
+    assert 0 < window < 0.01 * flops["original"]
+    within = flops["sparse attention, window 128"] - flops["+ skipped MLPs, window 128"]
+    assert within == pytest.approx(saved, rel=0.01)
+
+
+def test_layers_are_read() -> None:
+    assert ttft.read_layers("half", 6) == (1, 3, 5) and ttft.read_layers("0, 5", 6) == (0, 5)
+    for text in ("6", "1;3", "-1", "all", "1,"):
+        with pytest.raises(typer.BadParameter, match="--skip-mlp takes"):
+            ttft.read_layers(text, 6)
+
+
 def test_a_method_leaves_the_model_as_it_was() -> None:
     model = _models.build(_models.SMOKE, 512, "cpu")
     tokens = torch.randint(0, 128, (1, 300))
     before = model(tokens).logits
-    for method in ttft.methods((0.25,)):
+    for method in ttft.methods((0.25,), windows=(16,), skip_mlp=(1,)):
         with ttft.applied(model, method), torch.no_grad():
             found = model(tokens, use_cache=False).logits
         assert torch.equal(found, before) == (method.ratio is None), method.name

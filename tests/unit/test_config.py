@@ -40,6 +40,10 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ],
     ("layers", [0, 1.5, True, "all", "0", b"01", [-1], [0, 1.0], ["0"], [True], [None], {0: 1}, np.array(3)]),
     ("layers", [np.array([0.0]), np.array([[0, 1]])]),
+    (
+        "skip_mlp_layers",
+        [None, 0, 1.5, True, "1", b"1", [-1], [0, 1.0], ["0"], [True], [None], {0: 1}, np.array([0.5])],
+    ),
 ]
 
 
@@ -85,6 +89,9 @@ def test_refused_with_the_name_of_the_field(name: str, value: Any) -> None:
         ("layers", (np.int64(4),), (4,)),
         pytest.param("layers", (i for i in (5, 6)), (5, 6), id="layers-a generator"),
         ("layers", [], ()),
+        ("skip_mlp_layers", [3, 1], (3, 1)),
+        ("skip_mlp_layers", np.array([1, 3]), (1, 3)),
+        ("skip_mlp_layers", range(0), ()),
     ],
     ids=str,
 )
@@ -128,6 +135,12 @@ def test_a_layer_is_not_both_dense_and_named_sparse() -> None:
     assert ZipVLConfig(layers=(2, 3), dense_first_layers=2).layers == (2, 3)
     with pytest.raises(ValueError, match=r"ZipVLConfig: layers must be None or at least dense_first_layers=2, got"):
         ZipVLConfig(layers=(1, 3), dense_first_layers=2)
+
+
+def test_the_last_tokens_mlp_is_never_skipped() -> None:
+    assert ZipVLConfig(keep_recent=0).skip_mlp_layers == ()
+    with pytest.raises(ValueError, match=r"skip_mlp_layers must be empty with keep_recent=0, got \(1,\)"):
+        ZipVLConfig(keep_recent=0, skip_mlp_layers=[1])
 
 
 @pytest.mark.parametrize("cache", ["full", "quantize"])

@@ -198,7 +198,10 @@ def run_layer(
     elif layer is not None:
         query_heads = out.shape[1] if query is not None else given["q_weight"].shape[0] // key.shape[3]
         layer.keep_selected(key, value, chosen, count, token_mask, query_heads, call.candidates, visual)
-    call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count, stored=stored)
+    length, masked = key.shape[2], token_mask is not None
+    candidates = 0 if layer is None else call.candidates
+    mlp = call.leave_for_mlp(module, chosen, count, length, length, candidates, dense_below, masked)
+    call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count, stored=stored, mlp=mlp)
     return out
 
 
@@ -265,8 +268,9 @@ def _chunk(
         held.pack(index, new, attention_mask, visual, q.dtype)
     elif layer is not None and call.config.cache == "drop":
         layer.keep_chunk(index, visual)
-    mask = tokens.token_mask
-    call.record(module, held, tokens.keys, mask, dense_below, chosen=chosen, count=count, stored=stored)
+    mask, length = tokens.token_mask, tokens.keys.shape[2]
+    mlp = call.leave_for_mlp(module, chosen, count, length, new, 0, dense_below, mask is not None)
+    call.record(module, held, tokens.keys, mask, dense_below, chosen=chosen, count=count, stored=stored, mlp=mlp)
     return out.transpose(1, 2).to(query.dtype)
 
 

@@ -74,7 +74,7 @@ class ZipVLCache(DynamicCache):
         if isinstance(model, PreTrainedModel):
             from zipvl.transformers.hooks import hand_on  # the hook makes caches itself
 
-            hand_on(model)
+            hand_on(model, self.config)
 
     def _keep_selected(self, config: ZipVLConfig, model_config: PretrainedConfig, cost_key: str | None) -> None:
         """Replaces full-attention layers, which are empty.

@@ -15,6 +15,7 @@ from zipvl.config import ZipVLConfig
 from zipvl.stats import Stats
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
+from zipvl.transformers.mlp import Passed, rows_of
 from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, TEXT, Dense, reason_dense
 from zipvl.transformers.storage import Tokens
 from zipvl.transformers.target import layer_index
@@ -79,6 +80,7 @@ class Call:
         candidates: how many last tokens are guesses of assisted decoding, behind the end of the prompt.
         reached: whether any attention function was handed this object.
         saw_prefill: whether any layer ran a prefill.
+        passed: where attention leaves selections for MLPs; None: every MLP runs for every token.
     """
 
     def __init__(self, run: Run, cache: Cache | None, visual: Visual | None = None) -> None:
@@ -88,6 +90,7 @@ class Call:
             self.config, self.cost_key = cache.config, cache.cost_key
             self.candidates, cache.candidates = cache.candidates, 0
         self.reached = self.saw_prefill = False
+        self.passed: Passed | None = None
         self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
         self._extra: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -203,6 +206,7 @@ class Call:
         chosen: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
         stored: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mlp: torch.Tensor | None = None,
     ) -> None:
         """Writes one layer's prefill to the run's statistics.
 
@@ -210,6 +214,7 @@ class Call:
             states: ``[B, H, N, D]`` of the prompt.
             dense: why it was dense; None: ``chosen [B, N]`` and ``count [B]`` were selected.
             stored: of a cache with a budget of its own, ``[B, N]`` the tokens that it took, ``[B]`` how many it holds.
+            mlp: ``[B]``, for how many tokens the layer's MLP runs; None: for all.
         """
         index, stats = layer_index(module), self.run.stats
         if stats is None or index is None:
@@ -226,11 +231,41 @@ class Call:
             itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
             real = (itself if itself.dtype == torch.bool else itself >= 0).sum(-1).expand(batch)
         if torch.compiler.is_compiling():
-            stats.traced.leave(index, words, tokens, real, chosen, count, stored)
+            stats.traced.leave(index, words, tokens, real, chosen, count, stored, mlp)
             return
-        entry = stats.add(index, words, tokens, real, chosen, count, stored)
+        entry = stats.add(index, words, tokens, real, chosen, count, stored, mlp)
         if layer is not None:
             layer.measured_by(entry)
+
+    def leave_for_mlp(
+        self,
+        module: nn.Module,
+        chosen: torch.Tensor,
+        count: torch.Tensor,
+        tokens: int,
+        new: int,
+        candidates: int,
+        dense_below: int,
+        masked: bool,
+    ) -> torch.Tensor | None:
+        """Leaves a layer's selection for its MLP, where that is to run for selected tokens alone.
+
+        Args:
+            chosen, count: ``[B, M]`` and ``[B]``, the selection among ``tokens``, of which the last ``new`` are those
+                of this forward.
+            candidates: tokens behind them, which the MLP runs for.
+            masked: whether tokens may be padding.
+
+        Returns:
+            ``[B]``, for how many tokens of this forward it will run; None: for all.
+        """
+        index = layer_index(module)
+        if self.passed is None or index is None or index not in self.config.skip_mlp_layers:
+            return None
+        most = policy.max_selected(self.config, tokens, dense_below, masked, self.keeps_more())
+        rows = rows_of(chosen, count, tokens, new, candidates, most)
+        self.passed.put(index, rows)
+        return rows.mask.sum(-1)
 
     def idle_reasons(self) -> list[str]:
         """Why every layer's prefill was dense, for a prompt that is long enough; empty if one was sparse, if there was

@@ -45,8 +45,8 @@ def sparse(
         the statistics of the block, which stay readable after it.
 
     Raises:
-        ValueError: the model, ``config.layers`` or ``visual_mask`` is not supported; inside the block, a cache that is
-            not.
+        ValueError: the model, ``config.layers``, ``config.skip_mlp_layers`` or ``visual_mask`` is not supported;
+            inside the block, a cache that is not.
         RuntimeError: inside the block, layers that do not hand keyword arguments on to their attention function.
     """
     config = (config or ZipVLConfig()).replace(**overrides)
@@ -78,7 +78,7 @@ def configure(
         statistics of what runs from now on.
 
     Raises:
-        ValueError: the model, ``config.layers`` or ``visual_mask`` is not supported.
+        ValueError: the model, ``config.layers``, ``config.skip_mlp_layers`` or ``visual_mask`` is not supported.
     """
     check_visual_mask(visual_mask)
     stats = Stats(record_index=record_index)
@@ -94,4 +94,6 @@ def _checked(model: nn.Module, config: ZipVLConfig) -> DecoderHook:
     target = targets.find(model)
     targets.check_layers(target, config)
     check_bits(config, target.decoder.config)
-    return DecoderHook.of(target)
+    hook = DecoderHook.of(target)
+    hook.mlps.check(config)
+    return hook

@@ -86,7 +86,7 @@ _KWARGS, _UNKNOWN = "**", "?"
 
 
 @functools.cache
-def _forward(kind: Any) -> ast.FunctionDef | None:
+def forward_of(kind: Any) -> ast.FunctionDef | None:
     """The definition of a class's ``forward``; None where its source is not at hand."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
@@ -98,7 +98,7 @@ def _forward(kind: Any) -> ast.FunctionDef | None:
 @functools.cache
 def _interface_calls(kind: Any) -> list[ast.Call]:
     """The calls in ``forward`` of what ``ALL_ATTENTION_FUNCTIONS.get_interface`` returned."""
-    forward = _forward(kind)
+    forward = forward_of(kind)
     nodes = [] if forward is None else list(ast.walk(forward))
     got = [node for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign)) and _gets_interface(node.value)]
     targets = [target for node in got for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
@@ -122,7 +122,7 @@ def _passed(kind: Any) -> frozenset[str]:
 def _alters_states(kind: Any) -> bool:
     """Whether ``forward`` always makes other keys or values of those that the cache returned, or takes parts of
     them."""
-    forward, calls = _forward(kind), _interface_calls(kind)
+    forward, calls = forward_of(kind), _interface_calls(kind)
     if forward is None or not calls:
         return False
     returned: set[str] = set()
@@ -141,7 +141,7 @@ def _alters_states(kind: Any) -> bool:
 @functools.cache
 def _shifts_index(kind: Any) -> bool:
     """Whether ``forward`` stores keys and values in another layer of the cache than its own."""
-    forward = _forward(kind)
+    forward = forward_of(kind)
     nodes = [] if forward is None else ast.walk(forward)
     updates = [node for node in nodes if isinstance(node, ast.Call) and _is_update(node)]
     return any(len(call.args) > 2 and isinstance(call.args[2], ast.BinOp) for call in updates)
@@ -163,14 +163,14 @@ def _hands_on(kind: Any, module: nn.Module, parent: nn.Module) -> bool:
     """Whether the forward of ``parent``, a ``kind``, calls ``module`` with the keywords that it was given itself; True
     where that cannot be seen."""
     name = next((name for name, child in parent.named_children() if child is module), None)
-    calls = _calls_of(kind, name) if name is not None else []
+    calls = calls_of(kind, name) if name is not None else []
     return not calls or any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
 @functools.cache
-def _calls_of(kind: Any, attribute: str) -> list[Any]:
+def calls_of(kind: Any, attribute: str) -> list[Any]:
     """The calls in ``forward`` of ``self.attribute``."""
-    forward = _forward(kind)
+    forward = forward_of(kind)
     nodes = [] if forward is None else ast.walk(forward)
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     return [call for call in calls if ast.unparse(call.func) == f"self.{attribute}"]

@@ -25,6 +25,7 @@ from zipvl.transformers import cache_names, projections, vision
 from zipvl.transformers.cache import ZipVLCache, adopt
 from zipvl.transformers.call import Call, Run
 from zipvl.transformers.decode import Replaying, plan_decoding
+from zipvl.transformers.mlp import MLPs
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
 from zipvl.transformers.vision import VISION
 from zipvl.transformers.visual import Noted, Visual, is_visual, named, visual_ids
@@ -53,6 +54,7 @@ class DecoderHook:
         self.cache_name = cache_names.name_for(type(target.decoder).forward)
         self.visual_ids = visual_ids(target.outer.config)
         self.noted = Noted()
+        self.mlps, self._mlps_of_caches = MLPs(target), set[int]()
         self._handles: list[Any] = []
 
     @classmethod
@@ -94,6 +96,7 @@ class DecoderHook:
             if isinstance(generator.__dict__.get(_PREPARE), _PrepareCache):
                 del generator.__dict__[_PREPARE]
         projections.remove(self.target.attention)
+        self.mlps.keep(set())
         Replaying.remove(self.target.decoder)
 
     def detach_if_idle(self) -> None:
@@ -108,12 +111,31 @@ class DecoderHook:
         try:
             self.attach()
             self.runs.append(run)
+            self._keep_mlps()
             self._alter(run, IN_BLOCK, before)
             yield
         finally:
             _restore(before)
             self.runs = [other for other in self.runs if other is not run]
+            self._keep_mlps()
             self.detach_if_idle()
+
+    def _keep_mlps(self) -> None:
+        """Has the MLPs installed that the runs in force ask for, and those of caches."""
+        asked = {layer for run in self.runs for layer in run.config.skip_mlp_layers}
+        self.mlps.keep(asked | self._mlps_of_caches)
+
+    def stay_for(self, config: ZipVLConfig) -> None:
+        """Attaches for good, for a cache of ``config``.
+
+        Raises:
+            ValueError: as ``MLPs.check`` says.
+        """
+        self.mlps.check(config)
+        self.stays = True
+        self._mlps_of_caches.update(config.skip_mlp_layers)
+        self.attach()
+        self._keep_mlps()
 
     def _alter(self, run: Run, implementation: str, before: list[_Altered]) -> None:
         """Gives configurations their attention implementation, and blocks of vision towers their compiled call; appends
@@ -140,6 +162,7 @@ class DecoderHook:
         self.unconfigure()
         self.runs.insert(0, run)
         self.attach()
+        self._keep_mlps()
         self._configured = run, []
         self._alter(run, IMPLEMENTATION, self._configured[1])
 
@@ -150,6 +173,7 @@ class DecoderHook:
         (run, before), self._configured = self._configured, None
         _restore(before)
         self.runs = [other for other in self.runs if other is not run]
+        self._keep_mlps()
         self.detach_if_idle()
 
     def __call__(
@@ -157,6 +181,8 @@ class DecoderHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hands on a ``Call``. In a run the decoder gets a ``ZipVLCache`` where it would make a dynamic cache."""
         config: Any = module.config
+        if self.mlps.installed:
+            self.mlps.passed.begin()
         cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
         if config._attn_implementation not in (IMPLEMENTATION, IN_BLOCK):
             if isinstance(cache, ZipVLCache):
@@ -169,7 +195,7 @@ class DecoderHook:
             if not isinstance(cache, ZipVLCache):
                 return None
             run, cache.handed_on = Run(cache.config, cost_key=cache.cost_key), True
-            return args, kwargs | {KEYWORD: Call(run, cache, self._visual(run, cache, args, kwargs))}
+            return args, kwargs | {KEYWORD: self._call(run, cache, args, kwargs)}
         run = self.runs[-1]
         use_cache = kwargs.get("use_cache")
         if cache is not None:
@@ -181,7 +207,13 @@ class DecoderHook:
             kwargs = kwargs | _all_real(args, kwargs)
         if isinstance(cache, ZipVLCache):
             cache.handed_on = True
-        return args, kwargs | {KEYWORD: Call(run, cache, self._visual(run, cache, args, kwargs))}
+        return args, kwargs | {KEYWORD: self._call(run, cache, args, kwargs)}
+
+    def _call(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = Call(run, cache, self._visual(run, cache, args, kwargs))
+        if call.config.skip_mlp_layers:
+            call.passed = self.mlps.admit(call.config)
+        return call
 
     def _visual(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visual:
         """Which tokens of this forward of the decoder are visual, and of those before it; the cache remembers them."""
@@ -232,11 +264,9 @@ def _restore(before: list[_Altered]) -> None:
         setattr(owner, attribute, value)
 
 
-def hand_on(model: PreTrainedModel) -> None:
-    """Has ``model`` hand a ``ZipVLCache`` that it is given to its attention layers, from now on."""
-    hook = DecoderHook.of(find(model))
-    hook.stays = True
-    hook.attach()
+def hand_on(model: PreTrainedModel, config: ZipVLConfig) -> None:
+    """Has ``model`` hand a ``ZipVLCache`` of ``config`` that it is given to its attention layers, from now on."""
+    DecoderHook.of(find(model)).stay_for(config)
 
 
 def _all_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -259,7 +289,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     last layer to do. Then warns once if no layer was sparse for a prompt that is long enough.
 
     Raises:
-        RuntimeError: the decoder's layers did not hand the call on to their attention.
+        RuntimeError: the decoder's layers did not hand the call on to their attention, or an MLP that was to run for
+            selected tokens alone was not called.
     """
     call = kwargs.get(KEYWORD)
     if call is None:
@@ -271,6 +302,11 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         raise RuntimeError(
             f"zipvl: the layers of {name} do not hand keyword arguments on to their attention function, so this model "
             "is not supported and ran its ordinary attention"
+        )
+    if call.passed is not None and (left := call.passed.left()):
+        raise RuntimeError(
+            f"zipvl: ZipVLConfig.skip_mlp_layers names {left}, whose MLPs were not called behind their attention. "
+            "Leave them out"
         )
     if call.saw_prefill:
         if isinstance(call.cache, ZipVLCache):

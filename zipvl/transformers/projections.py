@@ -22,6 +22,7 @@ from zipvl.config import ZipVLConfig
 from zipvl.transformers import cache_names
 from zipvl.transformers.attention import run_layer
 from zipvl.transformers.call import Call
+from zipvl.transformers.products import counts_rows, is_plain
 from zipvl.transformers.reasons import asks_for_more
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD
 
@@ -63,8 +64,7 @@ def static_reason(module: Any) -> str | None:
     if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__name__} is not among the tested attention modules"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        part = getattr(module, name)
-        if type(part) is not nn.Linear or "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks:
+        if not is_plain(getattr(module, name)):
             return f"{name} is more than a linear layer"
     if module.o_proj.bias is not None:
         return "o_proj has a bias"
@@ -166,15 +166,9 @@ def _does_not_pay(weight: Tensor, tokens: int) -> str | None:
         return None
     if tokens < FEWEST_TOKENS:
         return "a short prompt"
-    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or _compute_capability(weight.device) != 9:
+    if not counts_rows(weight.device, weight.dtype):
         return "no matrix product here that counts its rows on the device"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _compute_capability(device: torch.device) -> int:
-    """The major compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)[0]
 
 
 def _is_prefill(module: Any, call: Call) -> bool:

@@ -177,10 +177,16 @@ def check_layers(target: Target, config: ZipVLConfig) -> None:
     """
     if config.layers is None:
         return
-    able = {layer_index(module) for module in target.attention if layer_type(module) in (None, "full_attention")}
+    able = layers_that_can(target)
     wrong = sorted(set(config.layers) - able)
     if wrong:
         raise ValueError(
             f"zipvl.sparse: ZipVLConfig.layers names {wrong}, which {type(target.decoder).__name__} does not have or "
-            f"which cannot be sparse; those that can: {sorted(able)}"  # type: ignore[type-var]
+            f"which cannot be sparse; those that can: {sorted(able)}"
         )
+
+
+def layers_that_can(target: Target) -> set[int]:
+    """The layers that can be sparse, as far as their type says."""
+    able = (module for module in target.attention if layer_type(module) in (None, "full_attention"))
+    return {index for module in able if (index := layer_index(module)) is not None}

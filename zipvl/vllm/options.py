@@ -17,6 +17,7 @@ OUT_OF_REACH = {
     "keep_text": "an attention backend does not know which tokens are text",
     "text_prompts": "an attention backend does not know which prompts have images: every prompt is sparse",
     "skip_projections": "vLLM runs the projections itself",
+    "skip_mlp_layers": "vLLM runs the MLPs itself",
     "decode": "vLLM runs decoding steps itself, in CUDA graphs where it can",
     "vision_attention": "vLLM runs the vision tower itself",
     "vision_compile": "vLLM runs the vision tower itself",

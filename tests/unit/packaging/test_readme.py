@@ -35,15 +35,23 @@ def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyP
 
     def timed(window: int, seconds: float) -> dict[str, Any]:
         rows = [
-            {"name": name, "default": 8e3, "default_first": 4e3, "zipvl": 1e3 * seconds, "zipvl_first": 500 * seconds}
+            {
+                "name": name,
+                "pages": 1,
+                "default": 8e3,
+                "default_first": 4e3,
+                "zipvl": 1e3 * seconds,
+                "zipvl_first": 500 * seconds,
+            }
             for name in readme.SHOWN
         ]
         return about | {"ratio": 0.25, "window": window, "rows": rows}
 
     def judged(kl: float, **changes: Any) -> dict[str, Any]:
-        page = {"right": 0.99, "against_dense": -0.004}
-        rows = [{"setting": "dense", "page": {"right": 0.994}}]
-        rows += [{"setting": "tau 0.9, window 512, full, text kept", "text": {"kl": kl}, "page": page}]
+        page = {"right": 0.99, "cache_share": 1.06}
+        key = {"by_length": {"1357": {"samples": 100, "right": 0.95}, "2713": {"samples": 100, "right": 1.0}}}
+        rows = [{"setting": "dense", "page": {"right": 0.994}, "key": key}]
+        rows += [{"setting": "tau 0.9, window 512, full, text kept", "text": {"kl": kl}, "key": key, "page": page}]
         return about | {"split": "report", "rows": rows} | changes
 
     recorded = {
@@ -56,7 +64,7 @@ def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyP
         "dense, as transformers runs it",
         *(f"ZipVLConfig{end}" for end in ("()", "(ratio=0.25)", ".paper(ratio=0.25)")),
     ]
-    assert rows["ZipVLConfig()"].endswith("| - | - | 0.007 | 99.0% (-0.4) |")
+    assert rows["ZipVLConfig()"].endswith("| - | - | 106% | 0.007 | 195 of 200 | 99.0% |")
     assert "| 1.00 s, 2.00 s (**4.0x**) |" in rows["ZipVLConfig(ratio=0.25)"]
     assert "| 0.50 s, 1.00 s (**8.0x**) |" in rows["ZipVLConfig.paper(ratio=0.25)"]
     assert "| 4.00 s, 8.00 s |" in rows["dense, as transformers runs it"]

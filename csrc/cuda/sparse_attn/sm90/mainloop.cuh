@@ -148,8 +148,7 @@ class Consumer {
       own.row[i] = from.row[q_.index][row_of_thread + 8 * i];
     }
     const int4 low = from.group[q_.index][2 * warpgroup_], high = from.group[q_.index][2 * warpgroup_ + 1];
-    __syncwarp();
-    arrive(&from.rows_empty[q_.index]);
+    ptx::mbarrier_arrive(&from.rows_empty[q_.index]);
     return {tile, blocks.end - blocks.first, min(low.w, high.w) - begin, max(low.z, high.z) - begin,
             blocks.sinks ? params.ranges.num_sinks : 0};
   }
