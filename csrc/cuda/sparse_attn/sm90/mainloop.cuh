@@ -1,6 +1,6 @@
 // A consumer warpgroup: 64 query rows of a tile against the packed keys. Products of the next score tile and of the
-// last weights are under way together while the exponentials of neither's warpgroup wait (as FlashAttention-3 does,
-// arXiv 2407.08608): the warpgroups take turns to issue, so that one's softmax runs under the other's products.
+// last weights are under way together, and no exponential waits for a product (as FlashAttention-3 does, arXiv
+// 2407.08608): the warpgroups take turns to issue, so that one's softmax runs under the other's products.
 #pragma once
 
 #include <cstdint>
