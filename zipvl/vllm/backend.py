@@ -104,7 +104,7 @@ class SparseBuilder:
         prompts, others = rows.split(starts, lengths, prefilling, chunk, sparse)
         step = Step(prompts, metadata, None, common.block_table_tensor, StepRecord())
         if prompts:
-            step.others, step.tokens = self._rest(common, starts, lengths, others, fast_build)
+            step.others, step.tokens = self._rest(common, starts, lengths, others)
             for prompt in prompts:
                 step.numbers[prompt.row] = step.record.begin(prompt.end - prompt.start, prompt.seen)
             if self.zipvl.options.drops:
@@ -143,7 +143,7 @@ class SparseBuilder:
             self.lengths.forget(table[:, 0].index_select(0, row_of))
 
     def _rest(
-        self, common: Any, starts: list[int], lengths: list[int], others: list[int], fast_build: bool
+        self, common: Any, starts: list[int], lengths: list[int], others: list[int]
     ) -> tuple[Any, Tensor | slice | None]:
         """vLLM's metadata of the rows ``others`` alone, and their tokens."""
         others = [row for row in others if starts[row + 1] > starts[row]]
@@ -178,7 +178,8 @@ class SparseBuilder:
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
-        return super().build(0, rest, fast_build), tokens  # type: ignore[misc]
+        # A fast build makes no plan: FlashAttention has one room for plans, and dense layers read that of all rows.
+        return super().build(0, rest, True), tokens  # type: ignore[misc]
 
 
 class SparseImpl:
