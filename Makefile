@@ -7,12 +7,13 @@
 #   make paper       measure the paper's tables on the tiny model (20 minutes on two cores at most) and render docs/report
 #   make fidelity    are answers of pretrained weights kept? fetches a model of 98 MB (15 minutes on two cores)
 #   make models      try every model that transformers names, tiny and random, and write docs/models.md (20 minutes)
+#   make docs        the site of docs/ in build/docs/site, from an environment of its own; every link and anchor is checked
 #   make lint        formatting, lint, types, and which module imports which
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
 #   make wheel       a wheel in dist/
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo check test gpu-check vllm-check paper fidelity models lint format cuda-check wheel clean
+.PHONY: demo check test gpu-check vllm-check paper fidelity models docs lint format cuda-check wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -116,6 +117,19 @@ fidelity: $(VENV)/build.stamp
 
 models: $(VENV)/build.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.models.matrix docs/models.md
+
+# The site's packages need neither torch nor zipvl: docstrings are read, not imported.
+DOCS_ENV := build/docs/env
+DOCS_PACKAGES := mkdocs-material==9.8.2 mkdocstrings[python]==1.0.8 ruff
+
+$(DOCS_ENV)/packages.stamp:
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/pip install -q $(DOCS_PACKAGES)
+	touch $@
+
+docs: $(DOCS_ENV)/packages.stamp
+	$(DOCS_ENV)/bin/python tools/docs_site.py build/docs/pages
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build -q --strict
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/clang-format --dry-run --Werror $(CPP)

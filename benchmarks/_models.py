@@ -1,13 +1,19 @@
-"""Decoders with random weights in the shape of real ones, built through transformers."""
+"""Models with random weights in the shape of real ones, built through transformers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["QWEN2_7B", "SMOKE", "Shape", "build"]
+__all__ = ["MODELS", "QWEN2_7B", "SMOKE", "Inputs", "Model", "Shape", "build"]
+
+IMAGE, VIDEO, VISION_START, VISION_END = 3, 4, 1, 2
+FIRST_WORD = 10
+"""Token ids of this and after mean nothing to any model here."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,245 @@ QWEN2_7B = Shape()
 SMOKE = Shape(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=192, vocab=128)
 
 
-def build(shape: Shape, longest: int, device: str) -> Qwen2ForCausalLM:
-    """A model with random weights, made on ``device``: bfloat16 on a GPU, float32 elsewhere."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def _with_weights(cls: Any, config: Any, device: str) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2ForCausalLM._from_config(shape.config(longest), dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return cls._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def build(shape: Shape, longest: int, device: str) -> Qwen2ForCausalLM:
+    """A model with random weights, made on ``device``: bfloat16 on a GPU, float32 elsewhere."""
+    model: Qwen2ForCausalLM = _with_weights(Qwen2ForCausalLM, shape.config(longest), device)
+    return model
+
+
+Inputs = dict[str, torch.Tensor]
+
+
+def _page_of_patches(image: int, grid: tuple[int, int, int], patch: int) -> tuple[list[int], Inputs]:
+    """Token ids and pixels of one image or video of ``grid`` (times, rows, columns of patches) for models that merge
+    2 x 2 patches."""
+    frames, rows, columns = grid
+    tokens = [VISION_START] + [image] * (frames * rows * columns // 4) + [VISION_END]
+    pixels = torch.randn(frames * rows * columns, 3 * 2 * patch * patch)
+    of_what = "video" if image == VIDEO else "image"
+    name = "pixel_values_videos" if image == VIDEO else "pixel_values"
+    return tokens, {name: pixels, f"{of_what}_grid_thw": torch.tensor([grid])}
+
+
+def _page_of_tiles(pages: int) -> tuple[list[int], Inputs]:
+    """A picture of 672 x 672 in LLaVA-NeXT: four tiles and the whole, each of 576 tokens, and a new line a row."""
+    sizes = torch.tensor([[672, 672]] * pages)
+    return [IMAGE] * (pages * (576 + 48 * 49)), {"pixel_values": torch.randn(pages, 5, 3, 336, 336),
+                                                 "image_sizes": sizes}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A shape by name.
+
+    Args:
+        name: the published model's.
+        cls: transformers' class.
+        config: its configuration's class.
+        fields: of the configuration.
+        smoke: what a tiny one of the same kind changes, by sub-configuration ("" for the configuration itself).
+        patch: of the vision tower that merges 2 x 2 patches, in pixels; 0: LLaVA-NeXT's tiles; None: text alone.
+    """
+
+    name: str
+    cls: str
+    config: str
+    fields: dict[str, Any]
+    smoke: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patch: int | None = None
+
+    def make(self, device: str, *, smoke: bool = False) -> Any:
+        """The model with random weights on ``device``."""
+        fields: dict[str, Any] = dict(self.fields)
+        if smoke:
+            for part, changes in self.smoke.items():
+                fields = fields | (changes if not part else {part: fields[part] | changes})
+        config = getattr(transformers, self.config)(**fields)
+        return _with_weights(getattr(transformers, self.cls), config, device)
+
+    def inputs(self, model: Any, *, tokens: int, pages: int, frames: int, batch: int, smoke: bool) -> Inputs:
+        """What ``generate()`` is given.
+
+        Args:
+            model: it is for.
+            tokens: of text, random ones.
+            pages: images of 4,096 visual tokens (LLaVA-NeXT: 2,928) before a short question; 0: none.
+            frames: of a video, 196 visual tokens for each two, before the question; 0: none.
+            batch: rows, of equal content.
+            smoke: images of 64 tokens.
+        """
+        torch.manual_seed(0)
+        device = model.device
+        vocabulary = model.config.get_text_config().vocab_size
+        if not pages and not frames:
+            ids = torch.randint(FIRST_WORD, vocabulary, (batch, tokens), device=device)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.patch is None:
+            raise ValueError(f"{self.name} sees no images")
+        if self.patch == 0:
+            visual, given = _page_of_tiles(pages)
+        elif frames:
+            visual, given = _page_of_patches(VIDEO, (frames // 2, 4, 4) if smoke else (frames // 2, 28, 28), self.patch)
+        else:
+            visual, given = _page_of_patches(IMAGE, (1, 16, 16) if smoke else (1, 128, 128), self.patch)
+            visual, given = visual * pages, {name: x.repeat(pages, 1) for name, x in given.items()}
+        ids = torch.tensor([[*visual, *range(FIRST_WORD, FIRST_WORD + 20)]] * batch, device=device)
+        given = {name: x.repeat(batch, *[1] * (x.dim() - 1)).to(device) for name, x in given.items()}
+        given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.patch:
+            given["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        return given
+
+
+_QWEN2 = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131200,
+}
+_TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "head_dim": 32,
+}
+_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+_TINY_TOWER = {"out_hidden_size": 128, "hidden_size": 64, "intermediate_size": 96, "depth": 4, "num_heads": 2}
+
+
+def _llava_next(name: str, **text: Any) -> Model:
+    text_config = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096} | text
+    tower = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
+    tower |= {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "projection_dim": 768}
+    fields = {"text_config": text_config, "vision_config": tower, "image_token_index": IMAGE}
+    tiny_tower = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return Model(
+        name,
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextConfig",
+        fields,
+        {"text_config": _TINY, "vision_config": tiny_tower},
+        patch=0,
+    )
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("Qwen2-7B", "Qwen2ForCausalLM", "Qwen2Config", _QWEN2 | {"rope_theta": 1e6}, {"": _TINY}),
+        Model(
+            "Qwen2.5-VL-7B",
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen2_5_VLConfig",
+            _TOKENS
+            | {
+                "text_config": _QWEN2 | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+                "vision_config": {
+                    "out_hidden_size": 3584,
+                    "hidden_size": 1280,
+                    "intermediate_size": 3420,
+                    "depth": 32,
+                },
+            },
+            {
+                "text_config": _TINY | {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+                "vision_config": _TINY_TOWER | {"depth": 8},
+            },
+            patch=14,
+        ),
+        Model(
+            "Qwen3-VL-8B",
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLConfig",
+            _TOKENS
+            | {
+                "text_config": {
+                    "hidden_size": 4096,
+                    "intermediate_size": 12288,
+                    "num_hidden_layers": 36,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                    "vocab_size": 151936,
+                    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+                },
+                "vision_config": {"out_hidden_size": 4096},
+            },
+            {
+                "text_config": _TINY
+                | {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}},
+                "vision_config": _TINY_TOWER | {"deepstack_visual_indexes": [0, 1]},
+            },
+            patch=16,
+        ),
+        _llava_next(
+            "LLaVA-NeXT-7B",
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+        ),
+        _llava_next(
+            "LLaVA-NeXT-13B",
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+        ),
+        Model(
+            "Qwen3-30B-A3B",
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            {
+                "hidden_size": 2048,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "vocab_size": 151936,
+                "max_position_embeddings": 131200,
+            },
+            {"": _TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}},
+        ),
+        Model(
+            "Qwen3.5-9B",
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5TextConfig",
+            {"max_position_embeddings": 131200},
+            {
+                "": _TINY
+                | {
+                    "num_hidden_layers": 4,
+                    "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4,
+                    "linear_key_head_dim": 32,
+                    "linear_value_head_dim": 32,
+                }
+            },
+        ),
+    )
+}
+"""The shapes of whole answers. LongVA-7B's decoder is Qwen2-7B's; Qwen3.5's has one layer of full attention in four."""

@@ -2,10 +2,10 @@
 
 ``generate()`` of models with random weights in the shape of real ones, greedy, by transformers' default (SDPA and a
 dynamic cache), by its static cache compiled (``--static``; compiling is timed apart) and inside ``zipvl.sparse`` at
-``--ratio``: by the paper's method or with the default window (``--window``), the blocks of vision towers compiled
-(``--vision-compile``) or not. Runs of the methods are interleaved, and the median counts. The first token's time is
-that of an answer of one token; the vision tower's is that of a forward of it alone. ``--smoke``: tiny shapes, on the
-CPU too.
+``--ratio`` with the default's window and sinks, or by the paper's method (``--paper``), the blocks of vision towers
+compiled (``--vision-compile``) or not. Runs of the methods are interleaved, and the median counts. The first token's
+time is that of an answer of one token; the vision tower's is that of a forward of it alone. ``--model`` and ``--case``
+choose rows. ``--smoke``: a tiny model of each kind, on the CPU too.
 """
 
 from __future__ import annotations
@@ -16,49 +16,68 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import zipvl
 from benchmarks import _record
-from benchmarks._models import QWEN2_7B, SMOKE, build
-
-PAGE_TOKENS = 4096  # a page of 1,792 by 1,792 pixels in Qwen2.5-VL
-IMAGE, VISION_START, VISION_END = 3, 1, 2
+from benchmarks._models import MODELS, Inputs
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: text tokens or pages, rows of the batch, new tokens."""
+    """One row: text tokens, pages or frames of a video; rows of the batch; new tokens."""
 
-    prompt: int
+    prompt: int = 0
     new: int = 128
     batch: int = 1
     pages: int = 0
+    frames: int = 0
     repeats: int = 3
+    static: bool = False
+    """Compared with a compiled static cache, where that is asked for."""
 
     @property
     def name(self) -> str:
         """As the table shows it."""
-        what = f"{self.pages} page{'s' if self.pages > 1 else ''}" if self.pages else f"{self.prompt:,} tokens"
+        what = f"{self.prompt:,} tokens"
+        if self.pages:
+            what = f"{self.pages} page{'s' if self.pages > 1 else ''}"
+        elif self.frames:
+            what = f"video of {self.frames} frames"
         return f"{self.batch} x {what} + {self.new}" if self.batch > 1 else f"{what} + {self.new}"
 
 
-TEXT = (
-    Case(512),
-    Case(4096),
-    Case(16384, repeats=2),
-    Case(32768, repeats=2),
-    Case(4096, new=32, batch=8),
-    Case(4096, batch=8, repeats=2),
-)
-PAGES = (Case(0, pages=1), Case(0, pages=8, repeats=2))
+CASES = {
+    "Qwen2-7B": (
+        Case(512),
+        Case(4096, static=True),
+        Case(4096, new=32),
+        Case(4096, new=512, repeats=1),
+        Case(16384, repeats=2),
+        Case(32768, repeats=2),
+        Case(131072, repeats=1),
+        Case(4096, new=32, batch=8),
+        Case(4096, batch=8, repeats=2),
+    ),
+    "Qwen2.5-VL-7B": (
+        Case(pages=1, static=True),
+        Case(pages=4, repeats=2),
+        Case(pages=8, repeats=2),
+        Case(pages=32, repeats=1),
+        Case(frames=128, repeats=2),
+    ),
+    "Qwen3-VL-8B": (Case(pages=1, repeats=2), Case(pages=8, repeats=1)),
+    "LLaVA-NeXT-7B": (Case(pages=1, repeats=2),),
+    "LLaVA-NeXT-13B": (Case(pages=1, repeats=2),),
+    "Qwen3-30B-A3B": (Case(32768, new=32, repeats=1),),
+    "Qwen3.5-9B": (Case(32768, new=32, repeats=1),),
+}
 
 
 def synchronize() -> None:
@@ -75,55 +94,10 @@ def timed(run: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def page_model(smoke: bool, device: str) -> Any:
-    """Qwen2.5-VL-7B's shape with random weights."""
-    text: dict[str, Any] = {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "max_position_embeddings": 131072,
-    }
-    vision: dict[str, Any] = {"out_hidden_size": 3584, "hidden_size": 1280, "intermediate_size": 3420, "depth": 32}
-    if smoke:
-        text |= {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-        text |= {
-            "num_key_value_heads": 2,
-            "vocab_size": 128,
-            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-        }
-        vision |= {"out_hidden_size": 128, "hidden_size": 64, "intermediate_size": 96, "depth": 8, "num_heads": 2}
-    tokens = {"image_token_id": IMAGE, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=torch.bfloat16 if device == "cuda" else torch.float32, attn_implementation="sdpa"
-        )
-    return model.eval()
-
-
-def inputs_of(case: Case, vocabulary: int, device: str, side: int) -> dict[str, torch.Tensor]:
-    """What ``generate()`` is given; ``side`` patches on a page's edge."""
-    torch.manual_seed(0)
-    if not case.pages:
-        ids = torch.randint(10, vocabulary, (case.batch, case.prompt), device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    page = [VISION_START] + [IMAGE] * (side * side // 4) + [VISION_END]
-    ids = torch.tensor([[*page * case.pages, *range(10, 30)]] * case.batch, device=device)
-    grid = torch.tensor([[1, side, side]] * (case.pages * case.batch), device=device)
-    pixels = torch.randn(len(grid) * side * side, 3 * 2 * 14 * 14, device=device)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grid, "pixel_values": pixels}
-    return given | {"mm_token_type_ids": (ids == IMAGE).int()}
-
-
-def measure(model: Any, case: Case, config: zipvl.ZipVLConfig, static: bool, side: int) -> dict[str, Any]:
-    """Times of one case: milliseconds by method."""
-    device = str(model.device.type)
-    inputs = inputs_of(case, model.config.get_text_config().vocab_size, device, side)
+def measure(
+    model: Any, inputs: Inputs, case: Case, config: zipvl.ZipVLConfig, static: bool, tower: Any
+) -> dict[str, Any]:
+    """Times of one case: milliseconds by method; ``out_of_memory``: the method that was."""
     found: dict[str, Any] = {}
     decoded: list[dict[str, Any]] = []
 
@@ -139,9 +113,15 @@ def measure(model: Any, case: Case, config: zipvl.ZipVLConfig, static: bool, sid
         if stats is not None and new > 1:
             decoded[:] = [stats.decodings[-1].to_dict() | {"active": stats.active, "ratio": stats.mean_ratio}]
 
-    names = ["default", "zipvl", *(["static"] if static else [])]
-    for name in names:
-        compiling = timed(lambda name=name: method(name, case.new))  # libraries, allocator, compiler
+    names = ["default", "zipvl", *(["static"] if static and case.static else [])]
+    for name in list(names):
+        try:
+            compiling = timed(lambda name=name: method(name, case.new))  # libraries, allocator, compiler
+        except torch.OutOfMemoryError:
+            found.setdefault("out_of_memory", []).append(name)
+            names.remove(name)
+            torch.cuda.empty_cache()
+            continue
         if name == "static":
             found["static_first"] = compiling
     times: dict[tuple[str, int], list[float]] = {}
@@ -152,81 +132,83 @@ def measure(model: Any, case: Case, config: zipvl.ZipVLConfig, static: bool, sid
                     times.setdefault((name, new), []).append(timed(lambda name=name, new=new: method(name, new)))
     for (name, new), values in times.items():
         found[f"{name}_first" if new == 1 else name] = statistics.median(values)
-    if case.pages:
-        visual = model.model.visual
-        pixels, grid = inputs["pixel_values"].to(model.dtype), inputs["image_grid_thw"]
+    if tower is not None:
+        kind = "video" if "video_grid_thw" in inputs else "image"
+        pixels = inputs["pixel_values_videos" if kind == "video" else "pixel_values"].to(model.dtype)
         with torch.no_grad():
             for name in ("default", "zipvl"):
                 with nullcontext() if name == "default" else zipvl.sparse(model, config):
-                    timed(lambda: visual(pixels, grid_thw=grid))
-                    found[f"{name}_vision"] = timed(lambda: visual(pixels, grid_thw=grid))
+                    timed(lambda: tower(pixels, grid_thw=inputs[f"{kind}_grid_thw"]))
+                    found[f"{name}_vision"] = timed(lambda: tower(pixels, grid_thw=inputs[f"{kind}_grid_thw"]))
     return found | {"decoding": decoded[0] if decoded else None}
 
 
 def main(
+    model: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(CASES)}; may be repeated. [all]")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Rows by name, such as '8 pages + 128'. [all]")] = None,
     ratio: Annotated[float, typer.Option(help="share of the tokens kept")] = 0.25,
     static: Annotated[bool, typer.Option(help="compare with transformers' compiled static cache too")] = False,
-    only: Annotated[str, typer.Option(help="text, pages or all")] = "all",
-    window: Annotated[bool, typer.Option(help="the default's window and sinks, not the paper's method")] = False,
+    paper: Annotated[bool, typer.Option(help="the paper's method, without the default's window")] = False,
     vision_compile: Annotated[bool, typer.Option(help="vision towers' blocks compiled")] = False,
-    smoke: Annotated[bool, typer.Option(help="tiny shapes")] = False,
+    smoke: Annotated[bool, typer.Option(help="tiny models, the first row of each")] = False,
 ) -> None:
-    """Times whole answers, and appends them to benchmarks/results/answer.jsonl unless they are smoke."""
+    """Times whole answers, and appends each to benchmarks/results/answer.jsonl unless they are smoke."""
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not smoke:
         raise typer.BadParameter("there is no GPU; --smoke runs tiny shapes on the CPU", param_hint="--smoke")
-    config = zipvl.ZipVLConfig.paper(ratio=ratio, vision_compile=vision_compile)
-    if window:
-        config = zipvl.ZipVLConfig(ratio=ratio, text_prompts="sparse", vision_compile=vision_compile)
+    if unknown := sorted(set(model or ()) - CASES.keys()):
+        raise typer.BadParameter(f"expected of {', '.join(CASES)}, got {unknown[0]}", param_hint="--model")
+    names = {row.name for rows in CASES.values() for row in rows}
+    if unknown := sorted(set(case or ()) - names):
+        raise typer.BadParameter(f"expected of {', '.join(sorted(names))}, got {unknown[0]!r}", param_hint="--case")
+    settings = {"ratio": ratio, "vision_compile": vision_compile}
+    config = zipvl.ZipVLConfig.paper(**settings) if paper else zipvl.ZipVLConfig(text_prompts="sparse", **settings)
     rows = []
-    for part, cases in (("text", TEXT), ("pages", PAGES)):
-        if only not in (part, "all"):
+    for name in model or CASES:
+        wanted = [row for row in CASES[name] if not case or row.name in case][: 1 if smoke else None]
+        if not wanted:
             continue
-        if part == "text":
-            model: Any = build(SMOKE if smoke else QWEN2_7B, 65536, device)
-        else:
-            model = page_model(smoke, device)
-        model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-        for case in cases[:1] if smoke else cases:
-            row = asdict(case) | {"name": case.name}
-            row |= measure(
-                model, case, config, static and case.batch == 1 and case.prompt == 4096, 16 if smoke else 128
+        shape = MODELS[name]
+        try:
+            built = shape.make(device, smoke=smoke)
+        except torch.OutOfMemoryError:
+            Console().print(f"{name}: its weights are more than the memory of this GPU")
+            continue
+        built.generation_config.eos_token_id = built.generation_config.pad_token_id = None
+        for full in wanted:
+            row = replace(full, prompt=min(full.prompt, 300), new=4, repeats=1) if smoke else full
+            inputs = shape.inputs(
+                built, tokens=row.prompt, pages=row.pages, frames=row.frames, batch=row.batch, smoke=smoke
             )
-            rows.append(row)
-            Console().print(row)
-        del model
+            tower = built.model.visual if shape.patch else None
+            found = {"model": name, "name": row.name, "tokens": inputs["input_ids"].shape[1]} | asdict(row)
+            found |= measure(built, inputs, row, config, static, tower)
+            rows.append(found)
+            if not smoke:
+                _record.append("answer", settings | {"window": config.local_window, "rows": [found]}, device=device)
+        del built, inputs, tower
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
     show(rows, ratio)
-    if not smoke:
-        setting = {"ratio": ratio, "window": config.local_window, "vision_compile": vision_compile}
-        _record.append("answer", setting | {"rows": rows}, device="cuda")
 
 
 def show(rows: list[dict[str, Any]], ratio: float) -> None:
     """Prints the table."""
     table = Table(title=f"whole answers, ms; ratio {ratio}")
-    for column in (
-        "prompt + new",
-        "default",
-        "zipvl",
-        "times",
-        "first token",
-        "zipvl",
-        "times",
-        "vision",
-        "zipvl",
-        "static",
-    ):
+    for column in ("model", "prompt + new", "default", "zipvl", "times", "first token", "zipvl", "times", "vision",
+                   "zipvl", "static"):  # fmt: skip
         table.add_column(column, justify="right")
     for row in rows:
-        pairs = [(row["default"], row["zipvl"]), (row["default_first"], row["zipvl_first"])]
-        cells = [cell for a, b in pairs for cell in (f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.2f}x")]
+        cells = []
+        for end in ("", "_first"):
+            pair = [row.get(f"{name}{end}") for name in ("default", "zipvl")]
+            cells += ["out of memory" if x is None else f"{x:,.0f}" for x in pair]
+            cells.append("" if None in pair else f"{pair[0] / pair[1]:.2f}x")
         cells += [f"{row[name]:,.0f}" if name in row else "" for name in ("default_vision", "zipvl_vision", "static")]
-        table.add_row(row["name"], *cells)
-    Console().print(table)
+        table.add_row(row["model"], row["name"], *cells)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

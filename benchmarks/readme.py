@@ -1,5 +1,5 @@
-"""Writes the tables of README.md and docs/fidelity.md from benchmarks/results: ``python -m benchmarks.readme``
-(``--check`` only compares).
+"""Writes the tables of README.md, docs/benchmarks.md and docs/fidelity.md from benchmarks/results:
+``python -m benchmarks.readme`` (``--check`` only compares).
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` and shows the newest result of its kind.
 """
@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from benchmarks.fidelity import show
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "fidelity.md")
+PAGES = (README, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "fidelity.md")
 RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = ROOT / "models" / "tiny-llava-next" / "model.safetensors"
 
@@ -46,9 +47,9 @@ def cpu_prefill() -> list[str]:
     labels = {
         "dense": "dense `scaled_dot_product_attention`",
         "zipvl_attn": "`zipvl_attn`",
-        "probe": "of it `probe_index`, `probe_scores`",
-        "select": "of it `select_tokens`",
-        "attend": "of it `sparse_attn`",
+        "probe": "its `probe_index`, `probe_scores`",
+        "select": "its `select_tokens`",
+        "attend": "its `sparse_attn`",
     }
     dense = times["dense"]["median_ms"]
     rows = [
@@ -62,29 +63,140 @@ def cpu_prefill() -> list[str]:
     return [title, "", "| | median ms | dense / this |", "| --- | ---: | ---: |", *rows]
 
 
-def answer() -> list[str]:
-    """Whole answers on a GPU by the paper's method, the newest measurement of each prompt."""
-    runs = [run for run in results("answer") if not run.get("window") and not run.get("vision_compile")]
-    newest = {row["name"]: (run, row) for run in runs for row in run["rows"]}
-    run = list(newest.values())[-1][0]
-    head = [
-        "| prompt + new tokens | default, ms | zipvl, ms | times | first token | zipvl | vision tower | zipvl "
-        "| compiled static cache |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+@dataclass(frozen=True)
+class Setting:
+    """A row of README.md's table.
+
+    Attributes:
+        name: what the row is called.
+        timed: ``ratio`` and ``window`` in answer.jsonl. None under ``tau``: whole answers are timed with random
+            weights, which do not show how many tokens hold it.
+        judged: the setting's name in fidelity.jsonl.
+    """
+
+    name: str
+    timed: tuple[float, int] | None
+    judged: str
+
+
+SETTINGS = (
+    Setting("`ZipVLConfig()`", None, "tau 0.9, window 512, full, text kept"),
+    Setting('`ZipVLConfig(cache="quantize")`', None, "tau 0.9, window 512, quantize, text kept"),
+    Setting('`ZipVLConfig(cache="drop", cache_ratio=0.35)`', None, "tau 0.9, window 512, drop, stored 0.35, text kept"),
+    Setting("`ZipVLConfig(ratio=0.25)`", (0.25, 512), "ratio 0.25, window 512, full, text kept"),
+    Setting("`ZipVLConfig.paper()`", None, "tau 0.975, drop"),
+    Setting("`ZipVLConfig.paper(ratio=0.25)`", (0.25, 0), "ratio 0.25, drop"),
+)
+PAGES_OF = "Qwen2.5-VL-7B"
+SHOWN = ("1 page + 128", "8 pages + 128")
+
+
+def image_to_answer() -> list[str]:
+    """What a user gets on which setting, and what it loses: of each setting the newest times and the newest losses.
+
+    A setting without either has no row, but for the default."""
+    runs = [run for run in results("answer") if not run.get("vision_compile")]
+    judged = [run for run in results("fidelity") if run["split"] == "report" and run["device"]["type"] == "cuda"]
+    rows = [row for run in judged for row in run["rows"]]
+    dense = {row["name"]: row for run in runs for row in run["rows"] if _shown(row)}
+    source_of = next(run for run in reversed(runs) if any(_shown(row) for row in run["rows"]))
+    original = {
+        measure: next(row[measure] for row in reversed(rows) if row["setting"] == "dense" and row.get(measure))
+        for measure in ("key", "page")
+    }
+    lines = [
+        f"Time of `generate()` to the first token and to 128 tokens ({source(source_of)}), in {PAGES_OF}'s shape "
+        "with random weights; a page has 4,096 visual tokens. KL to dense (nats a token) and pass keys: a trained text "
+        "model of 135 M parameters. Pages right, and bytes of the cache: a trained vision-language model of 6.5 M. "
+        "`-`: not measured, or not to be had: random weights do not show how many tokens `tau` keeps.",
+        "",
+        "| setting | 1 page | 8 pages | cache | KL to dense | pass keys found | pages right |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        f"| dense, as transformers runs it | {' | '.join(_answered(dense[name], 'default') for name in SHOWN)} | 100% "
+        f"| 0 | {_found(original['key'])} | {100 * original['page']['right']:.1f}% |",
     ]
-    rows = []
-    for _, row in newest.values():
-        times = [row["default"], row["zipvl"], row["default"] / row["zipvl"], row["default_first"], row["zipvl_first"]]
-        cells = [f"{x:,.0f}" if i != 2 else f"**{x:.2f}x**" for i, x in enumerate(times)]
-        cells += [f"{row[name]:,.0f}" if name in row else "" for name in ("default_vision", "zipvl_vision", "static")]
-        rows.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    for setting in SETTINGS:
+        times = _timed(setting, runs)
+        text, key, page = (_judged(setting, rows, measure) for measure in ("text", "key", "page"))
+        if setting is SETTINGS[0] or times or text or key or page:
+            cells = [_answered(times[name], "zipvl") if name in times else "-" for name in SHOWN]
+            cells.append(f"{100 * page['cache_share']:.0f}%" if page else "-")
+            cells.append(f"{text['kl']:.3f}" if text else "-")
+            cells.append(_found(key) if key else "-")
+            cells.append(f"{100 * page['right']:.1f}%" if page else "-")
+            lines.append(f"| {setting.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _model(row: Result) -> str:
+    """Whose shape a row of answer.jsonl was measured in."""
+    return str(row.get("model", PAGES_OF if row["pages"] else "Qwen2-7B"))
+
+
+def _shown(row: Result) -> bool:
+    """Whether README.md's table shows a row of answer.jsonl: both methods ran in memory."""
+    return row["name"] in SHOWN and _model(row) == PAGES_OF and not row.get("out_of_memory")
+
+
+def _timed(setting: Setting, runs: list[Result]) -> dict[str, Result]:
+    """The newest rows of a setting's times by name."""
+    same = [run for run in runs if (run["ratio"], run.get("window", 0)) == setting.timed]
+    return {row["name"]: row for run in same for row in run["rows"] if _shown(row)}
+
+
+def _judged(setting: Setting, rows: list[Result], measure: str) -> Result | None:
+    """The newest of a setting's ``text``, ``key`` or ``page``."""
+    found = [row[measure] for row in rows if row["setting"] == setting.judged and row.get(measure)]
+    return found[-1] if found else None
+
+
+def _found(key: Result) -> str:
+    """Of the pass keys of both lengths."""
+    groups = key["by_length"].values()
+    return f"{sum(round(it['right'] * it['samples']) for it in groups)} of {sum(it['samples'] for it in groups)}"
+
+
+def _answered(row: Result, method: str) -> str:
+    """First token and whole answer of one row; against dense for zipvl."""
+    said = f"{row[f'{method}_first'] / 1e3:.2f} s, {row[method] / 1e3:.2f} s"
+    return said if method == "default" else f"{said} (**{row['default'] / row['zipvl']:.1f}x**)"
+
+
+def answer() -> list[str]:
+    """Whole answers on a GPU, a table a setting: the newest measurement of each model and prompt."""
+    tables: dict[tuple[float, int], dict[tuple[str, str], tuple[Result, Result]]] = {}
+    for run in results("answer"):
+        if not run.get("vision_compile"):
+            table = tables.setdefault((run["ratio"], run.get("window", 0)), {})
+            table |= {(_model(row), row["name"]): (run, row) for row in run["rows"]}
     title = (
-        f"`generate()`, greedy, ratio {run['ratio']} ({source(run)}, transformers {run['versions']['transformers']}). "
-        "Text prompts in Qwen2-7B's shape, pages (4,096 visual tokens) in Qwen2.5-VL-7B's, bfloat16, random weights. "
-        "Default: SDPA and a dynamic cache. Compiling the static cache took "
-        f"{max(row.get('static_first', 0) for _, row in newest.values()) / 1e3:.0f} s:"
+        "`generate()`, greedy, bfloat16, random weights in the shape of the named model; in Qwen2.5-VL's a page has "
+        "4,096 visual tokens. Default: SDPA and a dynamic cache, as transformers runs it. Times are ms."
     )
-    return [title, "", *head, *rows]
+    return [title, *(line for setting, table in sorted(tables.items()) for line in _answer_table(*setting, table))]
+
+
+def _answer_table(ratio: float, window: int, newest: dict[tuple[str, str], tuple[Result, Result]]) -> list[str]:
+    """One setting's."""
+    run = max((run for run, _ in newest.values()), key=lambda run: str(run["date"]))
+    method = f"a window of {window}, a full cache" if window else "the paper's method"
+    compiled = max(row.get("static_first", 0) for _, row in newest.values()) / 1e3
+    after = f" Compiling the static cache took {compiled:.0f} s." if compiled else ""
+    lines = [
+        "",
+        f"Ratio {ratio}, {method} ({source(run)}, transformers {run['versions']['transformers']}).{after}",
+        "",
+        "| model | prompt + new tokens | default | zipvl | times | first token | zipvl | vision tower | zipvl "
+        "| compiled static cache |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    names = ("default", "zipvl", "default_first", "zipvl_first", "default_vision", "zipvl_vision", "static")
+    for (model, name), (_, row) in newest.items():
+        lost = row.get("out_of_memory", [])
+        cells = [f"{row[n]:,.0f}" if n in row else "out of memory" if n.split("_")[0] in lost else "" for n in names]
+        cells.insert(2, f"**{row['default'] / row['zipvl']:.2f}x**" if {"default", "zipvl"} <= row.keys() else "")
+        lines.append(f"| {model} | {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def tiny_llava_next() -> list[str]:
@@ -114,21 +226,14 @@ def gpu_tests() -> list[str]:
     recorded = results("gpu_tests")
     runs = [line for line in recorded if "tests" in line]
     whole = max(i for i, line in enumerate(runs) if "part" not in line)
-    parts = "".join(
-        f"; {tests_said(line)} of {line['part']} ({counted(line)}{sources(line)})" for line in runs[whole + 1 :]
-    )
-    lines = [
-        f"Last whole run of `tests/kernels`: {tests_said(runs[whole])} ({source(runs[whole])}; {sources(runs[whole])})"
-        f"{f'. In parts since: {parts[2:]}' if parts else ''}."
+    found = [(line.get("part", "all of `tests/kernels`"), tests_said(line), line) for line in runs[whole:]]
+    newest = {tool: (verdict, line) for line in recorded for tool, verdict in line.get("sanitizers", {}).items()}
+    found += [(f"compute-sanitizer's {tool}", sanitizer_verdict(it), line) for tool, (it, line) in newest.items()]
+    rows = [
+        f"| {what} | {said}{counted(line)} | {source(line)} | `{line['csrc_sha256'][:12]}` |"
+        for what, said, line in found
     ]
-    newest = {tool: (found, line) for line in recorded for tool, found in line.get("sanitizers", {}).items()}
-    if newest:
-        said = ", ".join(
-            f"{tool} {sanitizer_verdict(found)} ({counted(line)}{sources(line)})"
-            for tool, (found, line) in newest.items()
-        )
-        lines.append(f"compute-sanitizer over its small shapes: {said}.")
-    return lines
+    return ["| what ran | result | where | sha256 of `csrc/` |", "| --- | --- | --- | --- |", *rows]
 
 
 def tests_said(line: dict[str, Any]) -> str:
@@ -137,11 +242,7 @@ def tests_said(line: dict[str, Any]) -> str:
 
 def counted(line: dict[str, Any]) -> str:
     """How the numbers were had, where not from the program that records them."""
-    return f"{line['counted']}; " if "counted" in line else ""
-
-
-def sources(line: dict[str, Any]) -> str:
-    return f"`csrc/` with sha256 `{line['csrc_sha256'][:12]}`"
+    return f" ({line['counted']})" if "counted" in line else ""
 
 
 def sanitizer_verdict(found: dict[str, Any]) -> str:
@@ -255,7 +356,8 @@ def ttft() -> list[str]:
         return ["Time to first token: no run of `python -m benchmarks.ttft` is recorded yet."]
     newest: dict[tuple[bool, str], dict[int, Result]] = {}
     for run in results("ttft"):
-        newest.setdefault((run["compiled"], run["device"]["name"]), {})[run["tokens"]] = run
+        if not _has_windows(run):
+            newest.setdefault((run["compiled"], run["device"]["name"]), {})[run["tokens"]] = run
     title = (
         "Time to first token of a Qwen2-7B-shaped model in ms (times as fast as on dense cuDNN attention; peak GiB "
         "beyond the weights), bfloat16. The paper's model takes 3.28 s at 32,768 tokens on its hardware, and 0.45 s "
@@ -267,6 +369,22 @@ def ttft() -> list[str]:
         for line in _ttft_table(dict(sorted(newest[compiled, device].items())), "compiled" if compiled else "eager")
     ]
     return [title, *tables]
+
+
+def _has_windows(run: Result) -> bool:
+    return any(row.get("window") for row in run["rows"])
+
+
+def ttft_window() -> list[str]:
+    """Time to first token with windows and in chunks, a column a length: the newest run of each."""
+    runs = {run["tokens"]: run for run in results("ttft") if _has_windows(run)}
+    if not runs:
+        return ["Time to first token with windows: no run of `python -m benchmarks.ttft --window 128` is recorded yet."]
+    title = (
+        "The same with windows and 4 sinks, a `full` cache; in chunks each chunk selects for itself among all tokens "
+        "so far:"
+    )
+    return [title, *_ttft_table(dict(sorted(runs.items())), "eager")]
 
 
 def repeated(run: Result) -> bool:
@@ -353,6 +471,7 @@ def fidelity() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "image_to_answer": image_to_answer,
     "cpu_prefill": cpu_prefill,
     "tiny_llava_next": tiny_llava_next,
     "gpu_tests": gpu_tests,
@@ -361,6 +480,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "decode": decode,
     "layer": layer,
     "ttft": ttft,
+    "ttft_window": ttft_window,
     "answer": answer,
     "fidelity": fidelity,
 }

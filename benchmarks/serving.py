@@ -2,15 +2,22 @@
 
 ``python -m benchmarks.serving`` serves a model of Qwen2-7B's shape with dummy weights by an unmodified vLLM, once as it
 is and once for each setting of zipvl, with the same flags. The load is vLLM's own bench client (``vllm bench serve``,
-random prompts). Each line of ``benchmarks/results/serving.jsonl`` names vLLM's version and its attention backend.
-``--smoke``: a tiny shape on the CPU.
+random prompts). With ``--in-process`` each engine is driven directly, in a process of its own, without server, client
+and tokenizer: as many requests at a time, a new one for each that ends. Each line of
+``benchmarks/results/serving.jsonl`` names vLLM's version, its attention backend and its flags. ``--smoke``: a tiny
+shape on the CPU.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
+import queue
+import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,24 +83,23 @@ def make_model(folder: Path, shape: Shape, longest: int) -> None:
     )
 
 
+def engine_flags(model: Path, options: dict[str, Any] | None, flags: list[str], longest: int) -> list[str]:
+    """Of vLLM's engine. ``options``: of zipvl, None for vLLM as it is."""
+    given = ["--model", str(model), "--load-format", "dummy"]
+    # One step holds a prompt, for both: what `drop` needs, and what gives dense attention its best time to first token.
+    given += ["--max-model-len", str(longest), "--max-num-batched-tokens", str(longest + 256)]
+    given += ["--max-num-seqs", "64", "--no-enable-prefix-caching", *flags]
+    if options is not None:
+        given += ["--additional-config", json.dumps({"zipvl": options})]
+    return given
+
+
 @contextmanager
 def server(model: Path, options: dict[str, Any] | None, flags: list[str], longest: int) -> Iterator[str]:
-    """A running server; gives its log so far. ``options``: of zipvl, None for vLLM as it is."""
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--load-format",
-        "dummy",
-    ]
+    """A running server; gives its log so far."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--served-model-name", "model", "--port", str(PORT), "--host", "127.0.0.1"]
-    # One step holds a prompt, for both: what `drop` needs, and what gives dense attention its best time to first token.
-    command += ["--max-model-len", str(longest), "--max-num-batched-tokens", str(longest + 256)]
-    command += ["--max-num-seqs", "64", "--no-enable-prefix-caching", *flags]
-    if options is not None:
-        command += ["--additional-config", json.dumps({"zipvl": options})]
+    command += engine_flags(model, options, flags, longest)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -133,11 +139,145 @@ def measure(model: Path, load: Load) -> dict[str, float]:
     }
 
 
+class Log(logging.Handler):
+    """What vLLM logs in this process, as text."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def engine(model: Path, options: dict[str, Any] | None, flags: list[str], longest: int) -> Iterator[tuple[Any, str]]:
+    """An engine in this process, and its log so far."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm.logger  # noqa: F401, configures the loggers
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    log = Log()
+    logging.getLogger("vllm").addHandler(log)
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = parser.parse_args(
+        [*engine_flags(model, options, flags, longest), "--skip-tokenizer-init", "--disable-log-stats"]
+    )
+    made = LLMEngine.from_engine_args(EngineArgs.from_cli_args(given))
+    try:
+        yield made, "\n".join(log.lines)
+    finally:
+        made.engine_core.shutdown()
+
+
+def drive(engine: Any, load: Load) -> dict[str, float]:
+    """What a client of this process measures, after one prompt to warm up."""
+    _drive(engine, Load(load.tokens, 1, 1, 4), "warm")
+    return _drive(engine, load, f"{load.tokens}-{load.concurrency}")
+
+
+def _drive(engine: Any, load: Load, name: str) -> dict[str, float]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    draw = random.Random(name)
+    prompts = [[draw.randrange(WORDS) for _ in range(load.tokens)] for _ in range(load.requests)]
+    how = SamplingParams(
+        temperature=0, max_tokens=load.new, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+    sent: dict[str, float] = {}
+    first: dict[str, float] = {}
+    done: dict[str, float] = {}
+    begin = time.perf_counter()
+    while len(done) < load.requests:
+        while len(sent) < min(load.requests, len(done) + load.concurrency):
+            number, now = f"{name}-{len(sent)}", time.perf_counter()
+            engine.add_request(number, {"prompt_token_ids": prompts[len(sent)]}, how)
+            sent[number] = now
+        for out in engine.step():
+            now = time.perf_counter()
+            if any(one.token_ids for one in out.outputs):
+                first.setdefault(out.request_id, now)
+            if out.finished:
+                done[out.request_id] = now
+    end = time.perf_counter()
+    return {
+        "ttft_ms": 1e3 * statistics.median(first[number] - sent[number] for number in sent),
+        "tpot_ms": 1e3 * statistics.median((done[number] - first[number]) / max(load.new - 1, 1) for number in sent),
+        "requests_per_second": load.requests / (end - begin),
+    }
+
+
 def facts(log: str) -> dict[str, Any]:
     """What a server says of itself: its attention backend, and how many requests of the greatest length fit."""
-    backend = re.findall(r"Using (\w+) (?:attention )?backend", log) or re.findall(r"backend[: ]+(\w+_ATTN)", log)
+    backend = re.findall(r"Using (?:\w+\.)?(\w+) (?:attention )?backend", log) or re.findall(
+        r"backend[: ]+(\w+_ATTN)", log
+    )
+    version = re.findall(r"Using FlashAttention version (\d)", log)
     fits = re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", log)
-    return {"backend": backend[-1] if backend else None, "fits": float(fits[1]) if fits else None}
+    return {
+        "backend": backend[-1] if backend else None,
+        "flash_attention": int(version[-1]) if version else None,
+        "fits": float(fits[1]) if fits else None,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting under all loads."""
+
+    name: str
+    loads: list[Load]
+    shape: Shape
+    flags: list[str]
+    longest: int
+    in_process: bool
+    record: bool
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What each load measured, recorded as soon as it is there."""
+        options = SETTINGS[self.name]
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder)
+            make_model(model, self.shape, self.longest)
+            with ExitStack() as stack:
+                if self.in_process:
+                    made, log = stack.enter_context(engine(model, options, self.flags, self.longest))
+                else:
+                    log = stack.enter_context(server(model, options, self.flags, self.longest))
+                about = {"setting": self.name, "vllm": versions.installed(), "in_process": self.in_process}
+                about |= {"max_model_len": self.longest, **facts(log)}
+                for load in self.loads:
+                    found = drive(made, load) if self.in_process else measure(model, load)
+                    line = about | vars(load) | found
+                    if self.record:
+                        device = "cuda" if torch.cuda.is_available() else "cpu"
+                        _record.append("serving", line | {"options": options, "flags": self.flags}, device)
+                    yield line
+
+    def send(self, lines: Any) -> None:
+        """To a queue: for a process of its own, whose end is the one sure way to have the engine's memory back."""
+        for line in self.lines():
+            lines.put(line)
+
+
+def apart(run: Run) -> Iterator[dict[str, Any]]:
+    """The lines of a run in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    lines = context.Queue()
+    process = context.Process(target=run.send, args=(lines,))
+    process.start()
+    for _ in run.loads:
+        while True:
+            try:
+                yield lines.get(timeout=5)
+                break
+            except queue.Empty:
+                if not process.is_alive():
+                    raise RuntimeError(f"the process of {run.name} ended, with {process.exitcode}") from None
+    process.join()
 
 
 def show(lines: list[dict[str, Any]]) -> Table:
@@ -166,7 +306,9 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="Concurrencies with prompts of 32,768 tokens.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SETTINGS)}. [all]")] = None,
     new: Annotated[int, typer.Option(help="New tokens of a request.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Requests one after another, of each that runs at a time.")] = 2,
     flag: Annotated[list[str] | None, typer.Option(help="Further flag of the server, for both.")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Without server and client.")] = False,
     smoke: Annotated[bool, typer.Option(help="A tiny shape on the CPU: whether it works.")] = False,
     record: Annotated[bool, typer.Option(help="Append to benchmarks/results/serving.jsonl.")] = True,
 ) -> None:
@@ -175,26 +317,22 @@ def main(
     if unknown := set(chosen) - set(SETTINGS):
         raise typer.BadParameter(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
     lengths, at_once = tokens or [4096, 8192, 32768, 131072], concurrency or [1, 8, 32]
-    shape, flags = QWEN2_7B, flag or []
-    loads = [Load(n, 1, 4 if n > 32768 else 8, new) for n in lengths]
-    loads += [Load(32768, c, max(2 * c, 8), new) for c in at_once if c > 1 or 32768 not in lengths]
+    if rounds < 1:
+        raise typer.BadParameter(f"rounds must be at least 1, got {rounds}")
+    shape, flags = QWEN2_7B, ["--dtype", "bfloat16", *(flag or [])]
+    loads = [Load(n, 1, rounds * (2 if n > 32768 else 4), new) for n in lengths]
+    loads += [Load(32768, c, max(rounds * c, 4 * rounds), new) for c in at_once if c > 1 or 32768 not in lengths]
     if smoke:
-        shape, flags = SMOKE_SHAPE, ["--dtype", "float32", "--enforce-eager", *flags]
+        shape, flags = SMOKE_SHAPE, ["--dtype", "float32", "--enforce-eager", *(flag or [])]
         loads = [Load(600, 1, 2, 8), Load(600, 2, 4, 8)]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     longest = max(load.tokens + load.new for load in loads) + 64
-    device = "cuda" if torch.cuda.is_available() and not smoke else "cpu"
     lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), shape, longest)
-        for name in chosen:
-            with server(Path(folder), SETTINGS[name], flags, longest) as log:
-                about = facts(log)
-                for load in loads:
-                    found = measure(Path(folder), load)
-                    lines.append({"setting": name, "vllm": versions.installed(), **vars(load), **about, **found})
-                    if record and not smoke:
-                        _record.append("serving", lines[-1] | {"options": SETTINGS[name], "flags": flags}, device)
+    for name in chosen:
+        run = Run(name, loads, shape, flags, longest, in_process, record and not smoke)
+        for line in apart(run) if in_process else run.lines():
+            Console().print_json(json.dumps(line))
+            lines.append(line)
     Console().print(show(lines))
 
 

@@ -2,8 +2,10 @@
 
 ``python -m benchmarks.ttft`` builds LongVA-7B's language model with random weights through transformers and adds
 ZipVL's parts to dense attention one after the other: the estimate first, its result thrown away, then sparse attention
-under imposed ratios, which uses it. Every row is the same model on the same tokens in one process, runs interleaved;
-the last token's logits are computed, and a cache is kept, as ``generate()`` does. ``--smoke``: a tiny shape on the CPU.
+under imposed ratios, which uses it. ``--window`` adds rows in which every token attends to those right before it and to
+the first four as well, ``--chunk`` the same prompts in chunks. Every row is the same model on the same tokens in one
+process, runs interleaved; the last token's logits are computed, and a cache is kept, as ``generate()`` does.
+``--smoke``: a tiny shape on the CPU.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ PAPER_TOKENS = 32768  # what the paper's times here are of
 # 2,247 ms to a first token behind 32,768 on an H200, 1,077 without.
 NO_MASK = {"full_attention": None}
 CUDNN = "aten::_scaled_dot_product_cudnn_attention"
+SINKS = 4  # beside a window
 TAU = 0.975  # of the estimate whose result is thrown away: with a ratio there is no budget to find
 
 
@@ -53,7 +56,8 @@ class Method:
         select: tokens are selected.
         ratio: attention runs among that share of the tokens; None: among all, and nothing uses the estimate.
         skip: projections of other tokens are not computed either.
-        window: tokens that each token sees up to itself, selected or not; with it 4 sinks, and whole projections.
+        window: tokens right before each that it attends to whatever is selected, and with them the first four; 0: none.
+        chunk: tokens of a forward, each selecting for itself among all so far; None: the prompt is one forward.
         skip_mlp: layers whose MLP runs for the selected tokens alone.
         paper_seconds: the paper's figure at 32,768 tokens on its own hardware, as far as it is known here.
     """
@@ -64,11 +68,12 @@ class Method:
     ratio: float | None = None
     skip: bool = False
     window: int = 0
+    chunk: int | None = None
     skip_mlp: tuple[int, ...] = ()
     paper_seconds: float | None = None
 
     def flops(self, shape: Shape, tokens: int) -> float:
-        """Of the products of one forward; selection has none."""
+        """Of the products of one forward without chunks; selection has none."""
         rows = tokens if self.ratio is None else -int(-self.ratio * tokens // 1)
         rows = min(rows + self.window, tokens) if self.ratio is not None else rows
         projected = rows + PROBES if self.skip else tokens
@@ -91,27 +96,39 @@ ESTIMATES = (
 )
 
 
-def methods(ratios: tuple[float, ...], window: int = 0, skip_mlp: tuple[int, ...] = ()) -> list[Method]:
+def methods(
+    ratios: tuple[float, ...],
+    windows: tuple[int, ...] = (),
+    chunk: int | None = None,
+    skip_mlp: tuple[int, ...] = (),
+) -> list[Method]:
     """All rows: the estimates once, what uses them for each ratio.
 
     Args:
         ratios: imposed ones.
-        window: of further rows, after those without a window; 0: none.
+        windows: of further rows, after those without a window.
+        chunk: tokens of the chunks of further rows with each window; None: no such rows.
         skip_mlp: layers of further rows, whose MLPs run for the selected tokens alone; none: no such rows.
     """
-    return [ORIGINAL, *ESTIMATES, *(row for ratio in ratios for row in _sparse_rows(ratio, window, skip_mlp))]
+    sparse = (row for ratio in ratios for row in _sparse_rows(ratio, windows, chunk, skip_mlp))
+    return [ORIGINAL, *ESTIMATES, *sparse]
 
 
-def _sparse_rows(ratio: float, window: int, skip_mlp: tuple[int, ...]) -> Iterator[Method]:
+def _sparse_rows(
+    ratio: float, windows: tuple[int, ...], chunk: int | None, skip_mlp: tuple[int, ...]
+) -> Iterator[Method]:
     plain = Method("+ sparse attention", estimate=True, select=True, ratio=ratio)
     yield plain
     yield replace(plain, name="+ skipped projections", skip=True)
     if skip_mlp:
         yield replace(plain, name="+ skipped MLPs", skip=True, skip_mlp=skip_mlp)
-    if window > 0:
-        yield replace(plain, name=f"sparse attention, window {window}", window=window)
-    if window > 0 and skip_mlp:
-        yield replace(plain, name=f"+ skipped MLPs, window {window}", window=window, skip_mlp=skip_mlp)
+    for window in windows:
+        name = f"sparse attention, window {window}"
+        yield replace(plain, name=name, window=window)
+        if chunk:
+            yield replace(plain, name=f"{name}, chunks of {chunk:,}", window=window, chunk=chunk)
+        if skip_mlp:
+            yield replace(plain, name=f"+ skipped MLPs, window {window}", window=window, skip_mlp=skip_mlp)
 
 
 def read_layers(text: str, layers: int) -> tuple[int, ...]:
@@ -147,9 +164,13 @@ def applied(model: Qwen2ForCausalLM, method: Method) -> Iterator[None]:
         if model.device.type == "cuda":
             stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
         if method.ratio is not None:
-            seen = {"local_window": method.window, "num_sinks": 4 if method.window else 0}
             config = zipvl.ZipVLConfig.paper(
-                ratio=method.ratio, skip_projections=method.skip, skip_mlp_layers=method.skip_mlp, **seen
+                ratio=method.ratio,
+                skip_projections=method.skip,
+                skip_mlp_layers=method.skip_mlp,
+                local_window=method.window,
+                num_sinks=SINKS if method.window else 0,
+                cache="full" if method.window else "drop",
             )
             stack.enter_context(zipvl.sparse(model, config))
         elif method.estimate:
@@ -179,7 +200,10 @@ def run_once(model: Qwen2ForCausalLM, forward: Callable[..., Any], tokens: Tenso
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         mask = NO_MASK if method.ratio is None else None
-        output = forward(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        cache = None
+        for chunk in tokens.split(method.chunk or tokens.shape[1], dim=1):
+            output = forward(chunk, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -273,10 +297,11 @@ def record(shape: Shape, tokens: int, compiled: bool, found: dict[Method, list[R
 def main(
     length: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated. [4096 to 131072]")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Imposed ratio; may be repeated. [0.25, 0.48, 0.5]")] = None,
+    window: Annotated[list[int] | None, typer.Option(help="Rows with such a window and a full cache.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Those rows in chunks of so many tokens too.")] = None,
     skip_mlp: Annotated[
         str, typer.Option(help='Layers whose MLPs run for selected tokens alone, in further rows: "half" or "1,3,5".')
     ] = "",
-    window: Annotated[int, typer.Option(min=0, help="Further rows with a local window of so many tokens.")] = 0,
     eager: Annotated[bool, typer.Option(help="Measure the model as it stands.")] = True,
     compiled: Annotated[bool, typer.Option(help="Measure torch.compile(fullgraph=True), the first ratio.")] = False,
     smoke: Annotated[bool, typer.Option(help="A tiny shape, on the CPU, not recorded.")] = False,
@@ -287,7 +312,7 @@ def main(
     if not smoke and not torch.cuda.is_available():
         raise typer.BadParameter("this benchmark needs a CUDA device (or --smoke)")
     shape = SMOKE if smoke else QWEN2_7B
-    further = {"window": window, "skip_mlp": read_layers(skip_mlp, shape.layers) if skip_mlp else ()}
+    skipped = read_layers(skip_mlp, shape.layers) if skip_mlp else ()
     lengths = sorted(length or ((512, 1024) if smoke else LENGTHS))
     ratios = tuple(ratio or RATIOS)
     model = build(shape, lengths[-1], device)
@@ -295,7 +320,8 @@ def main(
     prompt = torch.randint(0, shape.vocab, (1, lengths[-1]), generator=generator).to(device)
     console = Console(width=130)
     for compile_it in (False,) * eager + (True,) * compiled:
-        rows = [ORIGINAL, *methods(ratios[:1], **further)[3:]] if compile_it else methods(ratios, **further)
+        rows = methods(ratios[:1] if compile_it else ratios, tuple(window or ()), chunk, skipped)
+        rows = [ORIGINAL, *rows[3:]] if compile_it else rows
         found = {}
         forward = torch.compile(model, fullgraph=True, dynamic=True) if compile_it else model
         warm_up(model, forward, prompt[:, : lengths[0]], rows)

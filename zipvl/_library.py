@@ -30,7 +30,7 @@ def cuda_library_error() -> str | None:
 
 
 def build_info() -> dict[str, str]:
-    """What CMake recorded of this build: versions, compilers, ``cuda_archs``.
+    """CMake's record of this build: versions, compilers, ``cuda_archs``.
 
     Where no record lies beside the libraries there is one entry, ``missing``, which says so.
     """

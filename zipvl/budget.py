@@ -1,4 +1,5 @@
-"""What a ``drop`` cache stores under a budget of its own (``ZipVLConfig.cache_ratio``), whatever prefill attends to.
+"""The tokens that a ``drop`` cache stores under a budget of its own (``ZipVLConfig.cache_ratio``), whatever prefill
+attends to.
 
 Decoded tokens look where the prompt's last tokens look, more than where tokens drawn from all of it do. So those are
 stored that the most recent queries look at, the same number in every layer (docs/ops.md, step 6b).
@@ -16,7 +17,7 @@ from zipvl import ops
 from zipvl.config import ZipVLConfig
 
 WINDOW_SHARE = 0.75
-"""Of a budget, what the last tokens of a window may take."""
+"""The share of a budget that the last tokens of a window may take."""
 
 
 class Tokens(Protocol):
@@ -37,7 +38,7 @@ def first_stored(
     whole: Tensor | None,
     extra: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What is stored before any score is looked at, and what there is to choose from.
+    """The tokens that are stored before any score is looked at, and those that there are to choose from.
 
     Args:
         like: ``[B, H, S, D]``, gives sizes and the device.

@@ -13,7 +13,7 @@ DecodeMode = Literal["auto", "graph", "eager"]
 CacheMode = Literal["drop", "quantize", "full"]
 TextPrompts = Literal["dense", "sparse"]
 BITS = ((2, 2), (4, 2), (4, 4), (8, 8))
-"""Of keys and of values: what ``high_bits`` and ``low_bits`` may be."""
+"""The values of ``high_bits`` and ``low_bits``: bits of keys, bits of values."""
 
 TAU, LOCAL_WINDOW, NUM_SINKS = 0.9, 512, 4
 """The defaults of ``ZipVLConfig.tau``, ``local_window`` and ``num_sinks``: with ``cache="full"`` the cheapest setting
@@ -23,7 +23,7 @@ PAPER_TAU = 0.975
 
 @dataclass(frozen=True)
 class ZipVLConfig:
-    """What is kept, layer by layer, and what becomes of the rest (ZipVL, arXiv 2410.08584).
+    """ZipVL's settings: how much each layer keeps, what every token sees, what the cache stores (arXiv 2410.08584).
 
     Fields marked *ours* are not the paper's; ``ZipVLConfig.paper()`` is the paper's method without them.
 
@@ -39,20 +39,20 @@ class ZipVLConfig:
         max_ratio: largest share of the real tokens that ``tau`` or ``ratio`` may keep in a layer, in ``(0, 1]`` (ours).
             What is kept or added beside them (``keep_recent``, sinks, the window, text) comes on top.
         all_queries: compute every query against the kept keys instead of the kept queries alone (ours).
-        local_window: tokens that every token sees up to itself and itself among them, kept or not, so that no token's
-            attention output is 0; 0: none (ours). The last so many tokens of a prompt are kept too.
-        num_sinks: first real tokens of a row that every token sees and a layer keeps; without a window none (ours). A
-            ``quantize`` cache never compresses them, window or not.
+        local_window: every token sees this many tokens up to itself, itself among them, kept or not, so that no token's
+            attention output is 0; 0: none (ours). The last ``local_window`` tokens of a prompt are kept too.
+        num_sinks: every token sees this many first real tokens of its row, and a layer keeps them; without a window
+            none (ours). A ``quantize`` cache never compresses them, window or not.
         cache: what ``ZipVLCache`` stores after the prompt: ``drop`` the kept tokens, ``quantize`` those at
             ``high_bits`` and the rest at ``low_bits``, ``full`` all as they are.
         cache_ratio: if given, ``cache="drop"`` stores this share of a row's real tokens in every layer, whatever the
             layer attended to: text that is kept, sinks, the last tokens, and then those that the ``num_recent`` last
             queries look at most; in ``(0, 1]`` (ours). ``None``: what the layer attended to.
         high_bits, low_bits: of ``cache="quantize"``: 2, 4 or 8, or ``(4, 2)``: 4 of keys and 2 of values; stored as
-            such a pair. Keys at 2 bits are worse than none (docs/cache.md). The paper's first version and ZipCache have
-            4 and 2, and no sinks.
-        dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, fewer
-            than those from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
+            such a pair. Keys at 2 bits lose more than dropping the tokens does (docs/cache.md). The paper's first
+            version and ZipCache have 4 and 2, and no sinks.
+        dense_below: prompts with fewer tokens than this use the model's ordinary attention. ``"auto"``: on a GPU, the
+            length from which on ZipVL is no slower than dense attention, by a cost model fitted to measurements
             (``zipvl.policy``); 256 elsewhere.
         layers: indices of the layers that must be sparse. ``None``: every layer that can be. A layer named
             here that cannot be sparse is an error.
@@ -195,7 +195,7 @@ def _error(name: str, expected: str, got: Any) -> ValueError:
 
 
 def _plain(value: Any) -> Any:
-    """What a scalar or 0-d array of numpy stands for in Python; every other value as it is."""
+    """The Python number of a scalar or 0-d array of numpy; every other value as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
 
 

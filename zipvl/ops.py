@@ -6,6 +6,9 @@ module and calling ``torch.ops.zipvl.<name>`` are the same thing. Everything is 
 ``k``, ``v`` are float16, bfloat16 or float32 of any strides with a unit last stride. ``token_mask`` is bool
 ``[B, N]``, true for real tokens; without it every token is real. All tensors of one call share a device. Queries may be
 those of the last ``n`` tokens alone, row ``i`` at position ``N - n + i``, under ``causal``: a prompt in chunks.
+
+Bad arguments are a ``RuntimeError`` before anything is launched. It names the op and the argument, what was expected
+and what came. docs/ops.md says exactly what each op computes, step by step.
 """
 
 from __future__ import annotations
@@ -35,10 +38,13 @@ def probe_index(
 
     Args:
         q: ``[B, Hq, n, D]``; gives ``B``, ``n`` and the device. Probes are drawn among these ``n``.
-        num_recent: most recent real tokens taken.
-        num_random: one token is drawn from each of this many strata of the earlier real tokens; all of them where there
-            are no more. A pure function of ``(seed, stratum, number of earlier real tokens)``: see docs/ops.md.
-        k: ``[B, Hkv, N, D]``; gives ``N``, which is ``n`` without it.
+        num_recent: how many of the most recent real tokens are probes.
+        num_random: how many earlier real tokens are probes: one is drawn from each of this many strata, and all are
+            taken where there are no more. The draw is a pure function of ``(seed, stratum, number of earlier real
+            tokens)``, the same on every device and rank.
+        seed: of that draw.
+        token_mask: bool ``[B, N]``; padding is never a probe.
+        k: ``[B, Hkv, N, D]``; gives ``N``. Without it ``N`` is ``n``.
 
     Returns:
         ``[B, num_recent + num_random]`` int32, ascending, padded at the end with -1.
@@ -64,12 +70,15 @@ def probe_scores(
         q: ``[B, Hq, n, D]``, of the last ``n`` tokens.
         k: ``[B, Hkv, N, D]``.
         probe_index: ``[B, P]`` int32 from :func:`probe_index`; entries outside ``[N - n, N)`` are skipped.
-        scale: of the scores; ``D ** -0.5`` by default.
+        scale: factor of the logits; ``D ** -0.5`` by default.
+        causal: a probe sees the tokens up to itself alone.
+        token_mask: bool ``[B, N]``; padding is not seen.
         last_key: int32 ``[B, n]``, the last position that each row of ``q`` sees, its own by default; needs ``causal``.
 
     Returns:
-        ``accumulated`` and ``normalized``, float32 ``[B, N]``: the mean over heads of the summed softmax rows, and the
-        same divided by the number of probes that may attend to the token (0 where none may).
+        ``accumulated`` and ``normalized``, both float32 ``[B, N]``. ``accumulated`` is the mean over heads of the
+        probes' softmax rows, summed over the probes; a row sums to its number of probes. ``normalized`` divides it by
+        the number of probes that may attend to the token, and is 0 where none may.
     """
     return torch.ops.zipvl.probe_scores(
         q, k, probe_index, scale=scale, causal=causal, token_mask=token_mask, last_key=last_key
@@ -93,23 +102,24 @@ def select_tokens(
     """How many tokens matter and which (ZipVL Sec. 3).
 
     Args:
-        budget_score: float32 ``[B, N]``: the fewest real tokens whose largest scores sum to ``tau`` of the row's total
-            set the budget.
-        rank_score: float32 ``[B, N]``: tokens are taken by descending score, ties to the lower position.
+        budget_score: float32 ``[B, N]``; says how many. The budget is the smallest number of real tokens whose largest
+            scores sum to ``tau`` of the row's total (top-p over attention mass).
+        rank_score: float32 ``[B, N]``; says which. Tokens are taken by descending score, ties to the lower position.
         tau: in ``(0, 1]``; 1 keeps every real token.
         ratio: in ``(0, 1]``; if given the budget is ``ceil(ratio * real tokens)`` instead.
-        min_tokens: fewest tokens selected (as far as there are real ones).
-        keep_mask: bool ``[B, N]``; real tokens set here are selected first.
-        local_window, num_sinks: so many last and first real tokens are added to what was selected, where decoded tokens
-            find their neighbourhood; ``num_sinks`` needs a ``local_window``.
-        extra_mask: bool ``[B, N]``; real tokens set here are added too.
-        max_ratio: in ``(0, 1]``: the budget is at most ``ceil(max_ratio * real tokens)``. What is kept or added comes
-            on top.
+        min_tokens: fewest tokens that are selected, as far as there are real ones.
+        keep_mask: bool ``[B, N]``; real tokens set here are selected first, within the budget.
+        token_mask: bool ``[B, N]``; padding is never selected.
+        local_window, num_sinks: this many last and this many first real tokens are added to the selection, on top of
+            the budget, so that decoded tokens find their neighbourhood. ``num_sinks`` needs a ``local_window``.
+        extra_mask: bool ``[B, N]``; real tokens set here are added on top, too.
+        max_ratio: in ``(0, 1]``; the budget is at most ``ceil(max_ratio * real tokens)``. Kept and added tokens come on
+            top.
 
     Returns:
-        ``index`` int32 ``[B, N]``, the selected positions ascending in the first ``count[b]`` places and ``N`` in the
-        rest, and ``count`` int32 ``[B]``. A row with a score that is not finite, or whose scores sum to 0, selects
-        every real token; under ``tau`` also one whose budget scores sum to less.
+        ``index`` int32 ``[B, N]`` and ``count`` int32 ``[B]``. The first ``count[b]`` places of a row of ``index`` hold
+        the selected positions, ascending; the others hold ``N``. A row selects every real token if one of its scores is
+        not finite, if its scores sum to 0, or if, under ``tau``, its budget scores sum to less than 0.
     """
     return torch.ops.zipvl.select_tokens(
         budget_score,
@@ -127,10 +137,14 @@ def select_tokens(
 
 
 def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The selected rows of ``k`` and ``v`` ``[B, Hkv, N, D]``, moved to the front.
+    """The selected rows of keys and values, moved to the front.
+
+    Args:
+        k, v: ``[B, Hkv, N, D]``.
+        index, count: from :func:`select_tokens`.
 
     Returns:
-        Two ``[B, Hkv, N, D]`` tensors; rows from ``count[b]`` on are undefined.
+        ``k_packed`` and ``v_packed``, ``[B, Hkv, N, D]``; rows from ``count[b]`` on are undefined.
     """
     return torch.ops.zipvl.pack_kv(k, v, index, count)
 
@@ -147,19 +161,20 @@ def pack_paged(
     capacity: Tensor | None = None,
     first_slot: Tensor | None = None,
 ) -> Tensor:
-    """The selected rows of ``k`` and ``v`` ``[B, Hkv, N, D]``, written into the blocks of a paged cache, in place.
+    """The selected rows of keys and values, written into the blocks of a paged cache, in place.
 
     Slot ``s`` of row ``b`` is place ``s % block_size`` of block ``block_table[b, s // block_size]``.
 
     Args:
-        index, count: as :func:`select_tokens` makes them.
-        block_table: int32 ``[B, M]``, the blocks of each row; one outside of the cache is passed over.
+        k, v: ``[B, Hkv, N, D]``.
+        index, count: from :func:`select_tokens`.
+        block_table: int32 ``[B, M]``, the blocks of each row; a block outside the cache is skipped.
         k_cache, v_cache: ``[blocks, block_size, Hkv, D]`` of any strides with a unit last stride; written to.
-        capacity: int32 ``[B]``, the slots that a row may fill; by default all that it has.
-        first_slot: int32 ``[B]``, where each row begins, 0 by default; a row that begins below 0 is passed over.
+        capacity: int32 ``[B]``, how many slots a row may fill; by default all that it has.
+        first_slot: int32 ``[B]``, the slot where each row begins, 0 by default; a row that begins below 0 is skipped.
 
     Returns:
-        int32 ``[B]``, how many tokens each row was given slots for. Of more than fit they are the last.
+        int32 ``[B]``, how many tokens each row stored. Where not all fit, the last ones are stored.
     """
     return torch.ops.zipvl.pack_paged(
         k, v, index, count, block_table, k_cache, v_cache, capacity=capacity, first_slot=first_slot
@@ -184,13 +199,16 @@ def sparse_attn(
     """Attention among the selected tokens, causal by original position (ZipVL Algorithm 1).
 
     Args:
-        q: ``[B, Hq, n, D]``, of the last ``n`` tokens; ``k``, ``v``: ``[B, Hkv, N, D]``.
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens.
+        k, v: ``[B, Hkv, N, D]``.
         index, count: from :func:`select_tokens`.
+        scale: factor of the logits; ``D ** -0.5`` by default.
+        causal: a row sees the selected tokens up to itself alone.
         all_queries: compute every row against the selected keys, not the selected rows alone.
-        token_mask: rows of padding are 0, and no row's neighbourhood has padding.
-        local_window: with ``w > 0`` every real row ``t`` sees the real tokens of the positions ``t - w < s <= t`` too,
-            whether or not it is selected; needs ``causal``.
-        num_sinks: and so many first real tokens; needs a ``local_window``.
+        token_mask: bool ``[B, N]``; rows of padding are 0, and no row's neighbourhood has padding.
+        local_window: ``w``; if above 0, every real row ``t`` also sees the real tokens at positions ``t - w < s <= t``,
+            selected or not. Needs ``causal``.
+        num_sinks: every real row also sees this many first real tokens. Needs a ``local_window``.
         last_key: int32 ``[B, n]``, the last position that each row sees, its own by default; -1 is none. Needs
             ``causal``.
 
@@ -236,13 +254,19 @@ def zipvl_attn(
     last_key: Tensor | None = None,
     max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of one layer, ZipVL's way: :func:`probe_index` to :func:`sparse_attn` in one call.
+    """ZipVL's attention of one layer: :func:`probe_index` to :func:`sparse_attn` in one call (ZipVL Algorithm 1).
 
     Args:
-        keep_recent: the last real tokens that are always selected, beside those of ``keep_mask``: the last token's
+        q: ``[B, Hq, n, D]``, of the last ``n`` tokens.
+        k, v: ``[B, Hkv, N, D]``.
+        keep_recent: how many last real tokens are always selected, beside those of ``keep_mask``. The last token's
             output feeds the next-token logits.
 
-    The other arguments are those of the steps. Returns ``out``, ``index`` and ``count``.
+    The other arguments are those of the steps.
+
+    Returns:
+        ``out`` ``[B, Hq, n, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`
+        does.
     """
     return torch.ops.zipvl.zipvl_attn(
         q,
@@ -291,10 +315,13 @@ def zipvl_prefill(
     last_key: Tensor | None = None,
     max_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`zipvl_attn`, and the packed keys and values it attended to: under the ``drop`` cache, the cache.
+    """:func:`zipvl_attn`, and the keys and values that it attended to, packed: the ``drop`` cache of the layer.
 
-    The arguments are :func:`zipvl_attn`'s. Returns its ``out``, ``index`` and ``count``, and :func:`pack_kv`'s
-    ``k_packed`` and ``v_packed``.
+    The arguments are those of :func:`zipvl_attn`.
+
+    Returns:
+        ``out``, ``index`` and ``count`` as :func:`zipvl_attn` does; ``k_packed`` and ``v_packed`` as :func:`pack_kv`
+        does.
     """
     return torch.ops.zipvl.zipvl_prefill(
         q,
@@ -356,16 +383,18 @@ def zipvl_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The prefill of one layer in one call: :func:`probe_index` to :func:`sparse_attn`, with projections and packing.
 
+    Models run this op. Queries are given as ``q``, or are projected from ``hidden``.
+
     Args:
         q: ``[B, Hq, n, D]``, of the last ``n`` tokens; None where ``hidden`` is given.
         k, v: ``[B, Hkv, N, D]``.
-        hidden: ``[B, n, C]``, the attention layer's input, from which the queries that are read are projected: those of
-            the probes and of the selected tokens; with ``all_queries``, a window or ``n < N`` all.
+        hidden: ``[B, n, C]``, the input of the attention layer. Only queries that are read are projected from it: those
+            of the probes and of the selected tokens, or all with ``all_queries``, a window or ``n < N``.
         q_weight, q_bias, q_norm_weight, q_norm_eps, cos, sin: of that projection, as in :func:`project_queries`.
-        o_weight: ``[O, Hq * D]``, of the output projection.
-        budget_score, rank_score: float32 ``[B, N]``, both or neither. Given ones decide, and no probes are drawn: under
-            tensor parallelism the sums of all ranks' scores.
-        keep_recent: the last real tokens that are always selected, beside those of ``keep_mask``.
+        o_weight: ``[O, Hq * D]``, of the output projection; without it attention outputs are returned.
+        budget_score, rank_score: float32 ``[B, N]``, both or neither. Given scores decide, and no probes are drawn.
+            Under tensor parallelism they are the sums of all ranks' scores.
+        keep_recent: how many last real tokens are always selected, beside those of ``keep_mask``.
         pack: return the packed keys and values too.
 
     The other arguments are those of the steps.
@@ -416,7 +445,10 @@ def decode_attn(
     """One new query a row against the first ``lengths[b]`` slots of its cache.
 
     Args:
-        q: ``[B, Hq, 1, D]``; ``k_cache``, ``v_cache``: ``[B, Hkv, S, D]``; ``lengths``: int32 ``[B]``.
+        q: ``[B, Hq, 1, D]``.
+        k_cache, v_cache: ``[B, Hkv, S, D]``.
+        lengths: int32 ``[B]``, how many slots of each row are filled.
+        scale: factor of the logits; ``D ** -0.5`` by default.
 
     Returns:
         ``out`` ``[B, Hq, 1, D]`` and ``lse`` float32 ``[B, Hq, 1]``, the natural log-sum-exp of the scaled scores.
@@ -456,21 +488,21 @@ def project_queries(
 
 
 def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """The output projection of chosen tokens.
+    """The output projection of chosen tokens alone.
 
     Args:
         x: ``[B, N, C]``, the attention output.
-        weight: ``[O, C]``.
-        index, count: ``[B, M]``, ``[B]`` int32, as :func:`select_tokens` makes them.
+        weight: ``[O, C]``, of a projection without bias.
+        index, count: int32 ``[B, M]`` and ``[B]``, from :func:`select_tokens`.
 
     Returns:
-        ``[B, N, O]``; tokens not chosen are 0, which is what a layer without bias makes of their rows of zeros.
+        ``[B, N, O]``; rows of tokens that were not chosen are 0, as the whole projection would make them.
     """
     return torch.ops.zipvl.project_outputs(x, weight, index, count)
 
 
 Bits = int | Sequence[int]
-"""Bits of a segment's keys and of its values; a number: of both."""
+"""Bits of a segment's keys and of its values, or one number for both."""
 
 
 def _pair(bits: Bits) -> Sequence[int]:
@@ -494,13 +526,15 @@ def quantize_kv(
         k, v: ``[B, Hkv, N, D]``, ``D`` a multiple of 32.
         index, count: from :func:`select_tokens`.
         high_bits, low_bits: 2, 4 or 8, or ``(4, 2)``, of keys and of values.
-        v_factor: float32 ``[B, Hkv, D]``, what each channel of ``v`` is divided by first. By default the square root of
-            the channel's largest absolute value, and 1 where that is 0; give an earlier call's to append to its blocks.
+        v_factor: float32 ``[B, Hkv, D]``; each channel of ``v`` is divided by it first. By default it is the square
+            root of the channel's largest absolute value, and 1 where that is 0. Pass an earlier call's to append to its
+            blocks.
+        token_mask: bool ``[B, N]``; padding is not stored.
 
     Returns:
-        ``high`` uint8 ``[B, Hkv, ceil(N / 64) + 1, bytes]`` and ``high_blocks`` int32 ``[B]``, the blocks of 64 tokens
-        that each row uses (the others are 0); ``low`` and ``low_blocks`` likewise; ``v_factor``. docs/cache.md
-        has the bytes.
+        ``high`` uint8 ``[B, Hkv, ceil(N / 64) + 1, bytes]``, blocks of 64 tokens, and ``high_blocks`` int32 ``[B]``,
+        how many of them each row uses (the others are 0); ``low`` and ``low_blocks`` likewise; ``v_factor``.
+        docs/cache.md has the layout of a block.
     """
     return torch.ops.zipvl.quantize_kv(
         k,
@@ -533,9 +567,11 @@ def decode_attn_quantized(
 
     Args:
         q: ``[B, Hq, 1, D]``.
-        high, high_blocks, low, low_blocks, v_factor: as :func:`quantize_kv` gives them; more blocks may be appended.
-        k_recent, v_recent: ``[B, Hkv, R, D]`` of q's dtype, of which the first ``recent_lengths[b]`` (int32 ``[B]``)
-            are attended to as well. All three or none.
+        high, high_blocks, low, low_blocks, v_factor: from :func:`quantize_kv`; more blocks may be appended.
+        high_bits, low_bits: as they were given to :func:`quantize_kv`.
+        k_recent, v_recent: ``[B, Hkv, R, D]`` of q's dtype, tokens at full precision.
+        recent_lengths: int32 ``[B]``, how many of the ``R`` each row attends to. All three or none.
+        scale: factor of the logits; ``D ** -0.5`` by default.
 
     Returns:
         ``out`` ``[B, Hq, 1, D]`` and ``lse`` float32 ``[B, Hq, 1]``, as :func:`decode_attn` returns them.

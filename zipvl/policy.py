@@ -1,5 +1,5 @@
-"""What the host knows before the device has begun: where ZipVL pays, by a cost model fitted to measurements, and how
-much a selection keeps at most."""
+"""Decisions of the host before anything runs on the device: from which length on ZipVL pays, by a cost model fitted to
+measurements, and how many tokens a selection keeps at most."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DENSE_US = (5.47, 2536.0, 3.398)
 ZIPVL_US = (24.47, 1739.0, 3.377, 4.906)
 # What a window adds: microseconds of a call; keys that count for a query beyond its window, for the rest of its tiles
 # and its output; and what a pair of the window costs over a pair of the N * N of a causal prompt, of which half are
-# computed. Fitted to the windows of 128 and 512 tokens in docs/kernels/sparse_attn.md, within 13%.
+# computed. Fitted to the windows of 128 and 512 tokens in docs/notes/2026-11-30-windows.md, within 13%.
 WINDOW_US, WINDOW_TILE, WINDOW_PAIR = 40.0, 200, 2.0
 
 # What ZipVL may cost beyond dense attention where tau decides. At such lengths attention is a tenth of a layer's time,
@@ -35,7 +35,7 @@ SHORTEST = 256  # tokens, where nothing was measured: twice the probes of the de
 
 
 def cost_key(config: ZipVLConfig) -> str:
-    """What a layer's cost depends on, ``[ratio, tau, all_queries, local_window]``, as JSON.
+    """The settings that a layer's cost depends on, ``[ratio, tau, all_queries, local_window]``, as JSON.
 
     Text, because ``torch.compile(dynamic=True)`` makes symbols of an object's floats.
     """
@@ -72,8 +72,8 @@ def dense_below(
 
 
 def max_kept(config: ZipVLConfig, tokens: int, dense_below: int, masked: bool, added: bool = False) -> int | None:
-    """What the host knows of a selection before it is made: no row of a ``drop`` cache keeps more tokens, unless its
-    scores are not finite.
+    """The most tokens that a row of a ``drop`` cache keeps, as far as the host knows before the selection is made. A
+    row whose scores are not finite may keep more.
 
     Args:
         config: decides what is kept.
@@ -132,7 +132,7 @@ def _remembered(query_heads: int, head_dim: int, cost_key: str, queries: int | N
 
 
 class LayerCost(NamedTuple):
-    """What one layer's prefill takes, in microseconds."""
+    """The time of one layer's prefill, in microseconds."""
 
     dense_us: float
     """Causal dense attention."""
@@ -152,14 +152,23 @@ def layer_cost(
     window: int = 0,
     queries: int | None = None,
 ) -> LayerCost:
-    """What a layer costs, dense and by ZipVL, from shapes alone.
+    """The time of one layer's prefill, dense and by ZipVL, from shapes alone: the cost model.
 
     Args:
-        share: of the tokens that are selected, in ``[0, 1]``; 1 is the worst case.
+        query_heads, head_dim: of the layer.
+        tokens: of the prompt so far.
+        batch: rows.
+        share: how many of the tokens are selected, in ``[0, 1]``; 1 is the worst case.
         by_tau: ``tau`` finds how many are selected, which takes longer than a ratio.
         all_queries: every query attends to the selected tokens, not the selected queries alone.
-        window: tokens of ``local_window``, which every query attends to; 0: none.
-        queries: those of the last so many tokens, a chunk; None: all.
+        window: ``local_window``, the tokens before it that every query attends to; 0: none.
+        queries: how many of the tokens are new, a chunk; None: all.
+
+    Returns:
+        Both times in microseconds, as fitted to an H200.
+
+    Raises:
+        ValueError: a size or share is out of range.
     """
     if min(batch, tokens) < 0 or min(query_heads, head_dim) < 1:
         raise ValueError(
@@ -202,13 +211,19 @@ def pays_from(
     window: int = 0,
     queries: int | None = None,
 ) -> int:
-    """The fewest tokens from which on ZipVL pays for one batch row, or ``NEVER_PAYS``.
+    """The length in tokens from which on ZipVL pays for one batch row, or ``NEVER_PAYS``.
 
-    The other arguments are those of ``layer_cost``.
+    With ``ratio`` it pays where it is faster than dense attention. With ``tau`` it pays where even the largest
+    selection costs at most ``MAX_FACTOR`` times dense attention and ``MAX_EXTRA_US`` microseconds more. Equal scores
+    give the largest selection, a share ``tau`` of the tokens: of other scores fewer tokens hold as much.
 
-    With ``ratio`` that is where it is faster than dense attention. With ``tau`` it is where even the largest selection
-    costs at most ``MAX_FACTOR`` times dense attention and ``MAX_EXTRA_US``. That is the selection of equal scores, a
-    share ``tau`` of the tokens: of other scores the largest hold more.
+    Args:
+        query_heads, head_dim, all_queries, window, queries: as for ``layer_cost``.
+        ratio: share of the tokens that a layer keeps; None: ``tau`` decides.
+        tau: share of the attention mass that a layer keeps.
+
+    Raises:
+        ValueError: ``ratio`` or ``tau`` is not in ``(0, 1]``.
     """
     by_tau, share = ratio is None, tau if ratio is None else ratio
     if not 0.0 < share <= 1.0:

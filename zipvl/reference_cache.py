@@ -87,7 +87,7 @@ def quantize_kv(
 def dequantize_kv(
     packed: Tensor, blocks: Tensor, v_factor: Tensor, *, bits: Bits, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
-    """What the bytes of one segment stand for.
+    """Keys and values that the bytes of one segment stand for.
 
     Args:
         packed, blocks, v_factor: ``[B, Hkv, M, block_bytes]`` uint8, ``[B]`` int32, ``[B, Hkv, D]`` float32.

@@ -1,4 +1,4 @@
-"""What a run of ZipVL did, layer by layer."""
+"""Statistics of a run: how each layer attended, how many tokens it kept, what its cache takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LATEST = 1000
 
 
 class Holder(Protocol):
-    """What holds a layer's cache."""
+    """A holder of a layer's cache, which can be asked for its bytes."""
 
     @property
     def nbytes(self) -> int: ...
@@ -82,7 +82,7 @@ class LayerStats:
 
     @property
     def full_cache_bytes(self) -> int | None:
-        """What a cache of every token seen takes, or would have taken in the end; None without a ``ZipVLCache``."""
+        """Bytes that a cache of every token seen would take, or took in the end; None without a ``ZipVLCache``."""
         found = self._bytes()
         return None if found is None else found[1]
 
@@ -192,12 +192,14 @@ class _Traced:
 
 
 class Stats:
-    """What happened to every attention layer under ``zipvl.sparse``.
+    """Statistics of every attention layer under ``zipvl.sparse`` or ``zipvl.configure``.
 
-    ``layers`` holds each layer's last prefill, by layer index; ``mean_ratio`` runs over all prefills since the start or
-    the last ``reset()``. Nothing is read back from the device until it is asked for. A forward inside a compiled graph
-    leaves what it did in ``traced``; it is counted when the statistics are next read or written, so that of several
-    compiled forwards in between the last one counts.
+    ``layers`` holds each layer's last prefill, by layer index. ``mean_ratio`` runs over all prefills since the start or
+    the last ``reset()``. Counts stay on the device until they are read. A forward inside a compiled graph is counted
+    when the statistics are next read or written: of several compiled forwards in between, the last one counts.
+
+    Args:
+        record_index: keep the positions of the selected tokens too (``LayerStats.index``).
     """
 
     def __init__(self, record_index: bool = False) -> None:
@@ -335,7 +337,7 @@ class Stats:
 
     @property
     def full_cache_bytes(self) -> int:
-        """What those layers would take with every token seen."""
+        """Bytes that those layers would take with every token seen."""
         return sum(entry.full_cache_bytes or 0 for entry in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def support(
 
 
 def explain(op: str, device: torch.device, dtype: torch.dtype | None, head_dim: int | None) -> str:
-    """What the op library says of ``op`` on inputs of this kind, bfloat16 with head dim 128 where they say nothing.
+    """The op library's answer for ``op`` on inputs of this kind, by default bfloat16 with head dim 128.
 
     Returns:
         The implementation (``cpu``, ``sm90``, ``sm80``, ``aten`` or ``unavailable``), and behind ``: `` why it is not a

@@ -1,4 +1,4 @@
-"""The report: docs/report/index.html, self-contained, and docs/report/README.md with its pictures, from the results."""
+"""The report, from the results: docs/report/report.html, self-contained, and README.md there with its pictures."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def render(output: Path = OUTPUT, results: Path | None = None) -> list[Path]:
     lines = lines_of(weights, results)
     sections = _sections(lines, weights, stopped_lines(weights, lines, results))
     output.mkdir(parents=True, exist_ok=True)
-    written = [output / "index.html", output / "README.md"]
+    written = [output / "report.html", output / "README.md"]
     written[0].write_text(_html(sections))
     written[1].write_text(_markdown(sections))
     for _, blocks in sections:

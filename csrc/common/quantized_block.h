@@ -1,5 +1,5 @@
-// The bytes of a quantised cache, the one description of them: what packs and what unpacks, on the CPU and on CUDA,
-// takes every place from here. docs/cache.md draws it. Layout after ZipCache (arXiv 2405.14256): keys per channel,
+// The bytes of a quantised cache, described once: code that packs and code that unpacks, on the CPU and on CUDA, takes
+// every place from here. docs/cache.md draws it. Layout after ZipCache (arXiv 2405.14256): keys per channel,
 // values per token after a normalisation per channel.
 //
 // A block holds 64 tokens of one key/value head and needs nothing else to be read, but the channels' factor:
@@ -33,7 +33,7 @@ struct Bits {
   int keys, values;
 };
 
-// What segments may have. Attention is exponential in keys, so they may have more bits than values.
+// The widths that a segment may have. Attention is exponential in keys, so they may have more bits than values.
 constexpr Bits kSupportedBits[] = {{2, 2}, {4, 2}, {4, 4}, {8, 8}};
 
 // Blocks that a segment made of up to `tokens` tokens has room for. One more than they can fill: with one block or more

@@ -1,4 +1,4 @@
-// What each op computes where no kernel does: over ATen for tensors of any device, or by loops over a CPU's memory.
+// The ops where no kernel does them: over ATen for tensors of any device, or by loops over a CPU's memory.
 // Arguments are checked, and B, N > 0. On the CPU counts are read, so that work is proportional to what was selected;
 // on any other device nothing is copied to the host: every place is computed and masked.
 #pragma once

@@ -98,7 +98,7 @@ struct ProjectOutputsArgs {
   static ProjectOutputsArgs read(Arguments& in) { return {in.tensor(), in.tensor(), in.tensor(), in.tensor()}; }
 };
 
-// What is kept and how it is attended to: the keywords of zipvl_attn, zipvl_prefill and zipvl_layer.
+// How much is kept, and how it is attended to: the keywords of zipvl_attn, zipvl_prefill and zipvl_layer.
 struct LayerOptions {
   double tau;
   std::optional<double> ratio;

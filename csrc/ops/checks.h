@@ -74,7 +74,7 @@ void last_tokens(const char* op, Named rows, std::int64_t dim, std::int64_t toke
 // local_window and num_sinks: not negative, and sinks with a window alone.
 void neighbourhood(const char* op, std::int64_t local_window, std::int64_t num_sinks);
 
-// What looks back, or says how far rows see: under causal alone. last_key is int32 [B, n]; absent is fine.
+// Windows and last_key: under causal alone. last_key is int32 [B, n]; absent is fine.
 void needs_causal(const char* op, bool causal, std::int64_t local_window);
 void last_key(const char* op, const std::optional<Tensor>& last_key, const Tensor& like, std::int64_t batch,
               std::int64_t queries, bool causal);
@@ -96,7 +96,7 @@ void probe_counts(const char* op, std::int64_t num_recent, std::int64_t num_rand
 // x [B, N, C] and weight [O, C] of a linear layer.
 void linear(const char* op, Named x, Named weight);
 
-// What stands between a linear layer [Hq * D, C] and queries; the names are the op's own.
+// The steps between a linear layer [Hq * D, C] and queries; the names are the op's own.
 struct QueryProjection {
   Named x, weight;
   const char* bias_name;

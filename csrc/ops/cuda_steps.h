@@ -1,4 +1,4 @@
-// What the ops and the layer share on CUDA: facts about the device and its tensors, and the steps of the layer as
+// The ops and the layer share this on CUDA: facts about the device and its tensors, and the steps of the layer as
 // parameters made of checked tensors and launches that allocate nothing.
 #pragma once
 
@@ -128,7 +128,7 @@ SelectTokensParams select_tokens_params(std::int64_t batch, std::int64_t tokens,
 cudaError_t launch_select_tokens(const SelectTokensParams& params, const plan::SelectTokensPlan& plan,
                                  cudaStream_t stream);
 
-// What a neighbourhood adds to a selection. Without index, count and what is written.
+// A neighbourhood's additions to a selection. Without index, count and the outputs.
 ExtendSelectionParams extend_selection_params(std::int64_t batch, std::int64_t tokens, std::int64_t local_window,
                                               std::int64_t num_sinks, const ops::OptionalTensor& extra_mask,
                                               const ops::OptionalTensor& token_mask);

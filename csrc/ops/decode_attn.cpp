@@ -104,7 +104,7 @@ QuantizedSizes check(const DecodeAttnQuantizedArgs& args) {
       {q.size(0), q.size(1), kv_heads, 1, args.k_recent ? args.k_recent->size(2) : 0, q.size(3)}, high_bits, low_bits};
 }
 
-// Of rows that attend to nothing.
+// The log-sum-exp of rows that attend to nothing.
 TensorPair nothing(const checks::AttentionSizes& sizes, const Tensor& q) {
   const aten::Sizes shape{sizes.batch, 1, sizes.query_heads, sizes.head_dim};
   return {aten::transpose(aten::zeros(shape, q.scalar_type(), q.device()), 1, 2),

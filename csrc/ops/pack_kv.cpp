@@ -18,7 +18,7 @@ constexpr const char* kOp = "pack_kv";
 namespace cuda {
 namespace {
 
-// Of the first three dimensions. One of size 1 has any stride, which must not spoil the alignment of the others.
+// Strides of the first three dimensions. One of size 1 has any stride, which must not spoil the others' alignment.
 void set_strides(std::int64_t (&strides)[3], const Tensor& x) {
   for (std::int64_t d = 0; d < 3; ++d) {
     strides[d] = x.size(d) > 1 ? x.stride(d) : 0;

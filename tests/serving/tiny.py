@@ -45,6 +45,33 @@ def text_copy(folder: Path) -> Path:
     return folder
 
 
+def random_copy(folder: Path) -> Path:
+    """A decoder of Qwen2's kind with head dim 128 in ``folder``: random, with sharp attention and unlike logits."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=512, intermediate_size=768, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=8192, rope_theta=1e6, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM._from_config(config, dtype=torch.float32)
+    gains = {"q_proj": 1.5, "k_proj": 1.5, "lm_head": 3.0}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("bias"):
+            tensor = torch.zeros_like(tensor)
+        elif tensor.dim() == 2:
+            gain = next((gain for part, gain in gains.items() if part in name), 1.0)
+            tensor = torch.randn_like(tensor) * (1.0 if "embed" in name else gain * tensor.shape[1] ** -0.5)
+        weights[name] = tensor.bfloat16().contiguous()
+    config.architectures, config.dtype = ["Qwen2ForCausalLM"], "bfloat16"
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def page(name: str) -> tuple[Image.Image, str, str]:
     """A page of the model's folder, the label that is asked for, and the answer."""
     asked = json.loads((MODEL / "pages" / f"{name}.json").read_text())

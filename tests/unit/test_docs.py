@@ -3,6 +3,7 @@ name is missing."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
@@ -73,3 +74,20 @@ def test_the_normative_text_is_docs_ops() -> None:
         r'docs/ops\.md, (?:steps? [\w ]+ and )?"(\w+)"', (ROOT / "zipvl" / "reference.py").read_text()
     )
     assert len(sections) >= 7 and all(f"\n## {section}\n" in page for section in sections)
+
+
+@pytest.mark.slow  # imports transformers
+def test_the_reference_has_what_it_names_and_every_op() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    pytest.importorskip("transformers")
+    named = re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)
+    assert len(named) > 10 and all(pkgutil.resolve_name(name).__doc__ for name in named)
+    ops = re.search(r"^::: zipvl\.ops$.*?members:\n(.*?)\n\n", page, flags=re.DOTALL | re.MULTILINE)
+    assert ops is not None and re.findall(r"- (\w+)", ops[1]) == list(zipvl.ops.NAMES)
+
+
+def test_every_page_is_in_the_sites_menu() -> None:
+    menu = set(re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/kernels/*.md"), *ROOT.glob("examples/**/*.md")]
+    assert {str(page.relative_to(ROOT)) for page in pages} <= menu
+    assert all((ROOT / page).is_file() for page in menu)

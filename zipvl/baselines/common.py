@@ -1,4 +1,4 @@
-"""What the baselines share: hooks on a transformers model that let a prompt become shorter between its layers.
+"""The common part of the baselines: hooks on a transformers model that let a prompt become shorter between its layers.
 
 A baseline is a small class (`Baseline`); `applied` puts it on a model for the length of a ``with`` block and leaves no
 trace. Between two layers of the prefill the hidden states are gathered, and with them the position embeddings: a token
@@ -172,7 +172,7 @@ class Baseline:
         return last_query_importance(q, k, scale)
 
     def reduce(self, layer: int, hidden: Tensor, prompt: Prompt) -> Tensor:
-        """What goes into ``layer``; ``hidden [B, n, d]`` is what comes out of the one before. Updates ``prompt``."""
+        """The input of ``layer``, from ``hidden [B, n, d]``, the output of the one before. Updates ``prompt``."""
         share = self.schedule(prompt.layers)[layer]
         count = round(share * prompt.image_total)
         if prompt.scores is None or count >= int(prompt.image[0].sum()):
@@ -183,13 +183,13 @@ class Baseline:
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
-        """What else this baseline needs on the model; nothing by default."""
+        """A context that puts on the model whatever else the baseline needs; nothing by default."""
         yield
 
 
 @dataclass
 class Record:
-    """What happened in a ``with`` block.
+    """The record of a ``with`` block.
 
     Args:
         kept: for each layer of the last prefill the positions in its attention, ``[B, n]``.

@@ -31,7 +31,7 @@ DOMINANT = 54 / 64
 
 @dataclass
 class TowerAttention:
-    """What the vision tower's attention said of each patch when it last ran.
+    """The vision tower's attention to each patch when it last ran.
 
     Args:
         score: float32 ``[tiles, P]``.

@@ -150,8 +150,8 @@ class ZipVLCacheLayer(DynamicLayer):
             self.packed = RaggedKV.real(keys, values, token_mask, visual)
 
     def with_new(self, token_mask: torch.Tensor | None, visual: torch.Tensor | None) -> Tokens:
-        """What a chunk behind packed tokens attends to: those, and the tokens of the last update at the end. A ``full``
-        cache stores them; in a ``drop`` cache they stay pending, until ``keep_chunk``.
+        """Keys and values for a chunk behind packed tokens: those, and the tokens of the last update at the end. A
+        ``full`` cache stores the new ones; in a ``drop`` cache they stay pending, until ``keep_chunk``.
 
         Args:
             token_mask: ``[B, n]`` or None: all real.
@@ -163,7 +163,7 @@ class ZipVLCacheLayer(DynamicLayer):
         return self.packed.with_new(keys, values, token_mask, visual, store=not drops)
 
     def keep_chunk(self, index: torch.Tensor, visual: torch.Tensor | None) -> None:
-        """Of a chunk behind packed tokens, a ``drop`` cache stores what was selected; what it held it holds.
+        """A ``drop`` cache stores the selected tokens of a chunk, behind the packed tokens that it holds already.
 
         Args:
             index: ``[B, S]``, the selected ones among all ``S`` tokens, ``S`` where there is none.
@@ -282,13 +282,13 @@ class ZipVLCacheLayer(DynamicLayer):
         self.packed.reserve(tokens)
 
     def make_room(self, tokens: int) -> None:
-        """What a captured step cannot do: compresses the new tokens of a quantised layer if ``tokens`` more do not fit
-        among those at full precision."""
+        """Does the work that a captured step cannot do: compresses the new tokens of a quantised layer if ``tokens``
+        more do not fit among those at full precision."""
         if isinstance(self.packed, QuantizedKV):
             self.packed.make_room(tokens)
 
     def counts(self) -> tuple[int, int]:
-        """What the host counts and a captured step changes: tokens seen, and those of the longest packed row."""
+        """Counts of the host that a captured step changes: tokens seen, and those of the longest packed row."""
         return self._seen, 0 if self.packed is None else self.packed.longest
 
     def withdraw(self, seen: int, longest: int) -> None:

@@ -1,4 +1,4 @@
-"""What transformers calls the cache, among a model's arguments and in its output: ``cache`` from 5.24 on,
+"""The name that transformers gives the cache, among a model's arguments and in its output: ``cache`` from 5.24 on,
 ``past_key_values`` before, and in models whose code does not come with transformers either of them."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one forward of a decoder carries to its attention layers."""
+"""The one object that a forward of a decoder hands to its attention layers: ``Call``."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class Run:
 
 
 DEFAULT_RUN = Run(ZipVLConfig(text_prompts="sparse", keep_text=False))
-"""Of a model with ``attn_implementation="zipvl"`` that nobody configured. It has no hooks that could see which tokens
-are visual."""
+"""The ``Run`` of a model with ``attn_implementation="zipvl"`` that nobody configured. It has no hooks that could see
+which tokens are visual."""
 
 
 class Call:
-    """What one forward carries, from the pre-hook of the decoder to each attention function.
+    """Everything that one forward carries, from the pre-hook of the decoder to each attention function.
 
     Args:
         run: the run in force.
@@ -341,7 +341,7 @@ class Call:
     def read_mask(
         self, attention_mask: torch.Tensor | None, new: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What a mask of ``masks.mask_function`` says, read once for all layers of this forward.
+        """The meaning of a mask of ``masks.mask_function``, read once for all layers of this forward.
 
         Returns:
             The mask itself and None. Of an int32 mask ``[B, 1, 1, S]``: ``[B, S]`` bool of the real tokens, or None if

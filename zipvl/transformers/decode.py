@@ -73,7 +73,7 @@ class Captured:
         self._storage = [tensor for layer in layers for tensor in layer.storage()]
 
     def _capture(self, step: Callable[[], Any], warm_up: bool) -> tuple[Callable[[], None], Any]:
-        """What runs ``step`` again, and what it returned."""
+        """A function that runs ``step`` again, and the result of the run."""
         with _capturing, torch.cuda.device(self._device):  # a graph is captured on a stream of the current device
             graph, side, main = torch.cuda.CUDAGraph(), _capture_stream(self._device), torch.cuda.current_stream()
             side.wait_stream(main)

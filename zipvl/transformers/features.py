@@ -1,4 +1,4 @@
-"""What a model's attention asks for that neither sparse attention nor SDPA honours, and how its classes hand things on.
+"""Demands of a model's attention that neither sparse attention nor SDPA honours, and how its classes hand things on.
 
 A call of the attention function shows it. So does the source of the classes before anything runs, where it is at hand;
 a class whose source says nothing is judged by its calls alone.

@@ -199,7 +199,7 @@ class QuantizedKV:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of new keys, values and queries."""
+        """The dtype of new keys, values and queries."""
         return self.window.dtype
 
     @property
@@ -213,7 +213,7 @@ class QuantizedKV:
         return self.window.tail
 
     def counts(self) -> tuple[torch.Tensor, ...]:
-        """What has to reach the host before ``trim``."""
+        """The tensors that have to reach the host before ``trim``."""
         return self.high.blocks, self.low.blocks
 
     def trim(self, high: int, low: int) -> None:

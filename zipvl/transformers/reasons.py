@@ -15,7 +15,7 @@ NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Of queries, keys and values that a layer can be sparse with (docs/ops.md)."""
+"""Dtypes of queries, keys and values that a layer can be sparse with (docs/ops.md)."""
 
 _REFUSED = ("output_attentions", *FEATURES)
 

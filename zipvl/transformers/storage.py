@@ -65,7 +65,7 @@ def packed_mask(mask: torch.Tensor, order: torch.Tensor, count: torch.Tensor) ->
 
 
 class Tokens(NamedTuple):
-    """What a chunk attends to: what was stored, and its own tokens at the end."""
+    """Keys and values that a chunk attends to: the stored ones, and its own at the end."""
 
     keys: torch.Tensor
     """``[B, Hkv, S, D]``."""
@@ -109,7 +109,7 @@ class RaggedKV:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys, values and the queries that attend to them."""
+        """The dtype of keys, values and the queries that attend to them."""
         return self.keys.dtype
 
     @classmethod
@@ -342,7 +342,7 @@ class RaggedKV:
         self.visual = None if self.visual is None else self.visual[:, :tokens]
 
     def counts(self) -> tuple[torch.Tensor, ...]:
-        """What has to reach the host before ``trim``."""
+        """The tensors that have to reach the host before ``trim``."""
         return (self.lengths,)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -27,7 +27,7 @@ VISION = "zipvl_flash_vision"
 """The attention implementation of such towers. Its name makes them hand on the bounds."""
 
 BACKEND = "inductor"
-"""What compiles the blocks of towers."""
+"""The compiler of the blocks of towers."""
 
 DEVICES = ("cuda",)
 """Types of devices on which one call is faster than many."""

@@ -19,7 +19,7 @@ _IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_in
 
 Kind = Literal["text", "visual", "mixed"]
 VisualMask = Tensor | Callable[[Tensor | None, Tensor | None], Tensor | None]
-"""What the caller says of visual tokens: ``[B, N]`` bool, or a function that is asked once for each forward of more
+"""How the caller names visual tokens: ``[B, N]`` bool, or a function that is asked once for each forward of more
 than one token and is given its input ids ``[B, n]`` and embeddings ``[B, n, C]``, either None where the decoder has
 none. It returns ``[B, n]`` bool, or None: the tokens are text."""
 
@@ -60,7 +60,7 @@ def check_visual_mask(given: Any) -> None:
 
 
 def named(given: VisualMask, input_ids: Tensor | None, embeds: Tensor | None, seen: int) -> Tensor | None:
-    """What the caller's ``given`` says of the tokens of one forward, behind ``seen`` ones; ``[B, n]`` bool or None.
+    """The caller's ``given``, for the tokens of one forward, behind ``seen`` ones; ``[B, n]`` bool or None.
 
     Raises:
         ValueError: it does not fit them.
@@ -104,7 +104,7 @@ class Noted:
             _of_thread.noted = None if ids is None else (self, ids)
 
     def take(self) -> Tensor | None:
-        """What was left, once."""
+        """The ids that were left, once; None where there are none."""
         traced, self.traced = self.traced, None
         if torch.compiler.is_compiling():
             return traced

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import zipvl
 from zipvl import budget, ops, policy
-from zipvl.vllm import paged, plugin, rows, startup
+from zipvl.vllm import compat, paged, plugin, rows, startup
 from zipvl.vllm.cache import ZipVLSpec
 from zipvl.vllm.options import Budget, Options
 from zipvl.vllm.report import Reporter, StepRecord
@@ -158,7 +158,8 @@ class SparseBuilder:
             tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in others])
             tokens, row_of = (t.to(device, non_blocking=True) for t in (tokens, torch.tensor(others)))
         begins = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
-        rest = common.replace(
+        rest = compat.replaced(
+            common,
             query_start_loc=begins.to(device, non_blocking=True),
             query_start_loc_cpu=begins,
             seq_lens=common.seq_lens[row_of],
@@ -171,7 +172,9 @@ class SparseBuilder:
             slot_mapping=common.slot_mapping[tokens],
             positions=None if common.positions is None else common.positions[tokens],
             is_prefilling=torch.tensor([bool(common.is_prefilling[row]) for row in others]),
-            req_idx=None if common.req_idx is None else common.req_idx[others],
+            req_idx=None if getattr(common, "req_idx", None) is None else common.req_idx[others],
+            _seq_lens_cpu=None,
+            _num_computed_tokens_cpu=None,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
@@ -391,7 +394,17 @@ class SparseImpl:
         raise NotImplementedError
 
 
-def customized(spec: Any) -> Any:
+class SparseBackend:
+    """Mixin before one of vLLM's backends."""
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """As vLLM asks it for a layer's spec: with the layer's budget where it is sparse."""
+        of_vllm = getattr(super(), "customize_spec", None)
+        return _customized(spec if of_vllm is None else of_vllm(spec))
+
+
+def _customized(spec: Any) -> Any:
     """The spec of a layer that was made in this process: with its budget where it is sparse."""
     last = _last[0]
     if last is None or type(spec) is not FullAttentionSpec:
@@ -425,6 +438,8 @@ def _impls(vllm_config: Any, layer_names: list[str]) -> list[Any]:
     layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
     return [layer.impl for layer in layers.values()]
 
+
+compat.let_backends_customize_specs()
 
 _reporters: list[Reporter] = []
 

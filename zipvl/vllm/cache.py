@@ -10,6 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from zipvl.vllm.compat import Admissions
 from zipvl.vllm.options import Budget
 from zipvl.vllm.report import count_blocks
 
@@ -52,6 +53,7 @@ class ZipVLManager(FullAttentionManager):
         self.budget = kv_cache_spec.zipvl
         self.prompts: dict[str, int] = {}
         """Tokens of each request's first step, which is its prompt, or what is recomputed after pre-emption."""
+        self._admissions = Admissions()
 
     def slots(self, request_id: str, num_tokens: int) -> int:
         """Slots of a request that has computed ``num_tokens``."""
@@ -73,7 +75,7 @@ class ZipVLManager(FullAttentionManager):
     ) -> int:
         """As vLLM asks it. A prompt that the scheduler cut does not fit under ``drop``: it waits to come whole."""
         if self.budget.options.drops and not self.req_to_blocks.get(request_id):
-            if num_tokens_main_model < kwargs.get("prefill_end", 0):
+            if num_tokens_main_model < self._admissions.whole(request_id, num_tokens_main_model, kwargs):
                 return NEVER_FITS
             self.prompts[request_id] = num_tokens_main_model
         return super().get_num_blocks_to_allocate(
@@ -107,6 +109,7 @@ class ZipVLManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         self.prompts.pop(request_id, None)
+        self._admissions.forget(request_id)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod

@@ -11,8 +11,8 @@ from torch import Tensor
 from vllm import _custom_ops, envs
 from vllm.v1.attention.backends import cpu_attn
 
-from zipvl.vllm import rows
-from zipvl.vllm.backend import SparseBuilder, SparseImpl, Step, customized
+from zipvl.vllm import compat, rows
+from zipvl.vllm.backend import SparseBackend, SparseBuilder, SparseImpl, Step
 
 
 class ZipVLBuilder(SparseBuilder, cpu_attn.CPUAttentionMetadataBuilder):
@@ -71,12 +71,13 @@ class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):
             query_start_loc=begins,
             causal=True,
             sliding_window_size=-1,
-            isa=layer.isa,
+            isa=getattr(layer, "isa", None) or self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             dynamic_causal=None,
-            kv_cache_dtype=self.kv_cache_dtype,
+            **compat.accepted(_custom_ops.cpu_attn_get_scheduler_metadata, kv_cache_dtype=self.kv_cache_dtype),
         )
-        return replace(metadata, seq_lens=lengths, max_seq_len=int(lengths.max()), scheduler_metadata=plan)
+        own = {"seq_lens": lengths, "max_seq_len": int(lengths.max()), "scheduler_metadata": plan}
+        return replace(metadata, **own, slot_mapping=slots.long())  # vLLM 0.26 writes once more as it attends
 
     def _write(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update(
@@ -84,12 +85,8 @@ class ZipVLImpl(SparseImpl, cpu_attn.CPUAttentionBackendImpl):
         )
 
 
-class ZipVLBackend(cpu_attn.CPUAttentionBackend):
+class ZipVLBackend(SparseBackend, cpu_attn.CPUAttentionBackend):
     """In place of vLLM's backend of CPUs, and the same where zipvl was not asked for."""
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        return customized(super().customize_spec(spec))
 
     @staticmethod
     def get_impl_cls() -> type:

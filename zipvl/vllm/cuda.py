@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
 
 from zipvl.vllm import paged, rows
-from zipvl.vllm.backend import SparseBuilder, SparseImpl, Step, customized
+from zipvl.vllm.backend import SparseBackend, SparseBuilder, SparseImpl, Step
 
 if is_flash_attn_varlen_func_available():
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend as Backend
@@ -79,7 +79,7 @@ class ZipVLImpl(SparseImpl, Impl):
         return replace(of, seq_lens=step.lengths[self.number], scheduler_metadata=None)
 
 
-class ZipVLBackend(Backend):
+class ZipVLBackend(SparseBackend, Backend):
     """vLLM's backend ``CUSTOM``."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
@@ -95,10 +95,6 @@ class ZipVLBackend(Backend):
     @staticmethod
     def get_builder_cls() -> type:
         return ZipVLBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        return customized(super().customize_spec(spec))
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

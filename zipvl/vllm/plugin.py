@@ -74,7 +74,7 @@ def _prepare(vllm_config: Any, options: Options) -> None:
         raise ValueError(f"zipvl: {problem}")
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ValueError(f"zipvl runs on CPUs and on NVIDIA's GPUs, not on vLLM's {current_platform.device_name}")
-    if vllm_config.model_config is not None and vllm_config.model_config.is_submodel_config:
+    if getattr(vllm_config.model_config, "is_submodel_config", False):
         return
     startup.refuse(vllm_config, options)
     if current_platform.is_cuda():

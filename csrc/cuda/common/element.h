@@ -1,4 +1,4 @@
-// What the tensor-core kernels take: element types and head dimensions, named once. Pure C++; plans read it.
+// The inputs of the tensor-core kernels: element types and head dimensions, named once. Pure C++; plans read it.
 #pragma once
 
 #include <cstdint>

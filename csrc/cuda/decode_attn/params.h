@@ -1,4 +1,4 @@
-// What decode_attn and decode_attn_quantized take on CUDA, and their launches. No Torch.
+// The parameters of decode_attn and decode_attn_quantized on CUDA, and their launches. No Torch.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -18,7 +18,7 @@ namespace zipvl::cuda::decode_attn {
 
 constexpr float kMinusInfinity = -INFINITY;
 
-// What exponents are taken relative to: the maximum, or 0 where nothing has been seen.
+// The base of exponents: the maximum, or 0 where nothing has been seen.
 __device__ __forceinline__ float finite_shift(float max) { return max == kMinusInfinity ? 0.0F : max; }
 
 __device__ __forceinline__ void add_weighted(float4& sum, float weight, float4 x) {

@@ -18,7 +18,7 @@ constexpr int kThreads = 128;
 constexpr int kBlocksPerSm = 10;  // resident, at up to 48 registers a thread
 constexpr int kWaves = 2;         // as in pack_kv: blocks for each that is resident
 
-// What is written of one batch row: `count` entries of index from `skipped` on, to slots from `first` on.
+// The part of one batch row that is written: `count` entries of index from `skipped` on, to slots from `first` on.
 struct Rows {
   int skipped, count;
   std::int64_t first;

@@ -1,6 +1,5 @@
 // The kernels of probe_scores in their order, for one element type and head dim of either family. ElementType: __half
-// or
-// __nv_bfloat16. The simulator takes its instances from here, and launch.cu those of the library.
+// or __nv_bfloat16. The simulator takes its instances from here, and launch.cu those of the library.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -18,7 +18,7 @@ constexpr std::int64_t kProbeBlockRows = 256;     // rows (first pass) or keys (
 
 // One kernel for both passes (Hopper): a cluster of blocks takes some units of one head's rows, and each of its blocks
 // keeps its share of the keys in shared memory from the first pass to the second.
-constexpr std::int64_t kProbeClusterBlocks = 8;  // what every sm_90 device takes
+constexpr std::int64_t kProbeClusterBlocks = 8;  // every sm_90 device takes as many
 constexpr std::int64_t kProbeClusterUnits = 5;   // of rows, one a warpgroup
 
 // Keys a block of a cluster holds: beside 320 rows, what 227 KiB take. At D 256 that is nothing.

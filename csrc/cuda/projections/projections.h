@@ -57,7 +57,7 @@ struct PlaceQueriesParams {
   int head_dim;  // a multiple of 4, up to kMaxHeadDim
   int num_sms;
 
-  static constexpr int kMaxHeadDim = 256;  // what a warp keeps in registers: 8 elements a lane
+  static constexpr int kMaxHeadDim = 256;  // a warp keeps a head in registers: 8 elements a lane
 };
 
 cudaError_t launch_place_queries(const PlaceQueriesParams& params, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// What quantize_kv takes on CUDA, and its launch. No Torch. Blocks: common/quantized_block.h.
+// The parameters of quantize_kv on CUDA, and its launch. No Torch. Blocks: common/quantized_block.h.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What a neighbourhood adds to a selection, and the list of real tokens. One block a batch row walks the tokens once
+// A neighbourhood's additions to a selection, and the list of real tokens. One block a batch row walks the tokens once
 // (twice where some are padding, to know how many are real), four or sixteen tokens a thread, and numbers them by block
 // scans.
 #include "cuda/select_tokens/extend_selection.h"

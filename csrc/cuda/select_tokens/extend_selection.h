@@ -1,4 +1,4 @@
-// Launch of what a neighbourhood adds to a selection (docs/ops.md, step 5b). No Torch.
+// Launch of a neighbourhood's additions to a selection (docs/ops.md, step 5b). No Torch.
 #pragma once
 
 #include <cuda_runtime_api.h>

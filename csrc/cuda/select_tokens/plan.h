@@ -12,7 +12,7 @@ constexpr std::int64_t kSelectBuckets = 2048;  // of a histogram
 // A copy of the budget's histogram in shared memory.
 constexpr std::int64_t kSelectMassHistogramBytes = kSelectBuckets * 8;
 constexpr std::int64_t kSelectTokensPerCopy = 4096;  // of a block's tokens
-constexpr std::int64_t kSelectMaxClusterBlocks = 8;  // what every sm_90 device takes
+constexpr std::int64_t kSelectMaxClusterBlocks = 8;  // every sm_90 device takes as many
 constexpr std::int64_t kSelectMaxCandidates = 1024;  // candidates that blocks list for each other
 constexpr std::int64_t kSelectGathers = 2;           // exchanges of records a row
 constexpr std::int64_t kSelectRecordBytes = 16;      // what a block sends in one

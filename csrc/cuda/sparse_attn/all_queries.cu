@@ -1,4 +1,4 @@
-// What attention of every query needs around it: before, how many selected tokens each token sees; after, zeros in the
+// Two steps around attention of every query: before, how many selected tokens each token sees; after, zeros in the
 // rows of padding.
 #include <algorithm>
 

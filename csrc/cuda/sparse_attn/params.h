@@ -63,7 +63,7 @@ struct SparseAttnParams {
   std::int64_t queries;
 };
 
-// What fills RowRanges: one pass's rows and list of keys.
+// The inputs of the kernel that fills RowRanges: one pass's rows and list of keys.
 struct RowRangesPass {
   int2* range;
   int4* group;

@@ -86,7 +86,7 @@ __device__ __forceinline__ void stream_segment(WarpState<D>& state, std::uint32_
   ptx::cp_async_wait<0>();
 }
 
-// What a warp attends to in a split: its tiles of all three kinds, in this order.
+// A warp's share of a split: its tiles of all three kinds, in this order.
 template <typename ElementType, int D, int Warps>
 __device__ __forceinline__ void attend_split(WarpState<D>& state, std::uint32_t queries,
                                              const DecodeAttnQuantizedParams& params,

@@ -35,7 +35,7 @@ struct Traits {
   static constexpr int kPeriodsAtOnce = HeadDim == 128 ? 1 : Rows::kPieces / Rows::kPeriodPieces;
 };
 
-// What ranged attention adds to what a block shares. Its tiles are those of the sinks, and then those of the rows'
+// Ranged attention's part of a block's shared memory. Its tiles are those of the sinks, and then those of the rows'
 // ranges, numbered through.
 template <int BlockM, bool Ranged>
 struct RangedStorage {};
@@ -47,7 +47,7 @@ struct RangedStorage<BlockM, true> {
   int clear_first, clear_end;  // every row sees places [clear_first, clear_end)
 };
 
-// What a block shares. A thread's registers are all taken by sums, so whatever is needed once a tile waits here too.
+// A block's shared memory. A thread's registers are all taken by sums, so what is needed once a tile waits here too.
 template <typename Traits>
 struct SharedStorage {
   using Element = typename Traits::Element;

@@ -27,8 +27,9 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& shared) {
   }
   if constexpr (Traits::kRanged) {
     for (int i = 0; i < Traits::kQueryStages; ++i) {
-      ptx::mbarrier_init(&shared.ranged.rows_full[i], kQueryWarps);
-      ptx::mbarrier_init(&shared.ranged.rows_empty[i], kConsumerWarps + 1);  // and the thread that loads keys
+      // Every thread arrives, once a tile: each hands on what it has written or read itself.
+      ptx::mbarrier_init(&shared.ranged.rows_full[i], kQueryWarps * kWarpThreads);
+      ptx::mbarrier_init(&shared.ranged.rows_empty[i], kConsumerWarps * kWarpThreads + 1);  // one loads keys
     }
     ptx::mbarrier_init(&shared.ranged.sinks.full, 1);
     ptx::mbarrier_init(&shared.ranged.sinks.empty, kConsumerWarps);

@@ -114,10 +114,7 @@ __device__ __forceinline__ void load_row_ranges(const AttnParams& params, Shared
     shared.ranged.row[place.index][row] = position[i] < 0 ? -1 : static_cast<int>(batch) + position[i];
     position[i] = max(position[i], 0);
   }
-  __syncwarp();
-  if (lane == 0) {
-    ptx::mbarrier_arrive(&shared.ranged.rows_full[place.index]);
-  }
+  ptx::mbarrier_arrive(&shared.ranged.rows_full[place.index]);
 }
 
 // `warp` of kQueryWarps warps: its share of each tile's query rows, into the swizzled layout of the copy engine. Rows
@@ -173,12 +170,10 @@ __device__ __forceinline__ void load_queries(const AttnParams& params, SharedSto
   }
   if constexpr (Traits::kRanged) {  // there are no more tiles
     ptx::mbarrier_wait(&shared.ranged.rows_empty[place.index], place.phase ^ 1);
-    if (lane == 0) {
-      if (warp == 0) {
-        shared.ranged.tile[place.index].batch = -1;
-      }
-      ptx::mbarrier_arrive(&shared.ranged.rows_full[place.index]);
+    if (warp == 0 && lane == 0) {
+      shared.ranged.tile[place.index].batch = -1;
     }
+    ptx::mbarrier_arrive(&shared.ranged.rows_full[place.index]);
   }
 }
 

@@ -1,6 +1,6 @@
 // A consumer warpgroup: 64 query rows of a tile against the packed keys. Products of the next score tile and of the
-// last weights are under way together while the exponentials of neither's warpgroup wait (as FlashAttention-3 does,
-// arXiv 2407.08608): the warpgroups take turns to issue, so that one's softmax runs under the other's products.
+// last weights are under way together, and no exponential waits for a product (as FlashAttention-3 does, arXiv
+// 2407.08608): the warpgroups take turns to issue, so that one's softmax runs under the other's products.
 #pragma once
 
 #include <cstdint>
@@ -148,8 +148,7 @@ class Consumer {
       own.row[i] = from.row[q_.index][row_of_thread + 8 * i];
     }
     const int4 low = from.group[q_.index][2 * warpgroup_], high = from.group[q_.index][2 * warpgroup_ + 1];
-    __syncwarp();
-    arrive(&from.rows_empty[q_.index]);
+    ptx::mbarrier_arrive(&from.rows_empty[q_.index]);
     return {tile, blocks.end - blocks.first, min(low.w, high.w) - begin, max(low.z, high.z) - begin,
             blocks.sinks ? params.ranges.num_sinks : 0};
   }

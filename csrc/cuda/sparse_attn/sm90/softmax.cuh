@@ -41,7 +41,7 @@ __device__ __forceinline__ void apply_mask(float (&s)[kScores], int i, int first
   }
 }
 
-// What the thread's two rows see: packed keys up to `limit`, or places [first, limit) of a list.
+// The keys that the thread's two rows see: packed keys up to `limit`, or places [first, limit) of a list.
 template <bool kRanged>
 struct RowLimits {
   const int (&limit)[2];

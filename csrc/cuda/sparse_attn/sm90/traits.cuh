@@ -64,7 +64,7 @@ struct TileTable {
   int before[kMaxBatches + 1];  // (block, batch) pairs before the levels that k + 1 batch rows share; last: all
 };
 
-// What a consumer thread needs of its two rows before and after the loop over the keys, but seldom in it.
+// Facts about its two rows that a consumer thread needs before and after the loop over the keys, but seldom in it.
 template <bool Ranged>
 struct RowPlaces {
   std::int64_t output[2];  // element of the output where the row begins; -1: it is none of the output's
@@ -91,7 +91,7 @@ struct SinkStorage {
   std::uint64_t full, empty;
 };
 
-// What ranged attention adds to the shared memory of a block. The warps that load queries say what the rows of the next
+// Ranged attention's part of a block's shared memory. The warps that load queries say what the rows of the next
 // tile see while this one is computed: nobody else waits for device memory.
 template <typename Traits, bool Ranged = Traits::kRanged>
 struct RangedStorage {};

@@ -79,8 +79,9 @@ __device__ __forceinline__ void init_barriers(WindowStorage<Traits>& shared) {
   for (int i = 0; i < Traits::kQueryStages; ++i) {
     ptx::mbarrier_init(&shared.q_full[i], 1);
     ptx::mbarrier_init(&shared.q_empty[i], Traits::kConsumers);
-    ptx::mbarrier_init(&shared.rows_full[i], kRangeWarps);
-    ptx::mbarrier_init(&shared.rows_empty[i], kConsumerWarps + 1);  // and the thread that loads keys
+    // Every thread arrives, once a tile: each hands on what it has written or read itself.
+    ptx::mbarrier_init(&shared.rows_full[i], kRangeWarps * kWarpThreads);
+    ptx::mbarrier_init(&shared.rows_empty[i], kConsumerWarps * kWarpThreads + 1);  // one loads keys
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     for (std::uint64_t* full : {shared.k_full, shared.v_full}) {
@@ -167,12 +168,6 @@ template <typename Traits>
 __device__ __forceinline__ void load_window_ranges(const AttnParams& params, WindowStorage<Traits>& shared,
                                                    int thread) {
   PipelineState<Traits::kQueryStages> place;
-  const auto arrive = [&] {
-    __syncwarp();
-    if (thread % kWarpThreads == 0) {
-      ptx::mbarrier_arrive(&shared.rows_full[place.index]);
-    }
-  };
   for (TileWalk walk(params, shared.table); walk.valid(); walk.next()) {
     const Tile tile = walk.tile();
     const int2* from = params.ranges.range + static_cast<std::int64_t>(tile.batch) * params.tokens;
@@ -186,14 +181,14 @@ __device__ __forceinline__ void load_window_ranges(const AttnParams& params, Win
       const int query = tile.block * Traits::kBlockM + row;
       shared.range[place.index][row] = query < params.tokens ? __ldcg(from + query) : make_int2(0, 0);
     }
-    arrive();
+    ptx::mbarrier_arrive(&shared.rows_full[place.index]);
     place.advance();
   }
   ptx::mbarrier_wait(&shared.rows_empty[place.index], place.phase ^ 1);
   if (thread == 0) {
     shared.tile[place.index].batch = -1;
   }
-  arrive();
+  ptx::mbarrier_arrive(&shared.rows_full[place.index]);
 }
 
 // ---- a consumer
@@ -306,7 +301,7 @@ class WindowConsumer {
     }
     pass_on(own_blocks().below);  // read again: it would take registers
     store(o, rows);
-    arrive(&shared_.rows_empty[place_.index]);
+    ptx::mbarrier_arrive(&shared_.rows_empty[place_.index]);
   }
 
   // What RowRanges::group says of the first and the last 32 of this consumer's rows.
