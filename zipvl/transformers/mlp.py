@@ -219,7 +219,7 @@ def _mlp_of(layer: nn.Module | None, attention: nn.Module) -> nn.Module | str:
     if others:
         return f"{type(layer).__name__} has {', '.join(others)} beside its attention and its MLP"
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
-        return "under tensor parallelism each rank selects other tokens"
+        return "its weights are spread over processes"
     called = next(name for name, child in children.items() if child is attention)
     return _why_not(type(layer), called, attribute) or mlp
 

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import zipvl
-from zipvl import budget, ops, policy
+from zipvl import budget, ops, policy, ranks
 from zipvl.vllm import compat, paged, plugin, rows, startup
 from zipvl.vllm.cache import ZipVLSpec
 from zipvl.vllm.options import Budget, Options
@@ -358,14 +358,8 @@ class SparseImpl:
         """One layer's selection and attention. The ranks of a tensor-parallel group select by their mean scores."""
         assert self.zipvl is not None
         config, group = self.zipvl.options.config, get_tp_group()
-        scale, given = self.scale, {}  # type: ignore[attr-defined]
-        if group.world_size > 1:
-            probes = ops.probe_index(
-                q, num_recent=config.num_recent, num_random=config.num_random, seed=config.seed, k=k
-            )
-            scores = torch.stack(ops.probe_scores(q, k, probes, scale=scale))
-            accumulated, normalized = _mean(scores)
-            given = {"budget_score": accumulated, "rank_score": normalized}
+        scale = self.scale  # type: ignore[attr-defined]
+        given: dict[str, Any] = ranks.scores(config, q, k, _mean, scale) if group.world_size > 1 else {}
         out, index, count, _, _ = ops.zipvl_layer(q, k, v, **given, **config.attention_kwargs(), scale=scale)
         return out, index, count
 
