@@ -150,6 +150,7 @@ def main(
     static: Annotated[bool, typer.Option(help="compare with transformers' compiled static cache too")] = False,
     paper: Annotated[bool, typer.Option(help="the paper's method, without the default's window")] = False,
     vision_compile: Annotated[bool, typer.Option(help="vision towers' blocks compiled")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="of each method. [1 to 3, fewer of long rows]")] = None,
     smoke: Annotated[bool, typer.Option(help="tiny models, the first row of each")] = False,
 ) -> None:
     """Times whole answers, and appends each to benchmarks/results/answer.jsonl unless they are smoke."""
@@ -177,7 +178,8 @@ def main(
             continue
         built.generation_config.eos_token_id = built.generation_config.pad_token_id = None
         for full in wanted:
-            row = replace(full, prompt=min(full.prompt, 300), new=4, repeats=1) if smoke else full
+            row = full if repeats is None else replace(full, repeats=repeats)
+            row = replace(row, prompt=min(full.prompt, 300), new=4, repeats=1) if smoke else row
             inputs = shape.inputs(
                 built, tokens=row.prompt, pages=row.pages, frames=row.frames, batch=row.batch, smoke=smoke
             )

@@ -80,7 +80,8 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("`ZipVLConfig()`", None, "tau 0.9, window 512, full, text kept"),
+    # Random weights do not show how many tokens tau keeps; of the trained model's pages it keeps 33%.
+    Setting("`ZipVLConfig()`", (0.33, 512), "tau 0.9, window 512, full, text kept"),
     Setting('`ZipVLConfig(cache="quantize")`', None, "tau 0.9, window 512, quantize, text kept"),
     Setting('`ZipVLConfig(cache="drop", cache_ratio=0.35)`', None, "tau 0.9, window 512, drop, stored 0.35, text kept"),
     Setting("`ZipVLConfig(ratio=0.25)`", (0.25, 512), "ratio 0.25, window 512, full, text kept"),
@@ -108,7 +109,7 @@ def image_to_answer() -> list[str]:
         f"Time of `generate()` to the first token and to 128 tokens ({source(source_of)}), in {PAGES_OF}'s shape "
         "with random weights; a page has 4,096 visual tokens. KL to dense (nats a token) and pass keys: a trained text "
         "model of 135 M parameters. Pages right, and bytes of the cache: a trained vision-language model of 6.5 M. "
-        "`-`: not measured, or not to be had: random weights do not show how many tokens `tau` keeps.",
+        "`-`: not measured. Times of `ZipVLConfig()` are those of a third of the tokens kept, as of the pages.",
         "",
         "| setting | 1 page | 8 pages | cache | KL to dense | pass keys found | pages right |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
