@@ -42,6 +42,7 @@ def prompts() -> list[list[int]]:
 @contextmanager
 def engine(model: Path, options: dict[str, Any] | None, graphs: bool, **settings: Any) -> Iterator[Any]:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     given: dict[str, Any] = {
         "dtype": "bfloat16", "max_model_len": 4096, "max_num_batched_tokens": 8192, "max_num_seqs": 8,
@@ -65,6 +66,8 @@ def engine(model: Path, options: dict[str, Any] | None, graphs: bool, **settings
         del made.llm_engine
         gc.collect()
         torch.cuda.empty_cache()
+        # The pool of all graphs went with this engine's; vLLM would have the next engine capture into it.
+        type(current_platform)._global_graph_pool = None
 
 
 def answers(engine: Any, one_by_one: bool = False) -> list[Answer]:
