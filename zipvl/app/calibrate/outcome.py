@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -102,7 +103,7 @@ def _tried(measurer: Measurer, entry: Try, tune: Sequence[int], aim: Aim) -> dic
     facts: dict[str, Any] = {"setting": entry.name, "dropped": entry.dropped}
     if entry.lines:
         facts |= _lost(entry.lines, aim.confidence)
-    if entry.cost is not None:
+    if not math.isnan(entry.cost):
         facts["costs"] = _costs(measurer.costs([entry.name], tune[: min(TIMED, len(tune))]), entry.name)
     return facts
 

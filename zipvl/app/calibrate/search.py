@@ -82,13 +82,13 @@ class Try:
 
     Attributes:
         dropped: why it went no further; None: it did.
-        cost: share of dense attention's, of what the goal names; None: not measured.
+        cost: share of dense attention's, of what the goal names; NaN: not measured.
     """
 
     name: str
     lines: list[Line] = field(default_factory=list)
     dropped: str | None = None
-    cost: float | None = None
+    cost: float = math.nan
 
     @property
     def losses(self) -> list[float]:
@@ -150,7 +150,7 @@ def search(
         names: of candidates, the likely ones first.
         say: told what is done.
     """
-    seconds = fmean(line["seconds"] for line in measures.losses(DENSE, split.tune[: LOOKS[0]]))
+    seconds = median(line["seconds"] for line in measures.losses(DENSE, split.tune[: LOOKS[0]]))
     planned = plan(seconds, measures.seconds_left(), len(names), split)
     split = planned.split
     bound = max(aim.max_loss, math.ceil(1e4 * attainable(len(split.report), aim.confidence)) / 1e4)
@@ -236,20 +236,23 @@ def _tune(
 
 def _beats(other: Try, entry: Try) -> bool:
     """Whether a candidate costs less than another and was not less safe."""
-    assert other.cost is not None and entry.cost is not None
     return other.cost < entry.cost and other.loss <= entry.loss and other.kl <= entry.kl
 
 
 def _sequence(tries: Sequence[Try], bound: float) -> list[Try]:
-    """What is to be tested: the safest first, then those that cost less, each less than the one before."""
-    fit = [entry for entry in tries if entry.dropped is None and entry.lines and entry.loss <= bound / 2]
+    """What is to be tested: the safest first, then those that cost less, each less than the one before. Says of the
+    others why they are not."""
+    alive = [entry for entry in tries if entry.dropped is None]
+    for entry in alive:
+        if entry.loss > bound / 2:
+            entry.dropped = "loses too much to be tested"
     found: list[Try] = []
-    for entry in sorted(fit, key=lambda entry: (entry.loss, entry.kl)):
-        if not found or (entry.cost or math.inf) <= GAIN * (found[-1].cost or math.inf):
+    for entry in sorted((e for e in alive if e.dropped is None), key=lambda entry: (entry.loss, entry.kl)):
+        if found and entry.cost > GAIN * found[-1].cost:
+            entry.dropped = f"hardly better than {found[-1].name}"
+        else:
             found.append(entry)
-    if len(found) <= MOST_TESTS:
-        return found
-    return [found[0], *found[1 - MOST_TESTS :]]
+    return found if len(found) <= MOST_TESTS else [found[0], *found[1 - MOST_TESTS :]]
 
 
 def _test(measures: Measures, name: str, places: Sequence[int], bound: float, confidence: float) -> Test:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def _lost(row: dict[str, Any]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+    """A limit, rounded up to hundredths of a percent."""
+    return f"{math.ceil(1e4 * share - 1e-6) / 100:.4g}%"
 
 
 def _seconds(cost: dict[str, float]) -> str:
