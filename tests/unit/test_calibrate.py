@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,3 +215,25 @@ def test_the_search_ends_in_time() -> None:
         measures = MadeUp({name: draw.random(200) < 0.001 for name in names}, dict.fromkeys(names, 0.5), allowed)
         found = search(measures, names, Split(tuple(range(50)), tuple(range(50, 200))), Aim(0.02, 0.95, "ttft"))
         assert measures.seconds > -1.0 and found.tests
+
+
+RECORDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "fidelity.jsonl"
+
+
+def test_on_recorded_answers_the_promise_holds_for_other_pages() -> None:
+    """tiny-llava-next's answers to 1,000 pages under three settings: 200 calibrate, the others are asked."""
+    runs = [json.loads(line) for line in RECORDED.read_text().splitlines()]
+    run = next(run for run in runs if run["samples"].get("page") == 1000)
+    pages = {row["setting"]: row["page"] for row in run["rows"]}
+    right = {name: np.array([answer == "1" for answer in page["answers"]]) for name, page in pages.items()}
+    dense = right.pop("dense")
+    lost = {name: dense & ~answers for name, answers in right.items()}
+    assert len(lost) >= 3 and max(losses.mean() for losses in lost.values()) > 0.04
+    within = 0
+    for draw in range(20):
+        order = np.random.default_rng(draw).permutation(1000)
+        mine, others = order[:200], order[200:]
+        measures = MadeUp({name: losses[mine] for name, losses in lost.items()}, {n: pages[n]["kept"] for n in lost})
+        found = search(measures, list(lost), split(200, 0.02, 0.95, draw), Aim(0.02, 0.95, "ttft"))
+        within += found.chosen is not None and lost[found.chosen.name][others].mean() <= 0.02
+    assert within >= 19
