@@ -59,6 +59,10 @@ class Journal:
         self._broken = False
         self._lines[measure, setting, sample] = line
 
+    def every(self) -> list[Line]:
+        """All lines."""
+        return list(self._lines.values())
+
     def lines(self, measure: str, setting: str, samples: list[str]) -> list[Line]:
         """The lines of these samples, those that are there, in their order."""
         found = (self.get(measure, setting, sample) for sample in samples)

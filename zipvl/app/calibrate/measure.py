@@ -143,6 +143,7 @@ class Measurer:
         self.journal = Journal(folder / "samples.jsonl", self.origin)
         self._mark = hashlib.sha256(repr(sorted(self.origin.items(), key=str)).encode()).hexdigest()[:8]
         self._until = time.monotonic() + seconds
+        self._earlier = {_key(line): float(line["seconds"]) for line in self.journal.every()}
         self._warm: set[str] = set()
         ends = self.model.generation_config.eos_token_id
         self._ends = torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
@@ -154,8 +155,8 @@ class Measurer:
         return settings.config(name, **self.fields)
 
     def seconds_left(self) -> float:
-        """Of the time that measuring may take."""
-        return self._until - time.monotonic()
+        """Of the time that measuring may take, and what was measured earlier and not asked for yet took."""
+        return self._until - time.monotonic() + sum(self._earlier.values())
 
     def losses(self, name: str, places: Sequence[int]) -> list[Line]:
         """A line a sample: ``loss`` in [0, 1]; ``same``, ``kl`` and ``exact`` as of ``compare``; ``kept``, share of the
@@ -210,6 +211,7 @@ class Measurer:
     def _line(self, measure: str, name: str, place: int) -> Line:
         line = self.journal.get(measure, name, self.samples[place].digest)
         assert line is not None
+        self._earlier.pop(_key(line), None)
         return line
 
     def _path(self, place: int) -> Path:
@@ -270,6 +272,7 @@ class Measurer:
         return said in [answer.strip().casefold() for answer in answers] if answers else None
 
     def _cost(self, name: str, place: int) -> Line:
+        begun = time.perf_counter()
         ((_, inputs),) = self._prompts([place])
         tokens = Reference.load(self._path(place)).tokens.tolist()
         with attention(self.model, self.config(name), record_index=False):
@@ -283,7 +286,8 @@ class Measurer:
                 synchronize(self.model.device)
                 total = time.perf_counter() - started
         held = cache_bytes(cache_names.of_output(output))
-        return {"first_s": first.time - started, "total_s": total, "cache_bytes": held or 0}
+        facts: Line = {"first_s": first.time - started, "total_s": total, "cache_bytes": held or 0}
+        return facts | {"seconds": time.perf_counter() - begun}
 
     def _prompts(self, places: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """The inputs of samples, padded on the left: together where the shapes of all else are the same."""
@@ -347,6 +351,10 @@ class Measurer:
             pad_token_id=self._padding,
             streamer=first,
         )
+
+
+def _key(line: Line) -> tuple[str, str, str]:
+    return line["measure"], line["setting"], line["sample"]
 
 
 class _Forced(LogitsProcessor):

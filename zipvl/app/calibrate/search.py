@@ -56,7 +56,8 @@ class Measures(Protocol):
         ``cache_bytes``."""
 
     def seconds_left(self) -> float:
-        """Until the search must have ended."""
+        """Until the search should have ended; what was measured in an earlier run adds what it took, until it is asked
+        for."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,20 @@ def search(
     seconds = median(line["seconds"] for line in measures.losses(DENSE, split.tune[: LOOKS[0]]))
     planned = plan(seconds, measures.seconds_left(), len(names), split)
     split = planned.split
-    bound = max(aim.max_loss, math.ceil(1e4 * attainable(len(split.report), aim.confidence)) / 1e4)
+    bound = _bound(aim, len(split.report))
     reserve = (1 + EXTRA) * len(split.report) * seconds
     tries = _tune(measures, names[: planned.candidates], split.tune, replace(aim, max_loss=bound), reserve, say)
+    sequence = _sequence(tries, bound)
+    if sequence:  # how many can report is decided by time alone, before any of them is looked at
+        each = median(line["seconds"] for line in measures.losses(DENSE, split.tune))
+        each += median(line["seconds"] for line in sequence[0].lines)
+        report = split.report[: max(1, int(measures.seconds_left() / each))]
+        split = replace(split, report=report)
+        short = planned.short or len(report) < len(planned.split.report)
+        planned, bound = replace(planned, split=split, short=short), _bound(aim, len(report))
     tests: list[Test] = []
-    for entry in _sequence(tries, bound)[: planned.tests]:
-        if tests and measures.seconds_left() < EXTRA * len(split.report) * seconds:
+    for entry in sequence[: planned.tests]:
+        if tests and measures.seconds_left() < len(split.report) * median(line["seconds"] for line in entry.lines):
             entry.dropped = "no time left to test it"
             break
         say(f"testing {entry.name}")
@@ -167,6 +176,11 @@ def search(
             break
     passed = [test for test in tests if test.passed]
     return Found(aim, planned, bound, tries, tests, passed[-1] if passed else None)
+
+
+def _bound(aim: Aim, samples: int) -> float:
+    """What is tested: the loss that is allowed, or the least that so many samples can show."""
+    return max(aim.max_loss, math.ceil(1e4 * attainable(samples, aim.confidence)) / 1e4)
 
 
 def plan(seconds: float, left: float, candidates: int, split: Split) -> Plan:

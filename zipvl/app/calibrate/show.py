@@ -71,7 +71,7 @@ def conclusion(facts: dict[str, Any], output: Path, plot: Path | None) -> list[s
     reported = facts["reported"]
     found.append(
         f"[bold green]{escape(facts['setting'])}[/] loses at most {_percent(reported['upper'])} at {confidence} "
-        f"({_lost(reported)} lost)"
+        f"({_lost(facts, reported)} lost)"
     )
     costs = reported["costs"]
     found.append(
@@ -134,6 +134,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     axis.axhline(
         100 * facts["bound"], color=_LIMIT, linestyle="--", linewidth=1, label=f"bound, {_percent(facts['bound'])}"
     )
+    axis.margins(x=0.2)
     axis.set_xlabel(_AXES[facts["goal"]])
     axis.set_ylabel(f"{facts['loss']}, % (to its upper limit)")
     axis.set_title(f"{facts['model']['name']} on {facts['device']['name']}", fontsize=9, parse_math=False)
@@ -143,35 +144,38 @@ def draw(facts: dict[str, Any], path: Path) -> None:
 
 def _candidates(facts: dict[str, Any]) -> Table:
     table = Table(title="Candidates, on the samples to choose on")
-    table.add_column("setting", min_width=26)
+    table.add_column("setting", min_width=20)
     for name in ("lost", "same token", "KL", "kept", "first token", "answer", "cache"):
         table.add_column(name, justify="right")
-    table.add_column("", min_width=14)
     on_front = front(facts)
     for row in facts["candidates"]:
         cells = [""] * 7
         if "samples" in row:
-            cells[:4] = [_lost(row), f"{row['same']:.1%}", f"{row['kl']:.4f}", f"{row['kept']:.0%}"]
+            cells[:4] = [_lost(facts, row), f"{row['same']:.1%}", f"{row['kl']:.4f}", f"{row['kept']:.0%}"]
         if "costs" in row:
             cells[4:] = [f"{row['costs'][what]['share']:.2f}x" for what in ("first_s", "total_s", "cache_bytes")]
-        table.add_row(escape(row["setting"]), *cells, row["dropped"] or ("front" if row in on_front else ""))
+        note = row["dropped"] or ("front" if row in on_front else "")
+        table.add_row(escape(row["setting"]) + (f"\n[dim]{escape(note)}[/]" if note else ""), *cells)
     return table
 
 
 def _tests(facts: dict[str, Any]) -> Table:
     table = Table(title="Tests, on the samples to report on, the safest first")
-    table.add_column("setting", min_width=26)
+    table.add_column("setting", min_width=20)
     for name in ("lost", "upper limit"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in facts["tested"]:
         outcome = "[green]passed[/]" if row["passed"] else "[yellow]not passed[/]"
-        table.add_row(escape(row["setting"]), _lost(row), _percent(row["upper"]), outcome)
+        table.add_row(escape(row["setting"]), _lost(facts, row), _percent(row["upper"]), outcome)
     return table
 
 
-def _lost(row: dict[str, Any]) -> str:
-    return f"{row['lost']:.4g} of {row['samples']}"
+def _lost(facts: dict[str, Any], row: dict[str, Any]) -> str:
+    """How many samples, or of the tokens of how many, which share."""
+    if facts["loss"].startswith("share of next tokens"):
+        return f"{row['lost'] / row['samples']:.2%} of {row['samples']}"
+    return f"{row['lost']:.0f} of {row['samples']}"
 
 
 def _percent(share: float) -> str:
