@@ -134,6 +134,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     axis.axhline(
         100 * facts["bound"], color=_LIMIT, linestyle="--", linewidth=1, label=f"bound, {_percent(facts['bound'])}"
     )
+    axis.axvline(1.0, color=_ONE, linestyle=":", linewidth=1, label="dense attention")
     axis.margins(x=0.2)
     axis.set_xlabel(_AXES[facts["goal"]])
     axis.set_ylabel(f"{facts['loss']}, % (to its upper limit)")
