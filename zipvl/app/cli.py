@@ -250,7 +250,15 @@ def inspect(
 
 @app.command()
 def calibrate(
-    model: ModelOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder or hub id of an image-text-to-text model; for text of any model, or a .gguf file. "
+            "Default: the tiny model.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(

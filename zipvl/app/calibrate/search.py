@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Protocol
 
 from zipvl.app.calibrate.candidates import Goal
-from zipvl.app.calibrate.intervals import attainable, is_below, upper
+from zipvl.app.calibrate.intervals import attainable, is_below, needed, upper
 from zipvl.app.calibrate.journal import Line
 from zipvl.app.calibrate.samples import Split
 from zipvl.app.calibrate.settings import DENSE, is_harder
@@ -32,6 +32,8 @@ MOST_TESTS = 4
 FEWEST_TO_TUNE = 16
 EXTRA = 1.25
 """How many times as long as dense a candidate's sample is taken to need, before any is measured."""
+ROUGHLY = 1.1
+"""So many times as many samples as there seems to be time for report where they are what the bound needs."""
 COST = {"ttft": "first_s", "memory": "cache_bytes", "answer": "total_s"}
 
 
@@ -161,7 +163,8 @@ def search(
     if sequence:  # how many can report is decided by time alone, before any of them is looked at
         each = median(line["seconds"] for line in measures.losses(DENSE, split.tune))
         each += median(line["seconds"] for line in sequence[0].lines)
-        report = split.report[: max(1, int(measures.seconds_left() / each))]
+        count, enough = int(measures.seconds_left() / each), needed(aim.max_loss, aim.confidence)
+        report = split.report[: enough if count < enough <= ROUGHLY * count else max(1, count)]
         split = replace(split, report=report)
         short = planned.short or len(report) < len(planned.split.report)
         planned, bound = replace(planned, split=split, short=short), _bound(aim, len(report))

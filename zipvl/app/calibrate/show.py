@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -52,7 +53,7 @@ def conclusion(facts: dict[str, Any], output: Path, plot: Path | None) -> list[s
     asked, bound, samples = facts["max_loss"], facts["bound"], facts["samples"]
     if facts["short_of_time"]:
         found.append(
-            f"[yellow]{facts['minutes']['allowed']:.0f} minutes allow {len(facts['candidates'])} of "
+            f"[yellow]The time allows {len(facts['candidates'])} of "
             f"{facts['candidates_known']} candidates on "
             f"{samples['tune'] + samples['report']} of {samples['all']} samples: --minutes for more[/]"
         )
@@ -144,9 +145,9 @@ def draw(facts: dict[str, Any], path: Path) -> None:
 
 
 def _candidates(facts: dict[str, Any]) -> Table:
-    table = Table(title="Candidates, on the samples to choose on")
-    table.add_column("setting", min_width=20)
-    for name in ("lost", "same token", "KL", "kept", "first token", "answer", "cache"):
+    table = Table(title="Candidates, on the samples to choose on", box=SIMPLE_HEAD)
+    table.add_column("setting", min_width=16)
+    for name in ("lost", "same\ntoken", "KL", "kept", "first\ntoken", "answer", "cache"):
         table.add_column(name, justify="right")
     on_front = front(facts)
     for row in facts["candidates"]:
@@ -161,8 +162,8 @@ def _candidates(facts: dict[str, Any]) -> Table:
 
 
 def _tests(facts: dict[str, Any]) -> Table:
-    table = Table(title="Tests, on the samples to report on, the safest first")
-    table.add_column("setting", min_width=20)
+    table = Table(title="Tests, on the samples to report on, the safest first", box=SIMPLE_HEAD)
+    table.add_column("setting", min_width=16)
     for name in ("lost", "upper limit"):
         table.add_column(name, justify="right")
     table.add_column("")
