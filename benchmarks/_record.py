@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import subprocess
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import zipvl
+from zipvl.app.machine import device_description, versions
 
-__all__ = ["append", "csrc_sha256", "device_description", "environment"]
+__all__ = ["append", "csrc_sha256", "environment"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,18 +42,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_description(device),
-        "versions": _versions(),
+        "versions": versions(),
         "commit": _commit(),
         "csrc_sha256": csrc_sha256(),
     }
-
-
-def device_description(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The GPU's name, or the CPU's model with the number of threads PyTorch uses."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    return {"type": device.type, "name": _cpu_model(), "threads": torch.get_num_threads()}
 
 
 def csrc_sha256() -> str | None:
@@ -74,13 +64,6 @@ def csrc_sha256() -> str | None:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "zipvl": zipvl.__version__}
-    if (transformers := sys.modules.get("transformers")) is not None:
-        versions["transformers"] = transformers.__version__
-    return versions
-
-
 def _commit() -> str | None:
     """HEAD, with ``+changes`` where ``csrc/`` or ``zipvl/`` differ from it; None without git."""
     commit = _git("rev-parse", "HEAD")
@@ -93,12 +76,3 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import operator
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 DecodeMode = Literal["auto", "graph", "eager"]
@@ -174,6 +177,40 @@ class ZipVLConfig:
         """
         return replace(self, **changes)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **changes: Any) -> ZipVLConfig:
+        """The configuration that ``save`` or ``zipvl calibrate`` wrote to ``path``.
+
+        Args:
+            path: a JSON file whose entry ``config`` has fields of this class; those that it lacks have their defaults.
+            changes: fields that replace the file's.
+
+        Raises:
+            ValueError: there is no such file, it is none of these, or as for a new configuration.
+            TypeError: as for ``replace``.
+        """
+        return cls(**(read_fields(path) | changes))
+
+    def save(self, path: str | os.PathLike[str], **about: Any) -> None:
+        """Writes every field to ``path``, a JSON file that ``load`` reads, whole or not at all.
+
+        Args:
+            path: of the file, which is replaced.
+            about: further entries of the file, which ``load`` leaves alone: where the configuration comes from.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: ``about`` has an entry ``config``.
+        """
+        if "config" in about:
+            raise ValueError("ZipVLConfig: about must be entries beside config, got one of that name")
+        partial = Path(path).with_name(f".zipvl-{os.getpid()}")
+        try:
+            partial.write_text(json.dumps({"config": asdict(self), **about}, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def attention_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.ops.zipvl.zipvl_attn`` that this configuration decides."""
         selection = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "max_ratio")
@@ -184,6 +221,27 @@ class ZipVLConfig:
     def sinks(self) -> int:
         """``num_sinks`` as far as they take effect: with a window alone."""
         return self.num_sinks if self.local_window > 0 else 0
+
+
+def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of ``ZipVLConfig`` in a file that ``ZipVLConfig.save`` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it is none of these; the message names it.
+    """
+    where = os.fspath(path)
+    try:
+        content = json.loads(Path(where).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"ZipVLConfig: path must be a file, got {where!r}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, not JSON
+        raise ValueError(f"ZipVLConfig: path must be a JSON file, got {where!r}: {error}") from error
+    found = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f'ZipVLConfig: path must be a JSON object with an object "config", got {where!r}')
+    if unknown := sorted(found.keys() - {field.name for field in fields(ZipVLConfig)}):
+        raise ValueError(f"ZipVLConfig: path must name fields of ZipVLConfig, got {', '.join(unknown)} in {where!r}")
+    return found
 
 
 def _error(name: str, expected: str, got: Any) -> ValueError:

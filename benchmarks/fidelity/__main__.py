@@ -17,9 +17,12 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks._record import ROOT, append, device_description
-from benchmarks.fidelity import measure, settings, show, smollm, texts
-from benchmarks.fidelity.journal import Journal, code_digest
+from benchmarks._record import ROOT, append
+from benchmarks.fidelity import measure, show, smollm, texts
+from benchmarks.fidelity.settings import DEFAULT, FULL
+from zipvl.app.calibrate import settings
+from zipvl.app.calibrate.journal import Journal, code_digest
+from zipvl.app.machine import device_description
 
 PARTS = ("text", "key", "page")
 SIZES = {"text": (4, 24), "key": (12, 200), "page": (100, 1000)}
@@ -58,7 +61,7 @@ def main(
         sys.exit(f"--split: expected {' or '.join(texts.SPLITS)}, got {split}")
     if threads:
         torch.set_num_threads(threads)
-    names = list(setting or (settings.FULL if full else settings.DEFAULT))
+    names = list(setting or (FULL if full else DEFAULT))
     try:
         for name in names:
             settings.config(name)

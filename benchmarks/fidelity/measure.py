@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import zipvl
-from benchmarks.fidelity import settings, text_measures
-from benchmarks.fidelity.intervals import mean_interval, paired_interval, wilson
-from benchmarks.fidelity.journal import Journal, Line
+from benchmarks.fidelity import text_measures
 from benchmarks.fidelity.texts import KEY_LENGTHS, Key, Text
+from zipvl.app.calibrate import settings
+from zipvl.app.calibrate.intervals import mean_interval, paired_interval, wilson
+from zipvl.app.calibrate.journal import Journal, Line
 
 __all__ = ["PAGE_FIRST", "keys", "page_names", "pages", "row", "texts"]
 

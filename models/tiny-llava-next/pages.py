@@ -6,7 +6,8 @@ shipped beside the model. Everything random comes from a `torch.Generator`, so a
 Seeds: `training_generator` only takes seeds below `FIRST_HELD_OUT_SEED`, `held_out_page` only seeds from there on.
 A page also depends on the side of the model's tiles, whose borders no entry crosses.
 
-Run as a script to (re)write the pages shipped with a model folder: ``python pages.py``.
+Run as a script to (re)write the pages shipped with a model folder: ``python pages.py``; or others, as samples of
+`zipvl calibrate`: ``python pages.py --output DIR``.
 """
 
 from __future__ import annotations
@@ -195,9 +196,16 @@ def save_page(page: Page, folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def main(folder: Path = Path(__file__).parent) -> None:
-    """Writes the pages shipped with a model folder: demo (24 entries), easy (8), dense (48) and full (64)."""
+def main(folder: Path = Path(__file__).parent, output: Path | None = None, count: int = 200, first: int = 0) -> None:
+    """Writes the pages shipped with a model folder: demo (24 entries), easy (8), dense (48) and full (64).
+
+    With ``output`` writes ``count`` held-out pages there instead, from the ``first``-th on.
+    """
     tile_side = json.loads((folder / "config.json").read_text())["vision_config"]["image_size"]
+    if output is not None:
+        for number in range(first, first + count):
+            save_page(held_out_page(FIRST_HELD_OUT_SEED + number, tile_side), output, f"{number:06d}")
+        return
     for offset, (name, entries) in enumerate([("demo", 24), ("easy", 8), ("dense", 48), ("full", 64)]):
         save_page(held_out_page(2 * FIRST_HELD_OUT_SEED + offset, tile_side, entries), folder / "pages", name)
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("tqdm")
-from benchmarks.fidelity import measure, settings, text_measures
-from benchmarks.fidelity.journal import Journal
+from benchmarks.fidelity import measure, text_measures
 from benchmarks.fidelity.texts import Key, Text
+from zipvl.app.calibrate import settings
+from zipvl.app.calibrate.journal import Journal
 
 from .tiny_models import make_llama
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,3 +172,57 @@ def test_attention_gets_what_decides_in_it() -> None:
     given = config.attention_kwargs()
     assert (given["local_window"], given["num_sinks"], given["max_ratio"]) == (64, 4, 0.5)
     assert all(getattr(config, name) == value for name, value in given.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ZipVLConfig(),
+        ZipVLConfig.paper(cache="quantize"),
+        ZipVLConfig(ratio=0.25, layers=(1, 3), dense_below=300, high_bits=8, skip_projections=False),
+        ZipVLConfig(cache="drop", cache_ratio=1 / 3, seed=2**63 - 1),
+    ],
+)
+def test_a_saved_configuration_is_loaded_as_it_was(tmp_path: Path, config: ZipVLConfig) -> None:
+    config.save(tmp_path / "zipvl.json", origin={"model": "m"})
+    assert ZipVLConfig.load(tmp_path / "zipvl.json") == config
+    assert hash(ZipVLConfig.load(str(tmp_path / "zipvl.json"))) == hash(config)
+    assert json.loads((tmp_path / "zipvl.json").read_text())["origin"] == {"model": "m"}
+    assert ZipVLConfig.load(tmp_path / "zipvl.json", tau=0.5, seed=1) == config.replace(tau=0.5, seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["zipvl.json"]
+
+
+def test_a_field_that_a_file_lacks_has_its_default(tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text('{"config": {"tau": 0.5}}')
+    assert ZipVLConfig.load(tmp_path / "some.json") == ZipVLConfig(tau=0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "path must be a file, got '.*': No such file"),
+        (b"{", "path must be a JSON file, got"),
+        (b'{"config": "caf\xe9"}', "path must be a JSON file, got"),
+        (b"[]", 'path must be a JSON object with an object "config"'),
+        (b'{"tau": 0.5}', 'path must be a JSON object with an object "config"'),
+        (b'{"config": {"tua": 0.5, "tau": 0.5}}', "path must name fields of ZipVLConfig, got tua in"),
+        (b'{"config": {"tau": 1.5}}', "tau must be in"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^ZipVLConfig: {message}"):
+        ZipVLConfig.load(tmp_path / "bad.json")
+
+
+def test_what_stands_beside_a_configuration_is_not_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="about must be entries beside config"):
+        ZipVLConfig().save(tmp_path / "zipvl.json", config=1)
+    with pytest.raises(OSError):
+        ZipVLConfig().save(tmp_path / "none" / "zipvl.json")

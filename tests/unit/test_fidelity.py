@@ -12,8 +12,10 @@ import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-from benchmarks.fidelity import intervals, measure, settings, show, smollm, texts
-from benchmarks.fidelity.journal import Journal
+from benchmarks.fidelity import measure, show, smollm, texts
+from benchmarks.fidelity.settings import FULL
+from zipvl.app.calibrate import intervals, settings
+from zipvl.app.calibrate.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +118,7 @@ def test_a_name_that_says_nothing(name) -> None:
 
 def test_every_setting_is_a_configuration() -> None:
     assert settings.config(settings.DENSE) is None
-    configs = [settings.config(name) for name in settings.FULL]
+    configs = [settings.config(name) for name in FULL]
     assert None not in configs and len(set(configs)) == len(configs)
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from zipvl.config import ZipVLConfig
 from zipvl.vllm import versions
-from zipvl.vllm.options import OUT_OF_REACH, Budget, Options
+from zipvl.vllm.options import DONE, OUT_OF_REACH, Budget, Options
 from zipvl.vllm.report import Reporter, StepRecord
 from zipvl.vllm.rows import cut, split
 from zipvl.vllm.startup import problems
@@ -73,6 +74,44 @@ def test_what_a_backend_cannot_see_is_an_error(name: str) -> None:
 def test_wrong_options(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options.read(given)
+
+
+def test_a_file_gives_what_a_backend_can_follow(tmp_path: Path) -> None:
+    path = str(tmp_path / "zipvl.json")
+    followed = ZipVLConfig(tau=0.8, dense_below=300, low_bits=2, keep_text=False, text_prompts="sparse")
+    followed.save(path)
+    assert Options.read({"config": path}).config == followed.replace(low_bits=(4, 2))
+    given = {"config": path, "tau": 0.7, "prefill_chunk_size": 512}
+    assert Options.read(given) == Options(followed.replace(low_bits=(4, 2), tau=0.7), 512)
+    ZipVLConfig(tau=0.8).save(path)
+    beside = {"config": path, "keep_text": False, "text_prompts": "sparse"}
+    assert Options.read(beside).config == ZipVLConfig(tau=0.8, **DONE)
+
+
+@pytest.mark.parametrize("name", sorted(OUT_OF_REACH))
+def test_a_field_of_a_file_that_a_backend_cannot_follow_is_named(tmp_path: Path, name: str) -> None:
+    values: dict[str, Any] = {"keep_text": True, "text_prompts": "dense", "skip_projections": True, "decode": "eager"}
+    values |= {
+        "vision_attention": False,
+        "vision_compile": True,
+        "high_bits": 8,
+        "low_bits": 4,
+        "skip_mlp_layers": (1,),
+    }
+    config = ZipVLConfig(**DONE | {name: values[name]} | ({"cache": "quantize"} if name.endswith("bits") else {}))
+    config.save(tmp_path / "zipvl.json")
+    with pytest.raises(ValueError, match=rf"zipvl: {name}=.* of .*zipvl\.json cannot be had in vLLM: "):
+        Options.read({"config": str(tmp_path / "zipvl.json")})
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zipvl: config must be the path of a file of zipvl calibrate, got 3"):
+        Options.read({"config": 3})
+    with pytest.raises(ValueError, match="path must be a file, got"):
+        Options.read({"config": str(tmp_path / "none.json")})
+    ZipVLConfig(cache="quantize", **DONE).save(tmp_path / "zipvl.json")
+    with pytest.raises(ValueError, match='cache="quantize" cannot be had'):
+        Options.read({"config": str(tmp_path / "zipvl.json")})
 
 
 @pytest.mark.parametrize(

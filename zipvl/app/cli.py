@@ -1,4 +1,4 @@
-"""``zipvl``: ask a model about a page with ZipVL, look at what it kept, see what is installed.
+"""``zipvl``: ask a model about a page with ZipVL, look at what it kept, choose a setting, see what is installed.
 
 torch and transformers are imported inside the commands, so that help and usage errors come at once. Every mistake of
 the caller is one line on stderr and exit code 2.
@@ -98,18 +98,31 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder or hub id of an image-text-to-text model. Default: the tiny model."),
 ]
-TauOption = Annotated[float, typer.Option(help="Share of the attention mass that kept tokens must hold, in (0, 1].")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="File of zipvl calibrate or ZipVLConfig.save; options beside it replace its fields."),
+]
+TauOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the attention mass that kept tokens must hold, in (0, 1].", show_default="0.975"),
+]
 RatioOption = Annotated[
     float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
 ]
 CacheOption = Annotated[
-    str, typer.Option(help="drop: store the kept tokens alone; quantize: all at few bits; full: all as they are.")
+    str | None,
+    typer.Option(
+        help="drop: store the kept tokens alone; quantize: all at few bits; full: all as they are.", show_default="drop"
+    ),
 ]
 CacheRatioOption = Annotated[
     float | None, typer.Option(help="With drop: store this share of the tokens in every layer, in (0, 1].")
 ]
 DenseBelowOption = Annotated[
-    str, typer.Option(help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.")
+    str | None,
+    typer.Option(
+        help="Prompts of fewer tokens stay dense; auto: those for which ZipVL would be slower.", show_default="auto"
+    ),
 ]
 MaxRatioOption = Annotated[
     float | None, typer.Option(help="Largest share of the tokens that a layer keeps of its own choice, in (0, 1].")
@@ -122,7 +135,7 @@ DenseLayersOption = Annotated[int | None, typer.Option(help="This many first lay
 KeepTextOption = Annotated[
     bool | None, typer.Option("--keep-text/--no-keep-text", help="Keep all text beside a page, on top. On by default.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the random probe tokens.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the random probe tokens.", show_default="0")]
 NewTokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -133,24 +146,26 @@ def run(
     image: ImageOption,
     question: QuestionOption,
     model: ModelOption = None,
-    tau: TauOption = 0.975,
+    config: ConfigOption = None,
+    tau: TauOption = None,
     ratio: RatioOption = None,
-    cache: CacheOption = "drop",
+    cache: CacheOption = None,
     cache_ratio: CacheRatioOption = None,
-    dense_below: DenseBelowOption = "auto",
+    dense_below: DenseBelowOption = None,
     max_ratio: MaxRatioOption = None,
     local_window: WindowOption = None,
     num_sinks: SinksOption = None,
     dense_first_layers: DenseLayersOption = None,
     keep_text: KeepTextOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     max_new_tokens: NewTokensOption = 32,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a question about a page, densely and with ZipVL, and compare."""
-    config = _config(
+    chosen = _config(
+        config,
         tau=tau,
         ratio=ratio,
         cache=cache,
@@ -169,13 +184,13 @@ def run(
     from zipvl.app.run import ask
 
     _say("asking, ZipVL")
-    sparse = ask(loaded.model, loaded.processor, page, question, config, max_new_tokens=max_new_tokens)
+    sparse = ask(loaded.model, loaded.processor, page, question, chosen, max_new_tokens=max_new_tokens)
     _say("asking, dense")
     dense = ask(loaded.model, loaded.processor, page, question, max_new_tokens=max_new_tokens)
 
     from zipvl.app.show_run import print_run, run_facts
 
-    facts = run_facts(loaded, model is None, image, page.size, question, config, dense, sparse)
+    facts = run_facts(loaded, model is None, image, page.size, question, chosen, dense, sparse)
     _print_json(facts) if as_json else print_run(facts)
 
 
@@ -187,23 +202,25 @@ def inspect(
         Path | None, typer.Option("--output", "-o", help="Report to write: .html or .png. Default: IMAGE-zipvl.html.")
     ] = None,
     model: ModelOption = None,
-    tau: TauOption = 0.975,
+    config: ConfigOption = None,
+    tau: TauOption = None,
     ratio: RatioOption = None,
-    cache: CacheOption = "drop",
+    cache: CacheOption = None,
     cache_ratio: CacheRatioOption = None,
-    dense_below: DenseBelowOption = "auto",
+    dense_below: DenseBelowOption = None,
     max_ratio: MaxRatioOption = None,
     local_window: WindowOption = None,
     num_sinks: SinksOption = None,
     dense_first_layers: DenseLayersOption = None,
     keep_text: KeepTextOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     max_new_tokens: NewTokensOption = 32,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
     """Write a picture or web page of the patches that each layer kept."""
-    config = _config(
+    chosen = _config(
+        config,
         tau=tau,
         ratio=ratio,
         cache=cache,
@@ -225,10 +242,90 @@ def inspect(
     check_output(output)
     loaded = _model(model, device, dtype, notes)
     _say("asking, ZipVL")
-    inspection = inspect_page(loaded, page, question, config, max_new_tokens=max_new_tokens)
+    inspection = inspect_page(loaded, page, question, chosen, max_new_tokens=max_new_tokens)
     write_report(inspection, output)
 
     print_inspect(loaded, model is None, inspection, output)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder or hub id of an image-text-to-text model; for text of any model, or a .gguf file. "
+            "Default: the tiny model.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures, or JSONL of image, question and answer, or of prompt. Default: shipped pages."
+        ),
+    ] = None,
+    max_loss: Annotated[str, typer.Option(help="Largest loss that is allowed, such as 1% or 0.01.")] = "1%",
+    goal: Annotated[
+        str, typer.Option(help="What to gain: ttft (time to first token), memory or answer (its time).")
+    ] = "ttft",
+    confidence: Annotated[str, typer.Option(help="Of the bound, such as 95% or 0.95.")] = "95%",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the setting that is found.")] = Path(
+        "zipvl.json"
+    ),
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of loss against the goal: .png, .svg or .pdf. Default: OUTPUT.png.")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Time to measure in; where it is short, fewer candidates are tried.")
+    ] = 30.0,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="A candidate, such as 'tau 0.9, window 512, full', in place of the usual ones; repeatable."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="What the setting is for: transformers or vllm.")] = "transformers",
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Asked about pictures without one.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts whose loss is measured together. Default: 1 on a CPU, 8 on a GPU.")
+    ] = None,
+    dense_below: Annotated[int, typer.Option(help="Prompts of fewer tokens stay dense.")] = 256,
+    max_new_tokens: NewTokensOption = 32,
+    seed: Annotated[int, typer.Option(help="Seed of which samples choose and which report.")] = 0,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what was measured, so that a run can be resumed. Default: OUTPUT-calibration."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find the fastest setting whose loss on your own samples is below a bound, and write it to a file."""
+    from zipvl.app.calibrate.command import Options, run_command
+
+    options = Options(
+        model=model,
+        data=data,
+        max_loss=max_loss,
+        goal=goal,
+        confidence=confidence,
+        output=output,
+        plot=plot,
+        minutes=minutes,
+        settings=tuple(setting or ()),
+        engine=engine,
+        question=question,
+        batch_size=batch_size,
+        dense_below=dense_below,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        work=work,
+        device=device,
+        dtype=dtype,
+        as_json=as_json,
+    )
+    _hush()
+    found = run_command(options, _say)
+    raise typer.Exit(0 if found else 1)
 
 
 @app.command()
@@ -246,15 +343,23 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     raise typer.Exit(0 if facts["healthy"] else 1)
 
 
-def _config(**values: Any) -> ZipVLConfig:
-    """The configuration of ``values``; an option that was not given, None, is its default."""
-    from zipvl.config import ZipVLConfig
+def _config(file: Path | None, **values: Any) -> ZipVLConfig:
+    """The configuration of ``file``, or of the command's defaults without one, with ``values``; an option that was not
+    given, None, changes nothing."""
+    from zipvl.config import ZipVLConfig, read_fields
 
-    values = {name: value for name, value in values.items() if value is not None}
-    with suppress(ValueError):  # a word, such as auto
-        values["dense_below"] = int(values["dense_below"])
+    fields: dict[str, Any] = {"tau": 0.975, "cache": "drop"}
+    if file is not None:
+        try:
+            fields = read_fields(file)
+            ZipVLConfig(**fields)
+        except ValueError as error:
+            raise InputError("config", str(error).removeprefix("ZipVLConfig: ")) from error
+    fields |= {name: value for name, value in values.items() if value is not None}
+    with suppress(KeyError, TypeError, ValueError):  # a word, such as auto
+        fields["dense_below"] = int(fields["dense_below"])
     try:
-        return ZipVLConfig(**values)
+        return ZipVLConfig(**fields)
     except ValueError as error:
         name, _, rest = str(error).removeprefix("ZipVLConfig: ").partition(" ")
         raise InputError(name, rest) from error

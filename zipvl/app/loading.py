@@ -13,7 +13,7 @@ import torch
 from zipvl.errors import InputError, first_line, shortened
 from zipvl.support import support
 
-__all__ = ["Loaded", "default_model", "load", "resolve_device", "resolve_dtype"]
+__all__ = ["Loaded", "default_model", "load", "resolve_device", "resolve_dtype", "shipped_pages"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_TIMEOUT_S = 5.0
@@ -29,7 +29,7 @@ class Loaded:
     Attributes:
         name: folder or hub id it came from.
         model: the model, in evaluation mode, on ``device``.
-        processor: its processor; it has a chat template.
+        processor: its processor, which has a chat template; the tokenizer of a model of text.
         device, dtype: where the model lies and in what.
         notes: what the user should know about the loading, one line each.
     """
@@ -47,11 +47,27 @@ def default_model() -> str:
     from_environment = os.environ.get("ZIPVL_MODEL")
     if from_environment:
         return from_environment
-    folder = Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
+    folder = _tiny_model()
     if not (folder / "config.json").is_file():
         raise InputError("model", f"there is no default model at {folder}: pass a folder or hub id, or set ZIPVL_MODEL")
+    return str(_from_here(folder))
+
+
+def shipped_pages() -> Path:
+    """The folder of pages of the checkout that this package lies in (relative if below here), for the tiny model."""
+    folder = _tiny_model() / "pages"
+    if not folder.is_dir():
+        raise InputError("data", f"there are no pages at {folder}: pass a folder of pictures or a JSONL file")
+    return _from_here(folder)
+
+
+def _tiny_model() -> Path:
+    return Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
+
+
+def _from_here(folder: Path) -> Path:
     here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def resolve_device(name: str) -> torch.device:
@@ -91,37 +107,53 @@ def resolve_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load(name: str, *, device: str = "auto", dtype: str = "auto", text: bool = False) -> Loaded:
     """Load model and processor from a folder or the hub.
 
     Cheap things are checked first: device, dtype, whether the model is there, whether it is an image-text-to-text
     model, whether its processor has a chat template; then the weights are read. A hub that does not answer within
     seconds is not retried: the local cache is used, or the error says that it holds nothing.
+
+    Args:
+        name: the folder or the hub id; with ``text`` a GGUF file too, which transformers reads with the package gguf.
+        device: as for ``resolve_device``.
+        dtype: as for ``resolve_dtype``.
+        text: no picture will be shown: a causal language model does, whose processor is its tokenizer.
+
+    Raises:
+        InputError: one of these things is not so.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     where, kind = resolve_device(device), resolve_dtype(dtype)
-    source, cached_only = _locate(name)
+    given: dict[str, Any] = {}
+    if text and name.endswith(".gguf") and os.path.isfile(name):
+        source, given = os.path.dirname(name) or ".", {"gguf_file": os.path.basename(name), "local_files_only": True}
+    else:
+        source, given["local_files_only"] = _locate(name)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=cached_only)
+        config = AutoConfig.from_pretrained(source, **given)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, "its configuration cannot be read", error) from error
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise InputError("model", f"expected an image-text-to-text model, but {name} is of type {config.model_type!r}")
+    model_class: Any = AutoModelForImageTextToText
+    if type(config) not in model_class._model_mapping:
+        if not text or type(config) not in AutoModelForCausalLM._model_mapping:
+            expected = (
+                "a causal language model or an image-text-to-text model" if text else "an image-text-to-text model"
+            )
+            raise InputError("model", f"expected {expected}, but {name} is of type {config.model_type!r}")
+        model_class = AutoModelForCausalLM
+    of_text = model_class is AutoModelForCausalLM
     try:
-        processor = AutoProcessor.from_pretrained(source, local_files_only=cached_only)
+        processor: Any = (AutoTokenizer if of_text else AutoProcessor).from_pretrained(source, **given)
     except _LOAD_ERRORS as error:
-        raise _not_loaded(name, "its processor cannot be loaded", error) from error
-    if not getattr(processor, "chat_template", None):
+        raise _not_loaded(name, f"its {'tokenizer' if of_text else 'processor'} cannot be loaded", error) from error
+    if not text and not getattr(processor, "chat_template", None):
         raise InputError("model", f"the processor of {name} has no chat template, so a question cannot be put to it")
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source,
-            config=config,
-            dtype=kind or "auto",
-            local_files_only=cached_only,
-            output_loading_info=True,
+        loaded: Any = model_class.from_pretrained(
+            source, config=config, dtype=kind or "auto", output_loading_info=True, **given
         )
         model, info = loaded
         model = model.to(where).eval()

@@ -20,7 +20,7 @@ from zipvl.transformers import cache_names
 if TYPE_CHECKING:
     from zipvl.config import ZipVLConfig
 
-__all__ = ["LONGEST", "Answer", "ask", "prepare", "reasons_for_dense"]
+__all__ = ["LONGEST", "Answer", "FirstToken", "ask", "attention", "prepare", "reasons_for_dense", "synchronize"]
 
 LONGEST = 1000
 """A page is at most so many times as long as it is wide."""
@@ -112,13 +112,13 @@ def ask(
     """
     inputs = prepare(processor, image, question, model)
     if warm_up:
-        with _attention(model, config, record_index=False):
+        with attention(model, config, record_index=False):
             _generate(model, inputs, max_new_tokens=1)
-    with _attention(model, config, record_index=record_index) as stats, _FirstToken.of(model) as first:
-        _synchronize(model.device)
+    with attention(model, config, record_index=record_index) as stats, FirstToken.of(model) as first:
+        synchronize(model.device)
         start = time.perf_counter()
         output = _generate(model, inputs, max_new_tokens=max_new_tokens, streamer=first)
-        _synchronize(model.device)
+        synchronize(model.device)
         end = time.perf_counter()
     new = output.sequences[0]
     prompt_tokens = inputs["input_ids"].shape[1]
@@ -148,7 +148,7 @@ def reasons_for_dense(stats: Any) -> list[str]:
     return [f"{_layer_range(where)}: {reason}" for reason, where in layers.items()]
 
 
-class _FirstToken(BaseStreamer):
+class FirstToken(BaseStreamer):
     """Notes when the first token reached the host, and how large the cache was then.
 
     ``generate`` puts the prompt first and each token after it, as CPU tensors, so a put means that the device is done.
@@ -164,7 +164,7 @@ class _FirstToken(BaseStreamer):
 
     @classmethod
     @contextmanager
-    def of(cls, model: Any) -> Iterator[_FirstToken]:
+    def of(cls, model: Any) -> Iterator[FirstToken]:
         """A streamer for one ``generate`` of ``model``."""
         streamer = cls()
         hook = model.register_forward_hook(streamer._see)
@@ -189,7 +189,7 @@ class _FirstToken(BaseStreamer):
 
 
 @contextmanager
-def _attention(model: Any, config: ZipVLConfig | None, *, record_index: bool) -> Iterator[Any]:
+def attention(model: Any, config: ZipVLConfig | None, *, record_index: bool) -> Iterator[Any]:
     """The model's ordinary attention (yields ``None``), or ZipVL's (yields its ``Stats``).
 
     ZipVL's warnings are silenced, because the statistics hold the same reasons; its refusals become ``InputError``.
@@ -224,7 +224,8 @@ def _generate(model: Any, inputs: Any, *, max_new_tokens: int, streamer: BaseStr
     )
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what runs on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from zipvl.config import ZipVLConfig
+from zipvl.config import ZipVLConfig, read_fields
 from zipvl.lmms_eval.methods import METHODS, PADDED, options_of
 
 __all__ = ["Arguments", "parse"]
@@ -36,7 +36,8 @@ class Arguments:
         min_pixels, max_pixels: handed to the processor where given (Qwen-VL).
         system_prompt: text of a system turn before every question.
         stats: JSON file to write with what the method kept, task by task.
-        zipvl: what ZipVL keeps; its fields are arguments of their own (``tau=0.975,cache=drop``).
+        zipvl: what ZipVL keeps; its fields are arguments of their own (``tau=0.975,cache=drop``); ``config`` names a
+            file of ``zipvl calibrate`` or ``ZipVLConfig.save`` whose fields they replace.
         options: arguments of a baseline, those of its class in ``zipvl.baselines`` (``keep=0.5``) or ``budget``, or of
             ``variant``, those of ``zipvl.baselines.Variant``.
     """
@@ -95,11 +96,11 @@ def parse(given: dict[str, Any]) -> Arguments:
     own = {f.name for f in fields(Arguments)} - {"zipvl", "options"}
     of_zipvl = {f.name for f in fields(ZipVLConfig)}
     of_baseline = options_of(method)
-    mine = {"zipvl": of_zipvl, "dense": set()}.get(method, of_baseline)
+    mine = {"zipvl": of_zipvl | {"config"}, "dense": set()}.get(method, of_baseline)
     for name in given:
         if name in own | mine:
             continue
-        if name in of_zipvl:
+        if name in of_zipvl | {"config"}:
             raise ValueError(f"zipvl: {name} is an argument of method=zipvl, but method={method} was asked for")
         known = sorted(own | mine)
         close = difflib.get_close_matches(name, known, n=1)
@@ -110,7 +111,8 @@ def parse(given: dict[str, Any]) -> Arguments:
     values = {name: value for name, value in given.items() if name in own}
     if "batch_size" in values:
         values["batch_size"] = _batch_size(values["batch_size"])
-    config = ZipVLConfig(**{name: _field(name, value) for name, value in given.items() if name in of_zipvl & mine})
+    fields_given = {name: _field(name, value) for name, value in given.items() if name in of_zipvl & mine}
+    config = ZipVLConfig(**((read_fields(str(given["config"])) if "config" in given else {}) | fields_given))
     return Arguments(**values, zipvl=config, options={n: v for n, v in given.items() if n in of_baseline & mine - own})
 
 

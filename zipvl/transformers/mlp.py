@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_tracing
 from zipvl.config import ZipVLConfig
 from zipvl.transformers import features
 from zipvl.transformers.products import counts_rows, is_plain
-from zipvl.transformers.target import Target, layer_index, layers_that_can
+from zipvl.transformers.target import Target, find, layer_index, layers_that_can
 
 NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 """What decoder layers call their MLP."""
@@ -201,6 +201,25 @@ class MLPs:
                 )
             found[layer] = mlp
         return found
+
+
+def layers_whose_mlps_can_skip(model: nn.Module) -> list[int]:
+    """The layers that ``ZipVLConfig.skip_mlp_layers`` may name for ``model``.
+
+    Raises:
+        ValueError: ``model`` cannot be sparse at all, and why.
+    """
+    target = find(model)
+    mlps = MLPs(target)
+
+    def can(layer: int) -> bool:
+        try:
+            mlps.check(ZipVLConfig(skip_mlp_layers=(layer,)))
+        except ValueError:
+            return False
+        return True
+
+    return [layer for layer in sorted(layers_that_can(target)) if can(layer)]
 
 
 def _mlp_of(layer: nn.Module | None, attention: nn.Module) -> nn.Module | str:

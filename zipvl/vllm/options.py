@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from zipvl import policy
-from zipvl.config import ZipVLConfig
+from zipvl.config import ZipVLConfig, read_fields
 
 KEY = "zipvl"
 """The entry of vLLM's ``additional_config``."""
@@ -27,6 +27,8 @@ OUT_OF_REACH = {
 DONE = {"keep_text": False, "text_prompts": "sparse"}
 """Values of ``OUT_OF_REACH`` that say what is done anyway, and so may be given."""
 OURS = ("prefill_chunk_size",)
+FILE = "config"
+"""The entry that names a file of ``zipvl calibrate`` or ``ZipVLConfig.save``."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Options:
 
     @classmethod
     def read(cls, given: Any) -> Options:
-        """The options in ``additional_config["zipvl"]``.
+        """The options in ``additional_config["zipvl"]``; those beside ``config`` replace the file's.
 
         Raises:
-            ValueError: it is no mapping, or an entry is unknown, out of a backend's reach, or wrong; the message names
-                it.
+            ValueError: it is no mapping, or an entry, or one of the file's, is unknown, out of a backend's reach, or
+                wrong; the message names it.
         """
         if not isinstance(given, Mapping):
             raise ValueError(f'zipvl: additional_config["{KEY}"] must be an object of options, got {given!r}')
@@ -61,9 +63,11 @@ class Options:
                 raise ValueError(f"zipvl: {name} cannot be had in vLLM: {reason}. Leave it out{accepted}")
             settings.pop(name, None)
         names = {field.name for field in fields(ZipVLConfig)} - set(OUT_OF_REACH)
-        if unknown := sorted(set(settings) - names - set(OURS)):
-            known = ", ".join(sorted(names | set(OURS)))
+        if unknown := sorted(set(settings) - names - {*OURS, FILE}):
+            known = ", ".join(sorted(names | {*OURS, FILE}))
             raise ValueError(f"zipvl: there is no option {', '.join(map(str, unknown))}; there are {known}")
+        if FILE in settings:
+            settings = _of_file(settings.pop(FILE), given) | settings
         if settings.get("cache") == "quantize":
             raise ValueError(
                 'zipvl: cache="quantize" cannot be had in vLLM, whose blocks hold one type of number: use "full" or '
@@ -106,6 +110,29 @@ class Options:
             (True, True): "the cache holds kept tokens, blocks are reserved for these alone",
         }
         return f"sparse prefill of every prompt ({kept}{seen}); {blocks[self.drops, self.compact]}"
+
+
+def _of_file(path: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file that a backend can follow, once the others say nothing that it would have to.
+
+    Args:
+        path: of the file.
+        given: what is asked for beside it, which counts in its place.
+    """
+    if not isinstance(path, str):
+        raise ValueError(f"zipvl: {FILE} must be the path of a file of zipvl calibrate, got {path!r}")
+    found = read_fields(path)
+    config, default = ZipVLConfig(**found), ZipVLConfig()
+    for name, reason in OUT_OF_REACH.items():
+        value = getattr(config, name)
+        idle = value == getattr(default, name) or (name in ("high_bits", "low_bits") and config.cache != "quantize")
+        if name not in given and not (value == DONE[name] if name in DONE else idle):
+            accepted = f", or give {name}={DONE[name]!r} beside it" if name in DONE else ""
+            raise ValueError(
+                f"zipvl: {name}={value!r} of {path} cannot be had in vLLM: {reason}. Find a setting with "
+                f"zipvl calibrate --engine vllm{accepted}"
+            )
+    return {name: value for name, value in found.items() if name not in OUT_OF_REACH}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,18 @@ def test_every_field_of_the_configuration_is_an_argument() -> None:
     assert parse({"pretrained": "m", "low_bits": "4+2"}).zipvl.low_bits == (4, 2)
     with pytest.raises(ValueError, match=r"ZipVLConfig: low_bits must be 2, 4 or 8, .*, got '4\+x'"):
         parse({"pretrained": "m", "low_bits": "4+x"})
+
+
+def test_a_file_of_a_configuration(tmp_path: Path) -> None:
+    path = str(tmp_path / "zipvl.json")
+    ZipVLConfig(tau=0.8, layers=(1, 2), cache="drop").save(path)
+    assert parse({"pretrained": "m", "config": path}).zipvl == ZipVLConfig.load(path)
+    given = {"pretrained": "m", "config": path, "tau": 0.5, "layers": "0+4"}
+    assert parse(given).zipvl == ZipVLConfig.load(path, tau=0.5, layers=(0, 4))
+    with pytest.raises(ValueError, match="path must be a file, got"):
+        parse({"pretrained": "m", "config": str(tmp_path / "none.json")})
+    with pytest.raises(ValueError, match="config is an argument of method=zipvl, but method=fastv"):
+        parse({"pretrained": "m", "config": path, "method": "fastv"})
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import zipvl
-from benchmarks._record import csrc_sha256
 
-__all__ = ["Journal", "code_digest"]
+__all__ = ["Journal", "Line", "code_digest"]
 
 Line = dict[str, Any]
 
 
 def code_digest() -> str:
-    """Which ops and which Python measured a sample: 16 digits of ``csrc/`` and of zipvl's sources."""
-    digest = hashlib.sha256((csrc_sha256() or "").encode())
+    """Which code computes answers: 16 digits of the op libraries and of the Python that ``zipvl.sparse`` runs."""
     folder = Path(zipvl.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
+    files = [*folder.glob("*.py"), *(folder / "transformers").rglob("*.py"), *(folder / "lib").glob("*.so")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -58,6 +58,10 @@ class Journal:
             file.write("\n" * self._broken + json.dumps(line) + "\n")
         self._broken = False
         self._lines[measure, setting, sample] = line
+
+    def every(self) -> list[Line]:
+        """All lines."""
+        return list(self._lines.values())
 
     def lines(self, measure: str, setting: str, samples: list[str]) -> list[Line]:
         """The lines of these samples, those that are there, in their order."""
