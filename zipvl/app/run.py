@@ -14,13 +14,14 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from zipvl.app.cache_bytes import cache_bytes
+from zipvl.app.timing import synchronize
 from zipvl.errors import InputError, first_line
 from zipvl.transformers import cache_names
 
 if TYPE_CHECKING:
     from zipvl.config import ZipVLConfig
 
-__all__ = ["LONGEST", "Answer", "ask", "prepare", "reasons_for_dense"]
+__all__ = ["LONGEST", "Answer", "ask", "attention", "prepare", "reasons_for_dense"]
 
 LONGEST = 1000
 """A page is at most so many times as long as it is wide."""
@@ -112,13 +113,13 @@ def ask(
     """
     inputs = prepare(processor, image, question, model)
     if warm_up:
-        with _attention(model, config, record_index=False):
+        with attention(model, config, record_index=False):
             _generate(model, inputs, max_new_tokens=1)
-    with _attention(model, config, record_index=record_index) as stats, _FirstToken.of(model) as first:
-        _synchronize(model.device)
+    with attention(model, config, record_index=record_index) as stats, _FirstToken.of(model) as first:
+        synchronize(model.device)
         start = time.perf_counter()
         output = _generate(model, inputs, max_new_tokens=max_new_tokens, streamer=first)
-        _synchronize(model.device)
+        synchronize(model.device)
         end = time.perf_counter()
     new = output.sequences[0]
     prompt_tokens = inputs["input_ids"].shape[1]
@@ -189,7 +190,7 @@ class _FirstToken(BaseStreamer):
 
 
 @contextmanager
-def _attention(model: Any, config: ZipVLConfig | None, *, record_index: bool) -> Iterator[Any]:
+def attention(model: Any, config: ZipVLConfig | None, *, record_index: bool) -> Iterator[Any]:
     """The model's ordinary attention (yields ``None``), or ZipVL's (yields its ``Stats``).
 
     ZipVL's warnings are silenced, because the statistics hold the same reasons; its refusals become ``InputError``.
@@ -222,11 +223,6 @@ def _generate(model: Any, inputs: Any, *, max_new_tokens: int, streamer: BaseStr
         return_dict_in_generate=True,
         streamer=streamer,
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _layer_range(layers: list[int]) -> str:

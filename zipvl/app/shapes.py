@@ -160,4 +160,4 @@ QWEN2_5_VL_3B = Shape(
     ),
 )
 TINY_VL = _qwen2_5_vl(TINY_TEXT | {"max_position_embeddings": 131200}, TINY_TOWER | {"depth": 8}, sections=[4, 6, 6])
-TINY = Shape("a tiny model", TINY_VL, page=(64, 64))
+TINY = Shape("a tiny model", TINY_VL, page=(32, 32))
