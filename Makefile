@@ -52,6 +52,12 @@ $(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(BIN)/pip install -q --no-deps lmms-eval==$(LMMS_EVAL)
 	touch $@
 
+# What tests/models/test_weights.py looks for; transformers imports what it finds of them, so not into $(VENV) itself.
+$(VENV)/weights.stamp: $(VENV)/packages.stamp
+	rm -rf $(VENV)/weights
+	$(BIN)/pip install -q --no-deps --target $(VENV)/weights $$($(BIN)/python tools/requirements.py weights-test)
+	touch $@
+
 # CUTLASS's headers, where a build makes the CUDA library: without the Python packages that it asks for.
 $(VENV)/cutlass.stamp: $(VENV)/packages.stamp
 	$(BIN)/pip install -q --no-deps $$($(BIN)/python tools/requirements.py cuda-build)
@@ -82,7 +88,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 check: lint $(VENV)/build.stamp
 	$(PYTEST) --quick tests/unit $(addprefix tests/models/,$(CHECK_MODELS)) $(PYTEST_ARGS)
 
-test: $(VENV)/build.stamp
+test: $(VENV)/build.stamp $(VENV)/weights.stamp
 	$(PYTEST) tests $(PYTEST_ARGS)
 
 gpu-check: $(VENV)/build.stamp

@@ -7,7 +7,6 @@ stored that the most recent queries look at, the same number in every layer (doc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from zipvl import ops
 from zipvl.config import ZipVLConfig
+from zipvl.ranks import OverRanks
 
 WINDOW_SHARE = 0.75
 """The share of a budget that the last tokens of a window may take."""
@@ -72,7 +72,7 @@ def select(
     keep: Tensor,
     own: Tensor | None,
     scaling: float | None,
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
+    over_ranks: OverRanks | None = None,
     last_key: Tensor | None = None,
     **projections: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def select(
         keep, own: what ``first_stored`` gave.
         scaling: factor of the scores; None: ``D ** -0.5``.
         last_key: ``[B, n]``, the last token that each query sees; None: itself.
-        over_ranks: gives the mean of scores over processes that have some of the heads each; None: there is one.
+        over_ranks: where processes have some of the heads each; None: there is one.
 
     Returns:
         ``index [B, S]`` and ``count [B]``, as of ``ops.select_tokens``.

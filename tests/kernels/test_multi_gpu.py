@@ -13,7 +13,7 @@ from torch import Tensor
 tf = pytest.importorskip("transformers")
 
 import zipvl  # noqa: E402
-from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, in_groups, spread  # noqa: E402
+from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, alone, spread  # noqa: E402
 from tests.models.tiny_models import PAPER, TEXT, ids  # noqa: E402
 from tests.unit.test_scores_over_ranks import check as check_ranks  # noqa: E402
 from zipvl.transformers import DecodeGraph  # noqa: E402
@@ -120,7 +120,7 @@ def test_ranks_have_their_heads_and_agree(found: list[dict[str, Any]]) -> None:
 def test_heads_on_two_devices_are_the_model_on_one(name: str, found: list[dict[str, Any]]) -> None:
     """Up to bfloat16's rounding of sums that two GPUs take apart, and tokens at the cut that it moves."""
     model, prompt = make().to("cuda:0"), ids(TOKENS, 1).to("cuda:0")
-    expected = in_groups(model, prompt, CONFIGS[name]).float().cpu()
+    expected = alone(model, prompt, CONFIGS[name])[0].float().cpu()
     actual = torch.tensor(found[0][name]["logits"])
     assert (actual - expected).norm() <= 0.05 * expected.norm()
 

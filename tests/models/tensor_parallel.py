@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as tf
-from torch import Tensor, nn
+from torch import Tensor
 
-from zipvl import ops
+import zipvl
 
 RANKS = 2
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -21,6 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ratio": {"ratio": 0.5},
     "tau": {"tau": 0.8},
     "quantize": {"tau": 0.8, "cache": "quantize"},
+    "cache_ratio": {"tau": 0.8, "local_window": 16, "num_sinks": 2, "cache_ratio": 0.3},
 }
 NEW_TOKENS = 6
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,20 +44,15 @@ def spread(model: Any, prompt: Tensor, folder: Path, **environment: str) -> list
     return [json.loads((folder / f"found.{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-def in_groups(model: Any, prompt: Tensor, config: dict[str, Any]) -> Tensor:
-    """The last token's logits where the heads select in as many groups as there are ranks, in one process."""
+def selected(stats: zipvl.Stats) -> list[list[int]]:
+    """The tokens of a single row that each layer selected, and then those that its cache took, if that has a budget."""
+    layers = stats.layers.values()
+    return [x[0].tolist() for layer in layers for x in (layer.index, layer.stored_index) if x is not None]
 
-    def by_groups(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        parts = zip(*(x.chunk(RANKS, dim=1) for x in (q, k, v)), strict=True)
-        outputs = [ops.zipvl_attn(*part, scale=scaling, **config)[0] for part in parts]
-        return torch.cat(outputs, dim=1).transpose(1, 2), None
 
-    tf.AttentionInterface.register("zipvl_test_groups", by_groups)
-    model.set_attn_implementation("zipvl_test_groups")
-    try:
-        with torch.inference_mode():
-            return model(prompt, logits_to_keep=1, use_cache=False).logits[0, -1]
-    finally:
-        model.set_attn_implementation("sdpa")
+def alone(model: Any, prompt: Tensor, config: dict[str, Any]) -> tuple[Tensor, list[list[int]]]:
+    """In one process: the last token's logits, and what the layers selected."""
+    config = zipvl.ZipVLConfig.paper(dense_below=0, **config)
+    with zipvl.sparse(model, config, record_index=True) as stats, torch.inference_mode():
+        logits = model(prompt, logits_to_keep=1).logits[0, -1]
+    return logits, selected(stats)

@@ -14,7 +14,7 @@ import transformers as tf
 from transformers.distributed import DistributedConfig
 
 import zipvl
-from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS
+from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, selected
 
 
 def main(folder: str, inputs: str, output: str) -> None:
@@ -30,12 +30,12 @@ def main(folder: str, inputs: str, output: str) -> None:
         "query_rows": getattr(weight, "to_local", lambda: weight)().shape[0],
     }
     for name, config in CONFIGS.items():
-        with zipvl.sparse(model, zipvl.ZipVLConfig.paper(dense_below=0, **config)) as stats:
+        with zipvl.sparse(model, zipvl.ZipVLConfig.paper(dense_below=0, **config), record_index=True) as stats:
             with torch.inference_mode():
                 logits = model(ids, logits_to_keep=1).logits[0, -1]
-            ratios = [layer.ratio for layer in stats.layers.values()]
+            found[name] = {"selected": selected(stats), "logits": logits.tolist()}
             tokens = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
-        found[name] = {"logits": logits.tolist(), "ratios": ratios, "tokens": tokens.tolist()}
+        found[name]["tokens"] = tokens.tolist()
     Path(f"{output}.{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

@@ -62,13 +62,16 @@ def engine(served: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the plugin logs: vLLM's loggers do not pass it on to the root."""
-    import vllm.logger  # noqa: F401, configures the loggers, and throws out handlers that came before
+    """What the plugin logs: vLLM's loggers do not pass it on to the root, and throw out handlers as they are set up."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        caplog.handler.handle(record)
+        return True
 
     logger = logging.getLogger("vllm.zipvl")
-    logger.addHandler(caplog.handler)
+    logger.addFilter(keep)
     yield caplog
-    logger.removeHandler(caplog.handler)
+    logger.removeFilter(keep)
 
 
 @pytest.fixture

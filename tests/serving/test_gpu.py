@@ -46,7 +46,7 @@ def engine(model: Path, options: dict[str, Any] | None, graphs: bool, **settings
     given: dict[str, Any] = {
         "dtype": "bfloat16", "max_model_len": 4096, "max_num_batched_tokens": 8192, "max_num_seqs": 8,
         "enable_prefix_caching": False, "gpu_memory_utilization": 0.1, "skip_tokenizer_init": True,
-        "disable_log_stats": True, "enforce_eager": not graphs,
+        "disable_log_stats": True, "enforce_eager": not graphs, "kv_cache_memory_bytes": 1 << 29,
     }  # fmt: skip
     if graphs:
         sizes = [1, 2, 4, 8]

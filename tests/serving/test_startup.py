@@ -14,6 +14,8 @@ from tests.serving.tiny import WHOLE
 from zipvl.vllm import plugin, versions
 from zipvl.vllm.cache import ZipVLManager, ZipVLSpec
 
+TELLS = "prefill_end" in inspect.signature(FullAttentionManager.get_num_blocks_to_allocate).parameters
+
 
 def configuration(folder: Path, options: Any, **settings: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
@@ -58,6 +60,12 @@ def test_a_server_that_does_not_ask_is_left_alone(served: Path, monkeypatch: pyt
         ({"cache": "drop"}, {"max_num_batched_tokens": 4200, "enable_prefix_caching": True}, "prefix caching with"),
         ({"cache": "drop"}, {**WHOLE, "max_num_batched_tokens": 2048}, r"--max-num-batched-tokens 2048 .* \(4096\)"),
         ({"cache": "drop"}, {**WHOLE, "long_prefill_token_threshold": 1000}, "--long-prefill-token-threshold 1000"),
+        pytest.param(
+            {"cache": "drop"},
+            {**WHOLE, "scheduler_reserve_full_isl": False},
+            "--no-scheduler-reserve-full-isl",
+            marks=pytest.mark.skipif(TELLS, reason="this vLLM says in every call how long a prompt is"),
+        ),
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"prefill_chunk_size": 100}, {"block_size": 32}, "prefill_chunk_size 100.*block size, 32"),
     ],
@@ -94,8 +102,7 @@ def manager(options: dict[str, Any], blocks: int = 100, dense_below: int = 100, 
 def ask(of: ZipVLManager, request: str, tokens: int, prefill_end: int, ahead: int = 0) -> int:
     """As this version's scheduler asks. vLLM 0.26 first asks for all of a request that begins."""
     arguments = (request, tokens + ahead, [], 0, 0, tokens)
-    parameters = inspect.signature(FullAttentionManager.get_num_blocks_to_allocate).parameters
-    if "prefill_end" in parameters:
+    if TELLS:
         return of.get_num_blocks_to_allocate(*arguments, prefill_end=prefill_end)
     if not of.req_to_blocks.get(request):
         whole = max(tokens, prefill_end)

@@ -97,6 +97,7 @@ def test_the_question_is_asked_behind_the_key(tokenizer) -> None:
         ("window 128, 0 sinks", {"local_window": 128, "num_sinks": 0}),
         ("first 2 dense, text kept", {"dense_first_layers": 2, "keep_text": True}),
         ("quantize", {"cache": "quantize", "high_bits": (4, 4), "low_bits": (4, 2)}),
+        ("full, MLPs skipped in 1 13 5", {"cache": "full", "skip_mlp_layers": (1, 13, 5)}),
         ("quantize 4/2", {"cache": "quantize", "high_bits": (4, 4), "low_bits": (2, 2)}),
         ("quantize 4-2/2", {"cache": "quantize", "high_bits": (4, 2), "low_bits": (2, 2)}),
         ("quantize 8/4", {"cache": "quantize", "high_bits": (8, 8), "low_bits": (4, 4)}),

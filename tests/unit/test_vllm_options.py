@@ -178,8 +178,12 @@ def test_a_row_with_one_sparse_piece_is_a_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "fits"), [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.9", False), ("0.33.0", False), ("dev", False)]
-)
+    ("found", "fits"),
+    [
+        ("0.26.0", True), ("0.32.0", True), ("0.32.1+cpu", True), ("0.25.1", False), ("0.27.0", False),
+        ("0.31.9", False), ("0.33.0", False), ("1.26.0", False), ("dev", False),
+    ],
+)  # fmt: skip
 def test_versions(found: str, fits: bool) -> None:
     problem = versions.problem(found)
     assert (problem is None) == fits

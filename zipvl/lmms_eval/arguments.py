@@ -115,11 +115,11 @@ def parse(given: dict[str, Any]) -> Arguments:
 
 
 def _field(name: str, value: Any) -> Any:
-    """lmms-eval reads ``layers=0-5``, ``layers=0+2+4`` and ``low_bits=4+2`` as text, and ``layers=3`` as a number."""
+    """lmms-eval reads ``layers=0-5``, ``skip_mlp_layers=1+3`` and ``low_bits=4+2`` as text, ``layers=3`` as number."""
     if name in ("high_bits", "low_bits") and isinstance(value, str):
         parts = value.split("+")
         return tuple(int(bits) for bits in parts) if all(bits.isdecimal() for bits in parts) else value
-    if name != "layers" or value is None:
+    if name not in ("layers", "skip_mlp_layers") or value is None:
         return value
     try:
         if isinstance(value, int):
@@ -127,7 +127,7 @@ def _field(name: str, value: Any) -> Any:
         first, dash, last = str(value).partition("-")
         return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(v) for v in str(value).split("+"))
     except ValueError as error:
-        raise ValueError(f"zipvl: layers must be a range such as 0-5 or a list such as 0+2+4, got {value!r}") from error
+        raise ValueError(f"zipvl: {name} must be a range such as 0-5 or a list such as 0+2+4, got {value!r}") from error
 
 
 def _batch_size(value: Any) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from zipvl import budget, ops, policy
+from zipvl import budget, ops, policy, ranks
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.call import DEFAULT_RUN, Call
 from zipvl.transformers.quantized import QuantizedKV
@@ -188,7 +188,7 @@ def run_layer(
     stored = None
     if budgeted:
         first = call.first_stored(tokens, None, dense_below)
-        stored = budget.select(config, query, tokens, *first, scaling, **given)
+        stored = budget.select(config, query, tokens, *first, scaling, call.over_ranks, **given)
         keys, values = ops.pack_kv(key, value, *stored)
     if layer is not None and drops:
         index, held = stored or (chosen, count)
@@ -208,7 +208,14 @@ def run_layer(
 def _select(
     call: Call, dense_below: int, query: Tensor | None, tokens: Tokens, scaling: float | None, **given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``ops.zipvl_layer`` of the last tokens among ``tokens``, under the call's configuration; what the op returns."""
+    """``ops.zipvl_layer`` of the last tokens among ``tokens``, under the call's configuration; what the op returns.
+
+    Where heads are spread over processes, ``query`` is not None: those project all rows.
+    """
+    if call.over_ranks is not None:
+        assert query is not None
+        mask, last_key = tokens.token_mask, given.get("last_key")
+        given |= ranks.scores(call.config, query, tokens.keys, call.over_ranks, scaling, mask, last_key)
     return ops.zipvl_layer(
         query,
         tokens.keys,
@@ -262,7 +269,7 @@ def _chunk(
     stored, index = None, chosen
     if held is not None and call.config.cache == "drop" and call.config.cache_ratio is not None:
         first = call.first_stored(tokens, new, dense_below)
-        index, added = budget.select(call.config, q, tokens, *first, scaling, last_key=last_key)
+        index, added = budget.select(call.config, q, tokens, *first, scaling, call.over_ranks, last_key=last_key)
         stored = index, added + budget.before(tokens, new)
     if held is not None and layer is None:
         held.pack(index, new, attention_mask, visual, q.dtype)

@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from zipvl import budget, policy
 from zipvl.config import ZipVLConfig
+from zipvl.ranks import OverRanks
 from zipvl.stats import Stats
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
@@ -75,6 +76,7 @@ class Call:
         run: the run in force.
         cache: the cache that the decoder is given, if any. A ``ZipVLCache``'s own configuration decides.
         visual: which tokens are visual; None: none.
+        over_ranks: the mean of scores over the processes that have some of the heads each; None: all are here.
 
     Attributes:
         candidates: how many last tokens are guesses of assisted decoding, behind the end of the prompt.
@@ -83,8 +85,11 @@ class Call:
         passed: where attention leaves selections for MLPs; None: every MLP runs for every token.
     """
 
-    def __init__(self, run: Run, cache: Cache | None, visual: Visual | None = None) -> None:
+    def __init__(
+        self, run: Run, cache: Cache | None, visual: Visual | None = None, over_ranks: OverRanks | None = None
+    ) -> None:
         self.run, self.cache, self.visual = run, cache, Visual() if visual is None else visual
+        self.over_ranks = over_ranks
         self.config, self.cost_key, self.candidates = run.config, run.cost_key, 0
         if isinstance(cache, ZipVLCache):
             self.config, self.cost_key = cache.config, cache.cost_key

@@ -26,6 +26,7 @@ from zipvl.transformers.cache import ZipVLCache, adopt
 from zipvl.transformers.call import Call, Run
 from zipvl.transformers.decode import Replaying, plan_decoding
 from zipvl.transformers.mlp import MLPs
+from zipvl.transformers.ranks import over_ranks
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
 from zipvl.transformers.vision import VISION
 from zipvl.transformers.visual import Noted, Visual, is_visual, named, visual_ids
@@ -210,7 +211,7 @@ class DecoderHook:
         return args, kwargs | {KEYWORD: self._call(run, cache, args, kwargs)}
 
     def _call(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        call = Call(run, cache, self._visual(run, cache, args, kwargs))
+        call = Call(run, cache, self._visual(run, cache, args, kwargs), over_ranks(self.target.outer))
         if call.config.skip_mlp_layers:
             call.passed = self.mlps.admit(call.config)
         return call

@@ -64,43 +64,49 @@ class Rows(NamedTuple):
     """No row of the batch has more, unless its scores are not finite; None: any may have all."""
 
 
-_of_thread = threading.local()
-
-
 class Passed:
     """What the attention functions of the decoder's forward under way left for the MLPs of their layers; one a
     thread."""
 
     def __init__(self) -> None:
+        self._of_thread = threading.local()
         self.traced: dict[int, Rows] = {}
         """While a graph is traced, which has no threads to tell apart."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"traced": {}}
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Passed.__init__(self)
 
     def begin(self) -> None:
         """Forgets what a forward left that did not end."""
-        self.traced = {}
-        if not torch.compiler.is_compiling():
-            _of_thread.passed = self, dict[int, Rows]()
-
-    def _rows(self) -> dict[int, Rows]:
         if torch.compiler.is_compiling():
-            return self.traced
-        owner, rows = getattr(_of_thread, "passed", (None, {}))
-        return rows if owner is self else {}
+            self.traced = {}
+        else:
+            self._of_thread.rows = dict[int, Rows]()
+            self.traced.clear()
+
+    def _own(self) -> dict[int, Rows]:
+        own: dict[int, Rows] | None = getattr(self._of_thread, "rows", None)
+        if own is None:
+            own = self._of_thread.rows = {}
+        return own
 
     def put(self, layer: int, rows: Rows) -> None:
         """Leaves ``rows`` for the MLP of ``layer``."""
-        self._rows()[layer] = rows
+        (self.traced if torch.compiler.is_compiling() else self._own())[layer] = rows
 
     def take(self, layer: int) -> Rows | None:
         """What was left for the MLP of ``layer``, once; None: it runs for every token."""
-        return self._rows().pop(layer, None)
+        if torch.compiler.is_compiling():
+            return self.traced.pop(layer, None)
+        found = self._own().pop(layer, None)  # where a graph broke between attention and MLP, it is with the traced
+        return self.traced.pop(layer, None) if found is None else found
 
     def left(self) -> list[int]:
         """The layers whose MLPs did not take what was left for them."""
-        return sorted(self._rows())
+        return sorted(self.traced if torch.compiler.is_compiling() else {*self._own(), *self.traced})
 
 
 def rows_of(index: Tensor, count: Tensor, tokens: int, new: int, candidates: int, most: int | None) -> Rows:
@@ -213,7 +219,7 @@ def _mlp_of(layer: nn.Module | None, attention: nn.Module) -> nn.Module | str:
     if others:
         return f"{type(layer).__name__} has {', '.join(others)} beside its attention and its MLP"
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
-        return "under tensor parallelism each rank selects other tokens"
+        return "its weights are spread over processes"
     called = next(name for name, child in children.items() if child is attention)
     return _why_not(type(layer), called, attribute) or mlp
 
@@ -286,7 +292,8 @@ class _Order:
             targets = [statement.target]
         else:
             return after
-        names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        named = [node for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+        names = {node.id for node in named if isinstance(node.ctx, ast.Store)}  # not the self of self.x
         if statement.value is not None and self._came_of(statement.value, after):
             return after | names
         return after if isinstance(statement, ast.AugAssign) else after - names
@@ -341,7 +348,7 @@ class SparseMLP:
             return torch.zeros_like(x)
         states = x.flatten(0, 1)
         result = self._whole(states.index_select(0, at)[None])
-        return _first_replaced(result, lambda y: y.new_zeros(states.shape).index_copy_(0, at, y[0]).view(x.shape))
+        return _first_replaced(result, lambda y: _put_back(states, at, y).view(x.shape))
 
     def _enough(self, x: Tensor, rows: Rows) -> Any:
         """As many rows as the host knows to be enough; all of them, others made zero, where it knows nothing. Experts
@@ -351,13 +358,13 @@ class SparseMLP:
             if routes:
                 return _routed(self.module, x.flatten(0, 1), rows.mask.flatten()).view(x.shape)
             result = self._whole(x)
-            return _first_replaced(result, lambda y: y.masked_fill(~rows.mask[:, :, None], 0.0))
+            return _first_replaced(result, lambda y: y.view(x.shape).masked_fill(~rows.mask[:, :, None], 0.0))
         states, at = x.flatten(0, 1), _places(rows, 1)[0]
         picked = states.index_select(0, at.clamp(max=states.shape[0] - 1))
         if routes:
             return _put_back(states, at, _routed(self.module, picked, at < states.shape[0])).view(x.shape)
         result = self._whole(picked[None])
-        return _first_replaced(result, lambda y: _put_back(states, at, y[0]).view(x.shape))
+        return _first_replaced(result, lambda y: _put_back(states, at, y).view(x.shape))
 
 
 def _first_replaced(result: Any, replaced: Any) -> Any:
@@ -366,9 +373,9 @@ def _first_replaced(result: Any, replaced: Any) -> Any:
 
 
 def _put_back(states: Tensor, at: Tensor, y: Tensor) -> Tensor:
-    """``y [p, C]`` at the places ``at`` of zeros like ``states [T, C]``; those at ``T`` go nowhere."""
-    tokens = states.shape[0]
-    return y.new_zeros(tokens + 1, y.shape[1]).index_copy_(0, at, y)[:tokens]
+    """``y [p, C]`` or ``[1, p, C]`` at the places ``at`` of zeros like ``states [T, C]``; those at ``T`` go nowhere."""
+    tokens, channels = states.shape
+    return y.new_zeros(tokens + 1, channels).index_copy_(0, at, y.reshape(-1, channels))[:tokens]
 
 
 def _places(rows: Rows, parts: int) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_plain(part: Any) -> bool:
-    """Whether ``part`` is a linear layer without adapters, hooks or quantisation."""
+    """Whether ``part`` is a linear layer without adapters, hooks or quantisation. torchao quantises the weight alone: a
+    tensor of a class of its own, which no op of ours takes."""
     patched = "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks
-    return type(part) is nn.Linear and not patched
+    return type(part) is nn.Linear and not patched and not is_traceable_wrapper_subclass(part.weight)
 
 
 def counts_rows(device: torch.device, dtype: torch.dtype) -> bool:

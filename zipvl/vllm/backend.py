@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import zipvl
-from zipvl import budget, ops, policy
+from zipvl import budget, ops, policy, ranks
 from zipvl.vllm import compat, paged, plugin, rows, startup
 from zipvl.vllm.cache import ZipVLSpec
 from zipvl.vllm.options import Budget, Options
@@ -104,7 +104,7 @@ class SparseBuilder:
         prompts, others = rows.split(starts, lengths, prefilling, chunk, sparse)
         step = Step(prompts, metadata, None, common.block_table_tensor, StepRecord())
         if prompts:
-            step.others, step.tokens = self._rest(common, starts, lengths, others, fast_build)
+            step.others, step.tokens = self._rest(common, starts, lengths, others)
             for prompt in prompts:
                 step.numbers[prompt.row] = step.record.begin(prompt.end - prompt.start, prompt.seen)
             if self.zipvl.options.drops:
@@ -143,7 +143,7 @@ class SparseBuilder:
             self.lengths.forget(table[:, 0].index_select(0, row_of))
 
     def _rest(
-        self, common: Any, starts: list[int], lengths: list[int], others: list[int], fast_build: bool
+        self, common: Any, starts: list[int], lengths: list[int], others: list[int]
     ) -> tuple[Any, Tensor | slice | None]:
         """vLLM's metadata of the rows ``others`` alone, and their tokens."""
         others = [row for row in others if starts[row + 1] > starts[row]]
@@ -178,7 +178,8 @@ class SparseBuilder:
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
-        return super().build(0, rest, fast_build), tokens  # type: ignore[misc]
+        # A fast build makes no plan: FlashAttention has one room for plans, and dense layers read that of all rows.
+        return super().build(0, rest, True), tokens  # type: ignore[misc]
 
 
 class SparseImpl:
@@ -357,14 +358,8 @@ class SparseImpl:
         """One layer's selection and attention. The ranks of a tensor-parallel group select by their mean scores."""
         assert self.zipvl is not None
         config, group = self.zipvl.options.config, get_tp_group()
-        scale, given = self.scale, {}  # type: ignore[attr-defined]
-        if group.world_size > 1:
-            probes = ops.probe_index(
-                q, num_recent=config.num_recent, num_random=config.num_random, seed=config.seed, k=k
-            )
-            scores = torch.stack(ops.probe_scores(q, k, probes, scale=scale))
-            accumulated, normalized = _mean(scores)
-            given = {"budget_score": accumulated, "rank_score": normalized}
+        scale = self.scale  # type: ignore[attr-defined]
+        given: dict[str, Any] = ranks.scores(config, q, k, _mean, scale) if group.world_size > 1 else {}
         out, index, count, _, _ = ops.zipvl_layer(q, k, v, **given, **config.attention_kwargs(), scale=scale)
         return out, index, count
 

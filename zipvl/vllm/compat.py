@@ -38,6 +38,14 @@ def accepted(function: Any, **arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}
 
 
+def tells_cut_prompts(vllm_config: Any) -> bool:
+    """Whether the scheduler says how long a prompt is before it gives blocks to a part of it: see ``Admissions``."""
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    asked = inspect.signature(FullAttentionManager.get_num_blocks_to_allocate).parameters
+    return "prefill_end" in asked or vllm_config.scheduler_config.scheduler_reserve_full_isl
+
+
 class Admissions:
     """How many tokens a request's first step must have for its prompt to be whole.
 

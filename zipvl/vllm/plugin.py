@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from zipvl.vllm import startup, versions
+from zipvl.vllm import compat, startup, versions
 from zipvl.vllm.options import KEY, Options
 
 
@@ -77,6 +77,11 @@ def _prepare(vllm_config: Any, options: Options) -> None:
     if getattr(vllm_config.model_config, "is_submodel_config", False):
         return
     startup.refuse(vllm_config, options)
+    if options.drops and not compat.tells_cut_prompts(vllm_config):
+        raise ValueError(
+            'zipvl cannot act in this server:\n  - --no-scheduler-reserve-full-isl with cache="drop": this vLLM then '
+            "does not tell a cut prompt from a whole one. Leave it out"
+        )
     if current_platform.is_cuda():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

@@ -26,6 +26,7 @@ def test_every_field_of_the_configuration_is_an_argument() -> None:
     assert arguments.zipvl == ZipVLConfig(**given | {"layers": (1, 2, 3)})
     assert parse({"pretrained": "m", "layers": "0+4"}).zipvl.layers == (0, 4)
     assert parse({"pretrained": "m", "layers": 2}).zipvl.layers == (2,)
+    assert parse({"pretrained": "m", "skip_mlp_layers": "1+3"}).zipvl.skip_mlp_layers == (1, 3)
     assert parse({"pretrained": "m", "high_bits": 8}).zipvl.high_bits == (8, 8)
     assert parse({"pretrained": "m", "low_bits": "4+2"}).zipvl.low_bits == (4, 2)
     with pytest.raises(ValueError, match=r"ZipVLConfig: low_bits must be 2, 4 or 8, .*, got '4\+x'"):
@@ -44,6 +45,10 @@ def test_every_field_of_the_configuration_is_an_argument() -> None:
         ({"method": "dense", "tau": 0.9}, "zipvl: tau is an argument of method=zipvl, but method=dense was asked for"),
         ({"tau": 1.5}, "ZipVLConfig: tau must be in (0, 1], got 1.5"),
         ({"cache": "some"}, "ZipVLConfig: cache must be one of"),
+        (
+            {"skip_mlp_layers": "half"},
+            "zipvl: skip_mlp_layers must be a range such as 0-5 or a list such as 0+2+4, got 'half'",
+        ),
         ({"layers": "first"}, "zipvl: layers must be a range such as 0-5 or a list such as 0+2+4, got 'first'"),
         ({"batch_size": "auto"}, "zipvl: batch_size must be an integer of at least 1, got 'auto'"),
         ({"batch_size": 0}, "zipvl: batch_size must be an integer of at least 1, got 0"),

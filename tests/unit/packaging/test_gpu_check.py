@@ -184,7 +184,7 @@ sys.exit(code)
 """
 
 
-NEED_TRANSFORMERS = {"test_answers.py", "test_generate.py", "test_multi_gpu.py"}
+NEED_TRANSFORMERS = {"test_answers.py", "test_generate.py", "test_mlp.py", "test_multi_gpu.py"}
 
 
 @pytest.mark.slow
