@@ -95,6 +95,23 @@ def test_no_factor_from_cold_runs() -> None:
     assert Row("layer", "", Times(2.0, [1.0]), Times(1.0, [0.5])).speedup == 2.0
 
 
+@pytest.mark.parametrize(
+    ("dense", "cudnn", "by", "note"),
+    [
+        (Times(1.0, [0.5]), Times(1.0, [0.25]), "cuDNN", "FlashAttention, PyTorch's choice, takes 500.000 ms"),
+        (Times(1.0, [0.25]), Times(1.0, [0.5]), "FlashAttention", "cuDNN takes 500.000 ms"),
+        (Times(failed="out of memory"), Times(1.0, [0.5]), "cuDNN", "FlashAttention, PyTorch's choice: not run: out"),
+        (Times(1.0), Times(0.5), "FlashAttention", ""),
+    ],
+)
+def test_the_faster_dense_attention_counts(dense: Times, cudnn: Times, by: str, note: str) -> None:
+    rows = Row("layer", "", dense), Row("layer", "", dense)
+    bench._choose_dense(rows, {"dense": dense, "cudnn": cudnn}, "FlashAttention")
+    for row in rows:
+        assert row.dense_by == by and row.dense is (cudnn if by == "cuDNN" else dense)
+        assert "".join(row.notes).startswith(note) and len(row.notes) == bool(note)
+
+
 def test_every_row() -> None:
     run = made()
     assert [row.not_run for row in run.rows] == [None] * 7
@@ -211,10 +228,21 @@ def test_a_model_of_ones_own(
     assert facts["heads"] == {"query": 4, "key_value": 2, "dim": 16}
     assert [row["not_run"] for row in facts["rows"]] == [None] * 7
     assert "zipvl run shows what share tau keeps" in " ".join(result.stdout.split())
-    monkeypatch.setattr(bench, "ON_CPU", Plan(lengths=(), text=4096, new=3))
+    monkeypatch.setattr(bench, "ON_CPU", Plan(lengths=(), text=4097, new=3))
     zipvl(*given)
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["not_run"] for row in rows] == [None, "the model takes 4,096 tokens at most", None]
+
+
+def test_a_refusal_of_the_model_comes_first(
+    zipvl: Zipvl, page: Path, llava_next: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ValueError("zipvl.sparse: this one is an encoder-decoder")
+
+    monkeypatch.setattr("zipvl.sparse", refuse)
+    result = zipvl("bench", "--device", "cpu", "--model", llava_next, "--image", page)
+    refused(result, "--model: ZipVL cannot run this model: zipvl.sparse: this one is an encoder-decoder")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -178,9 +179,15 @@ def _random(shape: Shape, device: torch.device, dtype: torch.dtype, choice: str)
     return Subject(title, config, dtype, make, shape.page_inputs, text_inputs, choice=choice)
 
 
-def loaded_subject(loaded: Loaded, image: Image.Image) -> Subject:
-    """The user's own model, asked about a page of theirs; the text prompt is filler."""
+def loaded_subject(loaded: Loaded, image: Image.Image, config: ZipVLConfig) -> Subject:
+    """The user's own model, asked about a page of theirs; the text prompt is filler.
+
+    Raises:
+        InputError: ZipVL refuses the model, or its processor the page.
+    """
     model, processor = loaded.model, loaded.processor
+    with attention(model, config, record_index=False):
+        page = prepare(processor, image, QUESTION, model)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None  # answers of one length
 
     def text(model: Any, tokens: int) -> Inputs:
@@ -193,7 +200,7 @@ def loaded_subject(loaded: Loaded, image: Image.Image) -> Subject:
         model.config.get_text_config(),
         model.dtype,
         lambda: model,
-        lambda model: prepare(processor, image, QUESTION, model),
+        lambda model: page,
         text,
         random=False,
     )
@@ -358,7 +365,7 @@ class Bench:
 
     def _run_answer(self, row: Row, prompt: Callable[[], Inputs], tokens: int, new: int) -> None:
         longest = getattr(self.subject.config, "max_position_embeddings", None)
-        if longest is not None and tokens + new > longest:
+        if longest is not None and tokens + new - 1 > longest:
             row.not_run = f"the model takes {longest:,} tokens at most"
             return
         row.not_run = self._no_memory(self.subject.working_bytes(tokens))
@@ -401,7 +408,7 @@ class Bench:
 
 
 def _choose_dense(rows: tuple[Row, Row], times: dict[str, Times], chosen: str) -> None:
-    """The faster of PyTorch's own choice and cuDNN is ZipVL's peer; the other one is a note."""
+    """The faster of PyTorch's own choice and cuDNN is what ZipVL is compared with; the other one is a note."""
     dense, cudnn = times["dense"], times.get("cudnn", Times())
     for row in rows:
         row.dense_by = chosen
@@ -430,10 +437,12 @@ def _notes(stats: Stats, new: int) -> list[str]:
 
 def _runs(side: Callable[[], Any]) -> bool:
     """Whether a backend takes its inputs."""
-    try:
-        side()
-    except RuntimeError:  # "No available kernel", or out of memory
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says of each backend why not
+        try:
+            side()
+        except RuntimeError:  # "No available kernel", or out of memory
+            return False
     return True
 
 

@@ -290,7 +290,7 @@ def bench(
     elif model is None or page is None:
         subject = benching.random_subject(where)
     else:
-        subject = benching.loaded_subject(_model(model, device, "auto", notes), page)
+        subject = benching.loaded_subject(_model(model, device, "auto", notes), page, config)
     run = benching.Bench(subject, config, where, budget, _say, refused=None if no_gpu is None else "no GPU")
     run.run()
 
