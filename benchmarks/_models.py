@@ -9,11 +9,23 @@ import torch
 import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["MODELS", "QWEN2_7B", "SMOKE", "Inputs", "Model", "Shape", "build"]
+from zipvl.app.shapes import (
+    IMAGE,
+    QWEN2_5_VL_7B,
+    QWEN2_7B_TEXT,
+    TINY,
+    TINY_TEXT,
+    TINY_TOWER,
+    TOKENS,
+    VIDEO,
+    Inputs,
+    of_patches,
+    text_inputs,
+    with_question,
+    with_weights,
+)
 
-IMAGE, VIDEO, VISION_START, VISION_END = 3, 4, 1, 2
-FIRST_WORD = 10
-"""Token ids of this and after mean nothing to any model here."""
+__all__ = ["MODELS", "QWEN2_7B", "SMOKE", "Inputs", "Model", "Shape", "build"]
 
 
 @dataclass(frozen=True)
@@ -48,31 +60,10 @@ QWEN2_7B = Shape()
 SMOKE = Shape(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=192, vocab=128)
 
 
-def _with_weights(cls: Any, config: Any, device: str) -> Any:
-    torch.manual_seed(0)
-    with torch.device(device):
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return cls._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-
-
 def build(shape: Shape, longest: int, device: str) -> Qwen2ForCausalLM:
     """A model with random weights, made on ``device``: bfloat16 on a GPU, float32 elsewhere."""
-    model: Qwen2ForCausalLM = _with_weights(Qwen2ForCausalLM, shape.config(longest), device)
+    model: Qwen2ForCausalLM = with_weights(Qwen2ForCausalLM, shape.config(longest), device)
     return model
-
-
-Inputs = dict[str, torch.Tensor]
-
-
-def _page_of_patches(image: int, grid: tuple[int, int, int], patch: int) -> tuple[list[int], Inputs]:
-    """Token ids and pixels of one image or video of ``grid`` (times, rows, columns of patches) for models that merge
-    2 x 2 patches."""
-    frames, rows, columns = grid
-    tokens = [VISION_START] + [image] * (frames * rows * columns // 4) + [VISION_END]
-    pixels = torch.randn(frames * rows * columns, 3 * 2 * patch * patch)
-    of_what = "video" if image == VIDEO else "image"
-    name = "pixel_values_videos" if image == VIDEO else "pixel_values"
-    return tokens, {name: pixels, f"{of_what}_grid_thw": torch.tensor([grid])}
 
 
 def _page_of_tiles(pages: int) -> tuple[list[int], Inputs]:
@@ -109,7 +100,7 @@ class Model:
             for part, changes in self.smoke.items():
                 fields = fields | (changes if not part else {part: fields[part] | changes})
         config = getattr(transformers, self.config)(**fields)
-        return _with_weights(getattr(transformers, self.cls), config, device)
+        return with_weights(getattr(transformers, self.cls), config, device)
 
     def inputs(self, model: Any, *, tokens: int, pages: int, frames: int, batch: int, smoke: bool) -> Inputs:
         """What ``generate()`` is given.
@@ -123,53 +114,21 @@ class Model:
             smoke: images of 64 tokens.
         """
         torch.manual_seed(0)
-        device = model.device
-        vocabulary = model.config.get_text_config().vocab_size
         if not pages and not frames:
-            ids = torch.randint(FIRST_WORD, vocabulary, (batch, tokens), device=device)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return text_inputs(model, tokens, batch)
         if self.patch is None:
             raise ValueError(f"{self.name} sees no images")
         if self.patch == 0:
             visual, given = _page_of_tiles(pages)
         elif frames:
-            visual, given = _page_of_patches(VIDEO, (frames // 2, 4, 4) if smoke else (frames // 2, 28, 28), self.patch)
+            visual, given = of_patches(VIDEO, (frames // 2, 4, 4) if smoke else (frames // 2, 28, 28), self.patch)
         else:
-            visual, given = _page_of_patches(IMAGE, (1, 16, 16) if smoke else (1, 128, 128), self.patch)
+            visual, given = of_patches(IMAGE, (1, 16, 16) if smoke else (1, 128, 128), self.patch)
             visual, given = visual * pages, {name: x.repeat(pages, 1) for name, x in given.items()}
-        ids = torch.tensor([[*visual, *range(FIRST_WORD, FIRST_WORD + 20)]] * batch, device=device)
-        given = {name: x.repeat(batch, *[1] * (x.dim() - 1)).to(device) for name, x in given.items()}
-        given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.patch:
-            given["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        return given
-
-
-_QWEN2 = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 131200,
-}
-_TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "head_dim": 32,
-}
-_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END,
-}
-_TINY_TOWER = {"out_hidden_size": 128, "hidden_size": 64, "intermediate_size": 96, "depth": 4, "num_heads": 2}
+        inputs = with_question(visual, given, model.device, batch)
+        if not self.patch:
+            del inputs["mm_token_type_ids"]
+        return inputs
 
 
 def _llava_next(name: str, **text: Any) -> Model:
@@ -183,7 +142,7 @@ def _llava_next(name: str, **text: Any) -> Model:
         "LlavaNextForConditionalGeneration",
         "LlavaNextConfig",
         fields,
-        {"text_config": _TINY, "vision_config": tiny_tower},
+        {"text_config": TINY_TEXT, "vision_config": tiny_tower},
         patch=0,
     )
 
@@ -191,32 +150,20 @@ def _llava_next(name: str, **text: Any) -> Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("Qwen2-7B", "Qwen2ForCausalLM", "Qwen2Config", _QWEN2 | {"rope_theta": 1e6}, {"": _TINY}),
+        Model("Qwen2-7B", "Qwen2ForCausalLM", "Qwen2Config", QWEN2_7B_TEXT | {"rope_theta": 1e6}, {"": TINY_TEXT}),
         Model(
-            "Qwen2.5-VL-7B",
+            QWEN2_5_VL_7B.name,
             "Qwen2_5_VLForConditionalGeneration",
             "Qwen2_5_VLConfig",
-            _TOKENS
-            | {
-                "text_config": _QWEN2 | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
-                "vision_config": {
-                    "out_hidden_size": 3584,
-                    "hidden_size": 1280,
-                    "intermediate_size": 3420,
-                    "depth": 32,
-                },
-            },
-            {
-                "text_config": _TINY | {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
-                "vision_config": _TINY_TOWER | {"depth": 8},
-            },
+            QWEN2_5_VL_7B.fields,
+            {part: TINY.fields[part] for part in ("text_config", "vision_config")},
             patch=14,
         ),
         Model(
             "Qwen3-VL-8B",
             "Qwen3VLForConditionalGeneration",
             "Qwen3VLConfig",
-            _TOKENS
+            TOKENS
             | {
                 "text_config": {
                     "hidden_size": 4096,
@@ -231,9 +178,9 @@ MODELS = {
                 "vision_config": {"out_hidden_size": 4096},
             },
             {
-                "text_config": _TINY
+                "text_config": TINY_TEXT
                 | {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}},
-                "vision_config": _TINY_TOWER | {"deepstack_visual_indexes": [0, 1]},
+                "vision_config": TINY_TOWER | {"deepstack_visual_indexes": [0, 1]},
             },
             patch=16,
         ),
@@ -269,7 +216,7 @@ MODELS = {
                 "vocab_size": 151936,
                 "max_position_embeddings": 131200,
             },
-            {"": _TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}},
+            {"": TINY_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}},
         ),
         Model(
             "Qwen3.5-9B",
@@ -277,7 +224,7 @@ MODELS = {
             "Qwen3_5TextConfig",
             {"max_position_embeddings": 131200},
             {
-                "": _TINY
+                "": TINY_TEXT
                 | {
                     "num_hidden_layers": 4,
                     "linear_num_key_heads": 2,

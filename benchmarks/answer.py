@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from rich.table import Table
 import zipvl
 from benchmarks import _record
 from benchmarks._models import MODELS, Inputs
+from zipvl.app.timing import generate, seconds
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,9 @@ CASES = {
 }
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def timed(run: Callable[[], Any]) -> float:
     """Milliseconds."""
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * seconds(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def measure(
@@ -101,15 +92,9 @@ def measure(
     found: dict[str, Any] = {}
     decoded: list[dict[str, Any]] = []
 
-    def generate(new: int, **given: Any) -> torch.Tensor:
-        output: torch.Tensor = model.generate(
-            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **given
-        )
-        return output
-
     def method(name: str, new: int) -> None:
         with nullcontext() if name != "zipvl" else zipvl.sparse(model, config) as stats:
-            generate(new, **({"cache_implementation": "static"} if name == "static" else {}))
+            generate(model, inputs, new, **({"cache_implementation": "static"} if name == "static" else {}))
         if stats is not None and new > 1:
             decoded[:] = [stats.decodings[-1].to_dict() | {"active": stats.active, "ratio": stats.mean_ratio}]
 

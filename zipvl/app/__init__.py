@@ -1,1 +1,1 @@
-"""The command line: ``zipvl run``, ``zipvl inspect`` and ``zipvl doctor``."""
+"""The command line: ``zipvl run``, ``zipvl inspect``, ``zipvl bench`` and ``zipvl doctor``."""

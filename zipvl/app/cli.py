@@ -1,4 +1,4 @@
-"""``zipvl``: ask a model about a page with ZipVL, look at what it kept, choose a setting, see what is installed.
+"""``zipvl``: ask a model about a page, look at what was kept, choose a setting, time it, see what is installed.
 
 torch and transformers are imported inside the commands, so that help and usage errors come at once. Every mistake of
 the caller is one line on stderr and exit code 2.
@@ -343,6 +343,67 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     raise typer.Exit(0 if facts["healthy"] else 1)
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Folder or hub id of your own model. Default: random weights."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", help="With --model: the page that it is asked about.")
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Share of the tokens that every layer keeps, in (0, 1].")] = 0.25,
+    budget_s: Annotated[float, typer.Option(help="Seconds; rows that do not fit are not run.")] = 120.0,
+    device: DeviceOption = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Time one layer, the first token and an answer on this GPU, dense and with ZipVL; exit code 1 if nothing ran."""
+    config = _checked(ratio=ratio, text_prompts="sparse")
+    if not 0 < budget_s < float("inf"):
+        raise InputError("budget_s", f"expected a number of seconds above 0, got {budget_s:g}")
+    if (model is None) != (image is None):
+        given, other = ("image", "--model") if model is None else ("model", "--image")
+        raise InputError(given, f"expected {other} beside it: a model of your own is asked about a page of yours")
+    if json_file is not None:
+        from zipvl.app.files import check_file
+
+        check_file("json", json_file)
+
+    from zipvl.app.timing import Budget
+
+    budget = Budget(budget_s)
+    page, notes = (None, []) if image is None else _page(image, "?", 1)
+
+    from zipvl.app import bench as benching
+    from zipvl.app.loading import gpu_problem, resolve_device
+
+    where = resolve_device(device)
+    no_gpu = gpu_problem() if device == "auto" else None
+    if no_gpu is not None and model is not None:
+        raise InputError("device", f"{no_gpu}; --device cpu times {model} on the CPU")
+    _hush()
+    if no_gpu is not None:
+        subject = benching.absent_subject()
+    elif model is None or page is None:
+        subject = benching.random_subject(where)
+    else:
+        subject = benching.loaded_subject(_model(model, device, "auto", notes), page, config)
+    run = benching.Bench(subject, config, where, budget, _say, refused=None if no_gpu is None else "no GPU")
+    run.run()
+
+    from zipvl.app.show_bench import print_bench
+
+    facts = run.facts() | {"no_gpu": no_gpu}
+    print_bench(facts)
+    if json_file is not None:
+        from zipvl.app.files import write_file
+
+        write_file("json", json_file, (json.dumps(facts, indent=2) + "\n").encode())
+    if run.interrupted:
+        raise typer.Exit(130)
+    raise typer.Exit(0 if any(row.measured for row in run.rows) else 1)
+
+
 def _config(file: Path | None, **values: Any) -> ZipVLConfig:
     """The configuration of ``file``, or of the command's defaults without one, with ``values``; an option that was not
     given, None, changes nothing."""
@@ -358,6 +419,13 @@ def _config(file: Path | None, **values: Any) -> ZipVLConfig:
     fields |= {name: value for name, value in values.items() if value is not None}
     with suppress(KeyError, TypeError, ValueError):  # a word, such as auto
         fields["dense_below"] = int(fields["dense_below"])
+    return _checked(**fields)
+
+
+def _checked(**fields: Any) -> ZipVLConfig:
+    """A configuration; what is wrong with an option of it is said as of that option."""
+    from zipvl.config import ZipVLConfig
+
     try:
         return ZipVLConfig(**fields)
     except ValueError as error:

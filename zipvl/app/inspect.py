@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from zipvl.app.files import check_file, write_file
 from zipvl.app.loading import Loaded
 from zipvl.app.patches import Grid, PatchMap, patch_map
 from zipvl.app.run import Answer, ask, prepare
-from zipvl.errors import InputError, first_line, shortened
+from zipvl.errors import InputError, shortened
 
 __all__ = ["FORMATS", "Inspection", "LayerView", "check_output", "inspect_page", "write_report"]
 
@@ -123,22 +122,7 @@ def check_output(path: Path) -> None:
     shown = shortened(path)
     if path.suffix.lower() not in FORMATS:
         raise InputError("output", f"expected a file name ending in {' or '.join(FORMATS)}, got {shown}")
-    if os.path.isdir(path):
-        raise InputError("output", f"expected a file name, but {shown} is a directory")
-    if not os.path.isdir(path.parent):
-        raise InputError("output", f"expected a file in an existing directory, but {shortened(path.parent)} is none")
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise InputError("output", f"expected a file name, but {shown} is not one: {why}") from error
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError("output", f"expected a writable directory, but {path.parent}: {error.strerror}") from error
+    check_file("output", path)
 
 
 def write_report(inspection: Inspection, path: Path) -> None:
@@ -148,11 +132,4 @@ def write_report(inspection: Inspection, path: Path) -> None:
 
     check_output(path)
     content = render_png(inspection) if path.suffix.lower() == ".png" else render_html(inspection).encode()
-    temporary = path.with_name(f".zipvl-{os.getpid()}")  # any name that fits has room for this one
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError("output", f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file("output", path, content)

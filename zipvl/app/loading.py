@@ -13,7 +13,7 @@ import torch
 from zipvl.errors import InputError, first_line, shortened
 from zipvl.support import support
 
-__all__ = ["Loaded", "default_model", "load", "resolve_device", "resolve_dtype", "shipped_pages"]
+__all__ = ["Loaded", "default_model", "gpu_problem", "load", "resolve_device", "resolve_dtype", "shipped_pages"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_TIMEOUT_S = 5.0
@@ -73,7 +73,7 @@ def _from_here(folder: Path) -> Path:
 def resolve_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is there and that zipvl's ops run on."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and _cuda_problem() is None else "cpu")
+        return torch.device("cuda" if gpu_problem() is None else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -81,18 +81,18 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError("device", f"expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("device", f"{name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError("device", f"{name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
-        problem = _cuda_problem()
+        problem = gpu_problem()
+        if torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+            problem = f"there are {torch.cuda.device_count()} CUDA devices"
         if problem is not None:
             raise InputError("device", f"{name!r} asked for, but {problem}")
     return device
 
 
-def _cuda_problem() -> str | None:
-    """Why zipvl's ops do not run on CUDA devices; ``None`` where they do."""
+def gpu_problem() -> str | None:
+    """Why zipvl's ops do not run on CUDA devices, or that there are none; ``None`` where they do."""
+    if not torch.cuda.is_available():
+        return f"this torch ({torch.__version__}) sees no CUDA device"
     import_module("zipvl.ops")
     how = support("zipvl_attn", "cuda")
     return how.reason if how.state == "unavailable" else None

@@ -14,13 +14,14 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from zipvl.app.cache_bytes import cache_bytes
+from zipvl.app.timing import synchronize
 from zipvl.errors import InputError, first_line
 from zipvl.transformers import cache_names
 
 if TYPE_CHECKING:
     from zipvl.config import ZipVLConfig
 
-__all__ = ["LONGEST", "Answer", "FirstToken", "ask", "attention", "prepare", "reasons_for_dense", "synchronize"]
+__all__ = ["LONGEST", "Answer", "FirstToken", "ask", "attention", "prepare", "reasons_for_dense"]
 
 LONGEST = 1000
 """A page is at most so many times as long as it is wide."""
@@ -222,12 +223,6 @@ def _generate(model: Any, inputs: Any, *, max_new_tokens: int, streamer: BaseStr
         return_dict_in_generate=True,
         streamer=streamer,
     )
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for what runs on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _layer_range(layers: list[int]) -> str:

@@ -22,7 +22,8 @@ from zipvl.app.calibrate.samples import Sample
 from zipvl.app.images import load_image
 from zipvl.app.loading import Loaded
 from zipvl.app.machine import device_description, versions
-from zipvl.app.run import FirstToken, attention, prepare, reasons_for_dense, synchronize
+from zipvl.app.run import FirstToken, attention, prepare, reasons_for_dense
+from zipvl.app.timing import synchronize
 from zipvl.errors import InputError, first_line
 from zipvl.transformers import cache_names
 
