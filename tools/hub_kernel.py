@@ -1,7 +1,7 @@
 """The ops as a kernel of the Hub: ``python -m tools.hub_kernel FOLDER`` builds them and lays FOLDER out.
 
 ``kernels.get_local_kernel(Path(FOLDER))`` then loads them, beside an installed zipvl and beside other builds: the ops
-are ``torch.ops._zipvl_<cpu or cuda>_<digest of the sources>``. A variant is of one backend and of every torch from 2.10::
+are ``torch.ops._zipvl_<cpu or cuda>_<digest of the sources>``. A variant serves one backend and any torch::
 
     FOLDER/build/torch-stable-abi210-<cpu or cuMAJORMINOR>-x86_64-linux/
         __init__.py      the functions of ops.py
@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -86,10 +87,8 @@ def variant(info: dict[str, str]) -> str:
 
 
 def capabilities(info: dict[str, str]) -> list[str]:
-    """The GPUs of a build as the Hub names them: PTX of the first architecture serves later ones."""
-    archs = [
-        f"{arch[:-1]}.{arch[-1]}" for arch in (arch.rstrip("af") for arch in info["cuda_archs"].split(";")) if arch
-    ]
+    """The GPUs of a build as the Hub names them, 9.0a for 90a. PTX of the first architecture serves later ones."""
+    archs = [re.sub(r"(\d)([a-z]?)$", r".\1\2", arch) for arch in info["cuda_archs"].split(";") if arch]
     return [f"{archs[0]}+PTX", *archs[1:]] if archs else []
 
 

@@ -45,8 +45,8 @@ def examine(wheel: Path) -> dict[str, str]:
     """The record of the build in ``wheel``.
 
     Raises:
-        WrongError: the name says anything but any Python and a manylinux platform, or the label is another build's, or a
-            library is missing or one too many (an extension module needs one Python).
+        WrongError: the name says anything but any Python and a manylinux platform, or the label is another build's, or
+            a library is missing or one too many (an extension module needs one Python).
     """
     named = TAG.fullmatch(wheel.name)
     if named is None:
