@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 
@@ -76,6 +77,14 @@ def label() -> str:
     return local_version(os.environ.get("ZIPVL_CUDA") or "auto", nvcc_version()) if asked == "on" else ""
 
 
+class LabelledInfo(egg_info):
+    """The version with its label. A source distribution's setup.cfg, which setuptools writes, says otherwise."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = label()
+        super().finalize_options()
+
+
 class BinaryDistribution(Distribution):
     """A wheel is of one platform, and ``build`` runs ``build_ext``: CMake knows what is compiled, no list here does."""
 
@@ -114,8 +123,5 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(
-        distclass=BinaryDistribution,
-        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
-        options={"egg_info": {"tag_build": label()}},
-    )
+    commands = {"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel, "egg_info": LabelledInfo}
+    setup(distclass=BinaryDistribution, cmdclass=commands)

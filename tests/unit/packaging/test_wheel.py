@@ -130,12 +130,12 @@ def test_labels_are_those_of_torch() -> None:
             local_version("on", nothing)
 
 
-def backend(hook: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a hook of the build backend in the checkout, as pip does."""
+def backend(hook: str, folder: Path, source: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a hook of the build backend in ``source``, as pip does."""
     code = f"from setuptools import build_meta; print(build_meta.{hook}({str(folder)!r}))"
     given = {name: value for name, value in os.environ.items() if not name.startswith("ZIPVL_")} | environment
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=source, env=given, capture_output=True, text=True, check=False
     )
 
 
@@ -155,9 +155,14 @@ def test_a_label_is_in_the_metadata(environment: dict[str, str], label: str, tmp
     (tmp_path / "metadata").mkdir()
     made = backend("prepare_metadata_for_build_wheel", tmp_path / "metadata", **environment, CUDACXX=str(compiler))
     assert made.returncode == 0, made.stderr
-    (metadata,) = (tmp_path / "metadata").glob("zipvl-*.dist-info/METADATA")
-    version = re.search(r"^Version: (.+)$", metadata.read_text(), flags=re.MULTILINE)
-    assert version is not None and re.fullmatch(rf"\d+\.\d+\.\d+{re.escape(label)}", version[1])
+    assert re.fullmatch(rf"\d+\.\d+\.\d+{re.escape(label)}", version_in(tmp_path / "metadata"))
+
+
+def version_in(folder: Path) -> str:
+    """The version in the metadata that a hook of the build backend wrote to ``folder``."""
+    (metadata,) = folder.glob("zipvl-*.dist-info/METADATA")
+    (version,) = re.findall(r"^Version: (.+)$", metadata.read_text(), flags=re.MULTILINE)
+    return version
 
 
 def test_a_label_that_is_neither_is_an_error(tmp_path: Path) -> None:
@@ -177,11 +182,18 @@ def test_the_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> Non
     assert made.returncode == 0, made.stderr
     with tarfile.open(tmp_path / made.stdout.split()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
     needed = [path for folder in ("csrc", "zipvl") for path in (ROOT / folder).rglob("*")]
     sources = {".h", ".cpp", ".cu", ".cuh", ".in", ".py", ".html"}
     expected = {path.relative_to(ROOT).as_posix() for path in needed if path.suffix in sources}
     assert len(expected) > 100 and expected | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
     assert not [name for name in names if ".so" in name]
+    (unpacked,) = (folder for folder in tmp_path.glob("zipvl-*") if folder.is_dir())
+    (tmp_path / "metadata").mkdir()
+    labelled = backend(
+        "prepare_metadata_for_build_wheel", tmp_path / "metadata", unpacked, ZIPVL_LABEL="on", ZIPVL_CUDA="off"
+    )
+    assert labelled.returncode == 0 and version_in(tmp_path / "metadata") == f"{unpacked.name.partition('-')[2]}+cpu"
 
 
 def packed(folder: Path, name: str, build: dict[str, str], *libraries: str) -> Path:
