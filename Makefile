@@ -10,10 +10,12 @@
 #   make docs        the site of docs/ in build/docs/site, from an environment of its own; every link and anchor is checked
 #   make lint        formatting, lint, types, and which module imports which
 #   make cuda-check  compile the CUDA library for every architecture (needs nvcc, no GPU) and check what came out
-#   make wheel       a wheel in dist/
+#   make wheel       in dist/: the source distribution, and a manylinux wheel made of it; WHEEL_CUDA=on: with the CUDA library
+#   make wheel-check install that wheel beside another Python and another torch, then the doctor and the page of make demo
+#   make hub-check   the ops in the layout of the Hub's kernels, in build/hub, loaded by the package kernels
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo check test gpu-check vllm-check paper fidelity models docs lint format cuda-check wheel clean
+.PHONY: demo check test gpu-check vllm-check paper fidelity models docs lint format cuda-check wheel wheel-check hub-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,7 +61,7 @@ $(VENV)/weights.stamp: $(VENV)/packages.stamp
 	touch $@
 
 # CUTLASS's headers, where a build makes the CUDA library: without the Python packages that it asks for.
-$(VENV)/cutlass.stamp: $(VENV)/packages.stamp
+$(VENV)/cutlass.stamp: $(VENV)/torch.stamp
 	$(BIN)/pip install -q --no-deps $$($(BIN)/python tools/requirements.py cuda-build)
 	touch $@
 
@@ -152,8 +154,37 @@ format: $(VENV)/packages.stamp
 cuda-check: $(VENV)/packages.stamp $(VENV)/cutlass.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.cuda_check
 
-wheel: $(VENV)/packages.stamp $(CUDA_HEADERS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+# A wheel is made of the source distribution, so that both are complete, and named by what its libraries need of a system.
+# WHEEL_LABEL=off leaves +cpu or +cu130 out of its version: the package index takes none.
+WHEEL_CUDA := off
+WHEEL_LABEL := on
+WHEEL_STAMP := build/wheel/cuda-$(WHEEL_CUDA)-label-$(WHEEL_LABEL).stamp
+PACKAGE := $(shell find zipvl -name '*.py' -o -name '*.html') MANIFEST.in README.md LICENSE
+
+$(VENV)/wheel.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python tools/requirements.py build wheel > $(VENV)/wheel-requirements.txt
+	$(BIN)/pip install -q -r $(VENV)/wheel-requirements.txt
+	touch $@
+
+$(WHEEL_STAMP): $(VENV)/wheel.stamp $(if $(filter on,$(WHEEL_CUDA)),$(VENV)/cutlass.stamp) $(BUILD_INPUTS) $(PACKAGE)
+	rm -rf build/wheel/made
+	$(BIN)/python -m build --sdist --no-isolation -o build/wheel/made . > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" ZIPVL_CUDA=$(WHEEL_CUDA) ZIPVL_LABEL=$(WHEEL_LABEL) \
+	  $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel/made build/wheel/made/zipvl-*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w dist build/wheel/made/zipvl-*.whl
+	cp build/wheel/made/zipvl-*.tar.gz dist
+	touch $@
+
+wheel: $(WHEEL_STAMP)
+
+# WHEEL_CHECK_ARGS="--python python3.13 --torch 2.12.0": which ones; by default whatever other Python there is, and torch 2.10.0.
+wheel-check: $(WHEEL_STAMP)
+	$(BIN)/python -m tools.wheel_check $(WHEEL_CHECK_ARGS)
+
+hub-check: $(VENV)/build.stamp
+	$(BIN)/pip install -q $$($(BIN)/python tools/requirements.py hub)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.hub_kernel build/hub
+	$(BIN)/python -m pytest tests/unit/packaging/test_hub_kernel.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist zipvl/lib zipvl/*.so *.egg-info

@@ -2,7 +2,10 @@
 
 Environment: ``ZIPVL_CUDA`` (auto, on, off), ``ZIPVL_CUDA_ARCHS`` (default ``80;90a``), ``ZIPVL_BUILD_DIR`` (where CMake
 works, default ``build/<python>-<torch>``), ``CUTLASS_DIR`` (CUTLASS, for the CUDA library; default: the package
-nvidia-cutlass), ``MAX_JOBS``. Everything else about the package stands in pyproject.toml.
+nvidia-cutlass), ``MAX_JOBS``, ``ZIPVL_LABEL`` (off, on: ``+cpu`` or ``+cu130`` behind the version, by ``ZIPVL_CUDA``).
+Everything else about the package stands in pyproject.toml.
+
+A wheel is tagged ``py3-none``: its libraries need no Python, and serve every torch from 2.10 within a CUDA major.
 
 An editable build also makes ``zipvl._plan``, which only tests use, where pybind11 is installed.
 """
@@ -10,6 +13,8 @@ An editable build also makes ``zipvl._plan``, which only tests use, where pybind
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 
@@ -36,11 +43,60 @@ def build_directory() -> Path:
     return ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
 
 
+def local_version(cuda: str, nvcc: str | None) -> str:
+    """The label behind the version of a wheel that lies beside wheels of other builds, as torch's own have it.
+
+    Args:
+        cuda: ``ZIPVL_CUDA``, which must be on or off here: the version is known before CMake looks for a compiler.
+        nvcc: the output of ``nvcc --version``, None where there is none.
+
+    Raises:
+        SystemExit: ``cuda`` is neither, or is on and ``nvcc`` names no release.
+    """
+    if cuda == "off":
+        return "+cpu"
+    if cuda != "on":
+        sys.exit(f"zipvl: ZIPVL_LABEL=on needs ZIPVL_CUDA=on or ZIPVL_CUDA=off, got ZIPVL_CUDA={cuda}")
+    release = re.search(r"release (\d+)\.(\d+)", nvcc or "")
+    if release is None:
+        sys.exit(f"zipvl: ZIPVL_LABEL=on with ZIPVL_CUDA=on needs an nvcc that tells its release, got {nvcc!r}")
+    return f"+cu{release[1]}{release[2]}"
+
+
+def nvcc_version() -> str | None:
+    """The output of ``nvcc --version`` of the compiler that CMake takes, None where there is none."""
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout if found else None
+
+
+def label() -> str:
+    """The label that the environment asks for, by default none."""
+    asked = os.environ.get("ZIPVL_LABEL") or "off"
+    if asked not in ("on", "off"):
+        sys.exit(f"zipvl: ZIPVL_LABEL must be on or off, got {asked!r}")
+    return local_version(os.environ.get("ZIPVL_CUDA") or "auto", nvcc_version()) if asked == "on" else ""
+
+
+class LabelledInfo(egg_info):
+    """The version with its label. A source distribution's setup.cfg, which setuptools writes, says otherwise."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = label()
+        super().finalize_options()
+
+
 class BinaryDistribution(Distribution):
     """A wheel is of one platform, and ``build`` runs ``build_ext``: CMake knows what is compiled, no list here does."""
 
     def has_ext_modules(self) -> bool:
         return True
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel of one platform and any Python: the op libraries are no extension modules."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 class CMakeBuild(build_ext):
@@ -66,4 +122,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(package), "--strip"], check=True)
 
 
-setup(distclass=BinaryDistribution, cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    commands = {"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel, "egg_info": LabelledInfo}
+    setup(distclass=BinaryDistribution, cmdclass=commands)

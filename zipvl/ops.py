@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from zipvl import _library
-
-_library.load()
+from ._ops import ops
 
 
 def probe_index(
@@ -49,9 +47,7 @@ def probe_index(
     Returns:
         ``[B, num_recent + num_random]`` int32, ascending, padded at the end with -1.
     """
-    return torch.ops.zipvl.probe_index(
-        q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask, k=k
-    )
+    return ops.probe_index(q, num_recent=num_recent, num_random=num_random, seed=seed, token_mask=token_mask, k=k)
 
 
 def probe_scores(
@@ -80,9 +76,7 @@ def probe_scores(
         probes' softmax rows, summed over the probes; a row sums to its number of probes. ``normalized`` divides it by
         the number of probes that may attend to the token, and is 0 where none may.
     """
-    return torch.ops.zipvl.probe_scores(
-        q, k, probe_index, scale=scale, causal=causal, token_mask=token_mask, last_key=last_key
-    )
+    return ops.probe_scores(q, k, probe_index, scale=scale, causal=causal, token_mask=token_mask, last_key=last_key)
 
 
 def select_tokens(
@@ -121,7 +115,7 @@ def select_tokens(
         the selected positions, ascending; the others hold ``N``. A row selects every real token if one of its scores is
         not finite, if its scores sum to 0, or if, under ``tau``, its budget scores sum to less than 0.
     """
-    return torch.ops.zipvl.select_tokens(
+    return ops.select_tokens(
         budget_score,
         rank_score,
         tau=tau,
@@ -146,7 +140,7 @@ def pack_kv(k: Tensor, v: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor,
     Returns:
         ``k_packed`` and ``v_packed``, ``[B, Hkv, N, D]``; rows from ``count[b]`` on are undefined.
     """
-    return torch.ops.zipvl.pack_kv(k, v, index, count)
+    return ops.pack_kv(k, v, index, count)
 
 
 def pack_paged(
@@ -176,9 +170,7 @@ def pack_paged(
     Returns:
         int32 ``[B]``, how many tokens each row stored. Where not all fit, the last ones are stored.
     """
-    return torch.ops.zipvl.pack_paged(
-        k, v, index, count, block_table, k_cache, v_cache, capacity=capacity, first_slot=first_slot
-    )
+    return ops.pack_paged(k, v, index, count, block_table, k_cache, v_cache, capacity=capacity, first_slot=first_slot)
 
 
 def sparse_attn(
@@ -215,7 +207,7 @@ def sparse_attn(
     Returns:
         ``[B, Hq, n, D]``, the transposed view of a contiguous ``[B, n, Hq, D]``; rows not computed are 0.
     """
-    return torch.ops.zipvl.sparse_attn(
+    return ops.sparse_attn(
         q,
         k,
         v,
@@ -268,7 +260,7 @@ def zipvl_attn(
         ``out`` ``[B, Hq, n, D]`` as :func:`sparse_attn` returns it; ``index`` and ``count`` as :func:`select_tokens`
         does.
     """
-    return torch.ops.zipvl.zipvl_attn(
+    return ops.zipvl_attn(
         q,
         k,
         v,
@@ -323,7 +315,7 @@ def zipvl_prefill(
         ``out``, ``index`` and ``count`` as :func:`zipvl_attn` does; ``k_packed`` and ``v_packed`` as :func:`pack_kv`
         does.
     """
-    return torch.ops.zipvl.zipvl_prefill(
+    return ops.zipvl_prefill(
         q,
         k,
         v,
@@ -404,7 +396,7 @@ def zipvl_layer(
         returns it, or with ``o_weight`` ``[B, n, O]`` as :func:`project_outputs` does. Without ``pack`` the packed
         tensors are empty, of shape ``[0]``.
     """
-    return torch.ops.zipvl.zipvl_layer(
+    return ops.zipvl_layer(
         q,
         k,
         v,
@@ -454,7 +446,7 @@ def decode_attn(
         ``out`` ``[B, Hq, 1, D]`` and ``lse`` float32 ``[B, Hq, 1]``, the natural log-sum-exp of the scaled scores.
         A row of length 0 gives 0 and minus infinity.
     """
-    return torch.ops.zipvl.decode_attn(q, k_cache, v_cache, lengths, scale=scale)
+    return ops.decode_attn(q, k_cache, v_cache, lengths, scale=scale)
 
 
 def project_queries(
@@ -482,9 +474,7 @@ def project_queries(
     Returns:
         ``[B, Hq, N, D]``, the transposed view of a contiguous ``[B, N, Hq, D]``; tokens not chosen are undefined.
     """
-    return torch.ops.zipvl.project_queries(
-        x, weight, bias, cos, sin, index, count, norm_weight=norm_weight, norm_eps=norm_eps
-    )
+    return ops.project_queries(x, weight, bias, cos, sin, index, count, norm_weight=norm_weight, norm_eps=norm_eps)
 
 
 def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> Tensor:
@@ -498,7 +488,7 @@ def project_outputs(x: Tensor, weight: Tensor, index: Tensor, count: Tensor) -> 
     Returns:
         ``[B, N, O]``; rows of tokens that were not chosen are 0, as the whole projection would make them.
     """
-    return torch.ops.zipvl.project_outputs(x, weight, index, count)
+    return ops.project_outputs(x, weight, index, count)
 
 
 Bits = int | Sequence[int]
@@ -536,7 +526,7 @@ def quantize_kv(
         how many of them each row uses (the others are 0); ``low`` and ``low_blocks`` likewise; ``v_factor``.
         docs/cache.md has the layout of a block.
     """
-    return torch.ops.zipvl.quantize_kv(
+    return ops.quantize_kv(
         k,
         v,
         index,
@@ -576,7 +566,7 @@ def decode_attn_quantized(
     Returns:
         ``out`` ``[B, Hq, 1, D]`` and ``lse`` float32 ``[B, Hq, 1]``, as :func:`decode_attn` returns them.
     """
-    return torch.ops.zipvl.decode_attn_quantized(
+    return ops.decode_attn_quantized(
         q,
         high,
         high_blocks,
@@ -600,7 +590,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     checked as the op itself does."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
-        arguments = [argument.name for argument in getattr(torch.ops.zipvl, name).default._schema.arguments]
+        arguments = [argument.name for argument in getattr(ops, name).default._schema.arguments]
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = (*zip(arguments, args, strict=False), *kwargs.items())
@@ -613,7 +603,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     )
             return fake(*args, **kwargs)
 
-        torch.library.register_fake(f"zipvl::{name}", checked)
+        torch.library.register_fake(f"{ops.name}::{name}", checked)
         return fake
 
     return register
@@ -780,7 +770,7 @@ def _inference_only(name: str) -> Callable[..., Any]:
     of ``torch.inference_mode``. What gets past it is not differentiated, so that nothing is recorded below and no guard
     has to keep Autograd from the op's own calls.
     """
-    op = getattr(torch.ops.zipvl, name).default
+    op = getattr(ops, name).default
     redispatch = op._handle.redispatch_boxed  # op.redispatch without its frame
     below = torch._C._after_autograd_keyset
     is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
@@ -824,6 +814,6 @@ def _tensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
             yield argument, value
 
 
-_autograd = torch.library.Library("zipvl", "FRAGMENT")
+_autograd = torch.library.Library(ops.name, "FRAGMENT")
 for _name in NAMES:
     _autograd.impl(_name, _inference_only(_name), "Autograd", with_keyset=True)

@@ -79,20 +79,25 @@ struct Explanation {
 
 }  // namespace zipvl::ops
 
+// The library of torch.ops that the ops are in. A build that lies beside another one in one process has its own.
+#ifndef ZIPVL_OP_NAMESPACE
+#define ZIPVL_OP_NAMESPACE zipvl
+#endif
+
 #ifdef ZIPVL_CUDA_OPS
 #define ZIPVL_REGISTER(name, schema, explain) \
   static const zipvl::ops::Explanation explanation_of_##name(#name, explain);
 #define ZIPVL_OP_DEVICE CUDA
 #else
-#define ZIPVL_REGISTER(name, schema, explain)                                  \
-  STABLE_TORCH_LIBRARY_FRAGMENT(zipvl, library) { library.def(#name schema); } \
+#define ZIPVL_REGISTER(name, schema, explain)                                               \
+  STABLE_TORCH_LIBRARY_FRAGMENT(ZIPVL_OP_NAMESPACE, library) { library.def(#name schema); } \
   static const zipvl::ops::Explanation explanation_of_##name(#name, nullptr);
 #define ZIPVL_OP_DEVICE CPU
 #endif
 
-// The function zipvl::ops::`name` as torch.ops.zipvl.`name` of this library's device; `explain` is for CUDA alone.
-#define ZIPVL_OP(name, schema, explain)                         \
-  ZIPVL_REGISTER(name, schema, explain)                         \
-  STABLE_TORCH_LIBRARY_IMPL(zipvl, ZIPVL_OP_DEVICE, library) {  \
-    library.impl(#name, &zipvl::ops::boxed<&zipvl::ops::name>); \
+// The function zipvl::ops::`name` as the op `name` of this library's device; `explain` is for CUDA alone.
+#define ZIPVL_OP(name, schema, explain)                                     \
+  ZIPVL_REGISTER(name, schema, explain)                                     \
+  STABLE_TORCH_LIBRARY_IMPL(ZIPVL_OP_NAMESPACE, ZIPVL_OP_DEVICE, library) { \
+    library.impl(#name, &zipvl::ops::boxed<&zipvl::ops::name>);             \
   }

@@ -188,7 +188,7 @@ def run_layer(
     stored = None
     if budgeted:
         first = call.first_stored(tokens, None, dense_below)
-        stored = budget.select(config, query, tokens, *first, scaling, call.over_ranks, **given)
+        stored = budget.select(config, query, tokens, *first, scaling, over_ranks=call.over_ranks, **given)
         keys, values = ops.pack_kv(key, value, *stored)
     if layer is not None and drops:
         index, held = stored or (chosen, count)
@@ -269,7 +269,9 @@ def _chunk(
     stored, index = None, chosen
     if held is not None and call.config.cache == "drop" and call.config.cache_ratio is not None:
         first = call.first_stored(tokens, new, dense_below)
-        index, added = budget.select(call.config, q, tokens, *first, scaling, call.over_ranks, last_key=last_key)
+        index, added = budget.select(
+            call.config, q, tokens, *first, scaling, over_ranks=call.over_ranks, last_key=last_key
+        )
         stored = index, added + budget.before(tokens, new)
     if held is not None and layer is None:
         held.pack(index, new, attention_mask, visual, q.dtype)
