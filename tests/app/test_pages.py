@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from zipvl.app.run import prepare
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-llava-next"
 SAID_AS = {
@@ -39,14 +41,7 @@ def test_programs_run(page: str, capsys: pytest.CaptureFixture[str], monkeypatch
 def prompt() -> dict[str, Any]:
     """What the recipes take as given: a model, its inputs, and the tensors of one layer."""
     processor, model = AutoProcessor.from_pretrained(MODEL), AutoModelForImageTextToText.from_pretrained(MODEL)
-    content = [{"type": "image", "image": Image.open(MODEL / "pages" / "demo.png")}, {"type": "text", "text": "EC"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = prepare(processor, Image.open(MODEL / "pages" / "demo.png"), "EC", model)
     q, k, v = (torch.randn(1, heads, 600, 64) for heads in (4, 2, 2))
     return {"torch": torch, "model": model, "inputs": inputs, "q": q, "k": k, "v": v}
 
