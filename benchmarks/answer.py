@@ -39,7 +39,7 @@ class Case:
     pages: int = 0
     frames: int = 0
     repeats: int = 3
-    static: bool = False
+    static_peer: bool = False
     """Compared with a compiled static cache, where that is asked for."""
 
     @property
@@ -56,7 +56,7 @@ class Case:
 CASES = {
     "Qwen2-7B": (
         Case(512),
-        Case(4096, static=True),
+        Case(4096, static_peer=True),
         Case(4096, new=32),
         Case(4096, new=512, repeats=1),
         Case(16384, repeats=2),
@@ -66,7 +66,7 @@ CASES = {
         Case(4096, batch=8, repeats=2),
     ),
     "Qwen2.5-VL-7B": (
-        Case(pages=1, static=True),
+        Case(pages=1, static_peer=True),
         Case(pages=4, repeats=2),
         Case(pages=8, repeats=2),
         Case(pages=32, repeats=1),
@@ -75,7 +75,7 @@ CASES = {
     "Qwen3-VL-8B": (Case(pages=1, repeats=2), Case(pages=8, repeats=1)),
     "LLaVA-NeXT-7B": (Case(pages=1, repeats=2),),
     "LLaVA-NeXT-13B": (Case(pages=1, repeats=2),),
-    "Qwen3-30B-A3B": (Case(32768, new=32, repeats=1),),
+    "Qwen3-30B-A3B": (Case(32768, new=32, repeats=1), Case(131072, new=32, repeats=1)),
     "Qwen3.5-9B": (Case(32768, new=32, repeats=1),),
 }
 
@@ -98,7 +98,7 @@ def measure(
         if stats is not None and new > 1:
             decoded[:] = [stats.decodings[-1].to_dict() | {"active": stats.active, "ratio": stats.mean_ratio}]
 
-    names = ["default", "zipvl", *(["static"] if static and case.static else [])]
+    names = ["default", "zipvl", *(["static"] if static and case.static_peer else [])]
     for name in list(names):
         try:
             compiling = timed(lambda name=name: method(name, case.new))  # libraries, allocator, compiler

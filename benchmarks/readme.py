@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/benchmarks.md and docs/fidelity.md from benchmarks/results:
+"""Writes the tables of README.md, docs/benchmarks.md, docs/fidelity.md and docs/vllm.md from benchmarks/results:
 ``python -m benchmarks.readme`` (``--check`` only compares).
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` and shows the newest result of its kind.
@@ -21,7 +21,7 @@ from benchmarks.fidelity import show
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "fidelity.md")
+PAGES = (README, *(ROOT / "docs" / name for name in ("benchmarks.md", "fidelity.md", "vllm.md")))
 RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = ROOT / "models" / "tiny-llava-next" / "model.safetensors"
 
@@ -72,11 +72,13 @@ class Setting:
         timed: ``ratio`` and ``window`` in answer.jsonl. None under ``tau``: whole answers are timed with random
             weights, which do not show how many tokens hold it.
         judged: the setting's name in fidelity.jsonl.
+        vision_compile: as in answer.jsonl.
     """
 
     name: str
     timed: tuple[float, int] | None
     judged: str
+    vision_compile: bool = False
 
 
 SETTINGS = (
@@ -85,8 +87,8 @@ SETTINGS = (
     Setting('`ZipVLConfig(cache="quantize")`', None, "tau 0.9, window 512, quantize, text kept"),
     Setting('`ZipVLConfig(cache="drop", cache_ratio=0.35)`', None, "tau 0.9, window 512, drop, stored 0.35, text kept"),
     Setting("`ZipVLConfig(ratio=0.25)`", (0.25, 512), "ratio 0.25, window 512, full, text kept"),
+    Setting("the same, and `vision_compile=True`", (0.25, 512), "", vision_compile=True),
     Setting("`ZipVLConfig.paper()`", None, "tau 0.975, drop"),
-    Setting("`ZipVLConfig.paper(ratio=0.25)`", (0.25, 0), "ratio 0.25, drop"),
 )
 PAGES_OF = "Qwen2.5-VL-7B"
 SHOWN = ("1 page + 128", "8 pages + 128")
@@ -96,7 +98,7 @@ def image_to_answer() -> list[str]:
     """What a user gets on which setting, and what it loses: of each setting the newest times and the newest losses.
 
     A setting without either has no row, but for the default."""
-    runs = [run for run in results("answer") if not run.get("vision_compile")]
+    runs = results("answer")
     judged = [run for run in results("fidelity") if run["split"] == "report" and run["device"]["type"] == "cuda"]
     rows = [row for run in judged for row in run["rows"]]
     dense = {row["name"]: row for run in runs for row in run["rows"] if _shown(row)}
@@ -107,7 +109,8 @@ def image_to_answer() -> list[str]:
     }
     lines = [
         f"Time of `generate()` to the first token and to 128 tokens ({source(source_of)}), in {PAGES_OF}'s shape "
-        "with random weights; a page has 4,096 visual tokens. KL to dense (nats a token) and pass keys: a trained text "
+        "with random weights (in brackets: times as fast as dense in the same run, whose times differ from run to run "
+        "with the host); a page has 4,096 visual tokens. KL to dense (nats a token) and pass keys: a trained text "
         "model of 135 M parameters. Pages right, and bytes of the cache: a trained vision-language model of 6.5 M. "
         "`-`: not measured. Times of `ZipVLConfig()` are those of a third of the tokens kept, as of the pages.",
         "",
@@ -141,7 +144,12 @@ def _shown(row: Result) -> bool:
 
 def _timed(setting: Setting, runs: list[Result]) -> dict[str, Result]:
     """The newest rows of a setting's times by name."""
-    same = [run for run in runs if (run["ratio"], run.get("window", 0)) == setting.timed]
+    same = [
+        run
+        for run in runs
+        if (run["ratio"], run.get("window", 0)) == setting.timed
+        and bool(run.get("vision_compile")) == setting.vision_compile
+    ]
     return {row["name"]: row for run in same for row in run["rows"] if _shown(row)}
 
 
@@ -165,11 +173,10 @@ def _answered(row: Result, method: str) -> str:
 
 def answer() -> list[str]:
     """Whole answers on a GPU, a table a setting: the newest measurement of each model and prompt."""
-    tables: dict[tuple[float, int], dict[tuple[str, str], tuple[Result, Result]]] = {}
+    tables: dict[tuple[float, int, bool], dict[tuple[str, str], tuple[Result, Result]]] = {}
     for run in results("answer"):
-        if not run.get("vision_compile"):
-            table = tables.setdefault((run["ratio"], run.get("window", 0)), {})
-            table |= {(_model(row), row["name"]): (run, row) for row in run["rows"]}
+        table = tables.setdefault((run["ratio"], run.get("window", 0), bool(run.get("vision_compile"))), {})
+        table |= {(_model(row), row["name"]): (run, row) for row in run["rows"]}
     title = (
         "`generate()`, greedy, bfloat16, random weights in the shape of the named model; in Qwen2.5-VL's a page has "
         "4,096 visual tokens. Default: SDPA and a dynamic cache, as transformers runs it. Times are ms."
@@ -177,10 +184,13 @@ def answer() -> list[str]:
     return [title, *(line for setting, table in sorted(tables.items()) for line in _answer_table(*setting, table))]
 
 
-def _answer_table(ratio: float, window: int, newest: dict[tuple[str, str], tuple[Result, Result]]) -> list[str]:
+def _answer_table(
+    ratio: float, window: int, vision_compile: bool, newest: dict[tuple[str, str], tuple[Result, Result]]
+) -> list[str]:
     """One setting's."""
     run = max((run for run, _ in newest.values()), key=lambda run: str(run["date"]))
     method = f"a window of {window}, a full cache" if window else "the paper's method"
+    method += ", blocks of vision towers compiled (`vision_compile`)" if vision_compile else ""
     compiled = max(row.get("static_first", 0) for _, row in newest.values()) / 1e3
     after = f" Compiling the static cache took {compiled:.0f} s." if compiled else ""
     lines = [
@@ -197,6 +207,38 @@ def _answer_table(ratio: float, window: int, newest: dict[tuple[str, str], tuple
         cells = [f"{row[n]:,.0f}" if n in row else "out of memory" if n.split("_")[0] in lost else "" for n in names]
         cells.insert(2, f"**{row['default'] / row['zipvl']:.2f}x**" if {"default", "zipvl"} <= row.keys() else "")
         lines.append(f"| {model} | {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def serving() -> list[str]:
+    """vLLM with the plug-in against the same vLLM without, on a GPU: the newest of each setting and load."""
+    newest: dict[tuple[int, int, int], dict[str, Result]] = {}
+    for line in results("serving"):
+        if line["device"]["type"] == "cuda":
+            load = (line["concurrency"], line["tokens"], line["max_model_len"])
+            newest.setdefault(load, {})[line["setting"]] = line
+    last = max((line for found in newest.values() for line in found.values()), key=lambda line: str(line["date"]))
+    options = {line["setting"]: line["options"] for found in newest.values() for line in found.values()}
+    given = "; ".join(f"{name}: `{json.dumps(it)}`" for name, it in options.items() if it)
+    lines = [
+        f"vLLM {last['vllm']} with the plug-in (times as fast as the same vLLM without, whose backend is FLASH_ATTN, "
+        f"FlashAttention {last['flash_attention']}): Qwen2-7B's shape, dummy weights, bfloat16, {last['new']} new "
+        "tokens, decode steps in full CUDA graphs, prefix caching off, engines driven in one process "
+        f"({source(last)}). Options: {given}.",
+        "",
+        "| prompt | at a time | setting | first token, ms | requests/s | requests of the greatest length that fit |",
+        "| ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for (concurrency, tokens, _), found in sorted(newest.items()):
+        peer = found["vLLM"]
+        for name, line in found.items():
+            pairs = {"ttft_ms": f"{line['ttft_ms']:,.0f}", "requests_per_second": f"{line['requests_per_second']:.2f}"}
+            pairs["fits"] = f"{line['fits']:.0f}"
+            if line is not peer:
+                for key in pairs:
+                    times = peer[key] / line[key] if key == "ttft_ms" else line[key] / peer[key]
+                    pairs[key] += f" (**{times:.2f}x**)"
+            lines.append(f"| {tokens:,} | {concurrency} | {name} | " + " | ".join(pairs.values()) + " |")
     return lines
 
 
@@ -483,6 +525,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ttft": ttft,
     "ttft_window": ttft_window,
     "answer": answer,
+    "serving": serving,
     "fidelity": fidelity,
 }
 

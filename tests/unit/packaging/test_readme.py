@@ -33,7 +33,7 @@ def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyP
     device = {"type": "cuda", "name": "GPU"}
     about = {"device": device, "versions": {"torch": "2.11"}, "date": "2026-11-30T00:00:00"}
 
-    def timed(window: int, seconds: float) -> dict[str, Any]:
+    def timed(window: int, seconds: float, **changes: Any) -> dict[str, Any]:
         rows = [
             {
                 "name": name,
@@ -45,7 +45,7 @@ def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyP
             }
             for name in readme.SHOWN
         ]
-        return about | {"ratio": 0.25, "window": window, "rows": rows}
+        return about | {"ratio": 0.25, "window": window, "rows": rows} | changes
 
     def judged(kl: float, **changes: Any) -> dict[str, Any]:
         page = {"right": 0.99, "cache_share": 1.06}
@@ -55,18 +55,20 @@ def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyP
         return about | {"split": "report", "rows": rows} | changes
 
     recorded = {
-        "answer": [timed(512, 3.0), timed(512, 2.0), timed(0, 1.0)],
+        "answer": [timed(512, 3.0), timed(512, 2.0), timed(512, 1.0, vision_compile=True), timed(0, 0.5)],
         "fidelity": [judged(0.5), judged(0.007), judged(0.1, split="tune"), judged(0.2, device={"type": "cpu"})],
     }
     monkeypatch.setattr(readme, "results", recorded.__getitem__)
-    rows = {line.split(" | ")[0].strip("| `"): line for line in readme.image_to_answer()[4:]}
+    rows = {line.split(" | ")[0].strip("| ").lstrip("`"): line for line in readme.image_to_answer()[4:]}
     assert list(rows) == [
         "dense, as transformers runs it",
-        *(f"ZipVLConfig{end}" for end in ("()", "(ratio=0.25)", ".paper(ratio=0.25)")),
+        "ZipVLConfig()`",
+        "ZipVLConfig(ratio=0.25)`",
+        "the same, and `vision_compile=True`",
     ]
-    assert rows["ZipVLConfig()"].endswith("| - | - | 106% | 0.007 | 195 of 200 | 99.0% |")
-    assert "| 1.00 s, 2.00 s (**4.0x**) |" in rows["ZipVLConfig(ratio=0.25)"]
-    assert "| 0.50 s, 1.00 s (**8.0x**) |" in rows["ZipVLConfig.paper(ratio=0.25)"]
+    assert rows["ZipVLConfig()`"].endswith("| - | - | 106% | 0.007 | 195 of 200 | 99.0% |")
+    assert "| 1.00 s, 2.00 s (**4.0x**) |" in rows["ZipVLConfig(ratio=0.25)`"]
+    assert "| 0.50 s, 1.00 s (**8.0x**) |" in rows["the same, and `vision_compile=True`"]
     assert "| 4.00 s, 8.00 s |" in rows["dense, as transformers runs it"]
 
 
