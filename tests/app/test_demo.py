@@ -7,12 +7,13 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from zipvl import ZipVLConfig
 from zipvl.app.cli import app
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
 
 
-def test_the_demo_answers_right_from_less_than_the_full_cache() -> None:
+def test_the_demo_answers_right_from_fewer_tokens() -> None:
     page = json.loads((MODEL / "pages" / "demo.json").read_text())
     arguments = ["run", "--image", str(MODEL / "pages" / "demo.png"), "--question", page["question"]]
     done = CliRunner().invoke(app, [*arguments, "--model", str(MODEL), "--json"])
@@ -20,5 +21,5 @@ def test_the_demo_answers_right_from_less_than_the_full_cache() -> None:
     said = json.loads(done.stdout)
     assert said["prompt_tokens"] > 2600
     assert said["dense"]["answer"] == said["zipvl"]["answer"] == page["answer"]
-    assert said["zipvl"]["active"] and 0.2 < said["zipvl"]["mean_ratio"] < 0.6
-    assert said["zipvl"]["final_cache_bytes"] < 0.6 * said["dense"]["final_cache_bytes"]
+    assert said["zipvl"]["active"] and 0.2 < said["zipvl"]["mean_ratio"] < 0.5
+    assert ZipVLConfig(**said["config"]) == ZipVLConfig()

@@ -14,7 +14,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 SIDE, PATCH = 56, 7  # one view: 8 x 8 patches
 GRID = SIDE // PATCH
 IMAGE_TOKEN = 3
-PAPER = ("--no-keep-text", "--local-window", "0", "--num-sinks", "0")
+PAPER = ("--no-keep-text", "--local-window", "0", "--num-sinks", "0", "--cache", "drop")
 """Options of the paper's method, under which ``--ratio`` is what a layer keeps."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}"

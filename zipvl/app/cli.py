@@ -104,7 +104,7 @@ ConfigOption = Annotated[
 ]
 TauOption = Annotated[
     float | None,
-    typer.Option(help="Share of the attention mass that kept tokens must hold, in (0, 1].", show_default="0.975"),
+    typer.Option(help="Share of the attention mass that kept tokens must hold, in (0, 1].", show_default="0.9"),
 ]
 RatioOption = Annotated[
     float | None, typer.Option(help="Keep this share of the tokens in every layer, in (0, 1]; replaces --tau.")
@@ -112,7 +112,7 @@ RatioOption = Annotated[
 CacheOption = Annotated[
     str | None,
     typer.Option(
-        help="drop: store the kept tokens alone; quantize: all at few bits; full: all as they are.", show_default="drop"
+        help="full: store all tokens as they are; drop: the kept ones alone; quantize: all at few bits.", show_default="full"
     ),
 ]
 CacheRatioOption = Annotated[
@@ -405,11 +405,11 @@ def bench(
 
 
 def _config(file: Path | None, **values: Any) -> ZipVLConfig:
-    """The configuration of ``file``, or of the command's defaults without one, with ``values``; an option that was not
-    given, None, changes nothing."""
+    """The configuration of ``file``, or ``ZipVLConfig()`` without one, with ``values``; an option that was not given,
+    None, changes nothing."""
     from zipvl.config import ZipVLConfig, read_fields
 
-    fields: dict[str, Any] = {"tau": 0.975, "cache": "drop"}
+    fields: dict[str, Any] = {}
     if file is not None:
         try:
             fields = read_fields(file)
