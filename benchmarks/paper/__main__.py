@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks._record import append
-from benchmarks.paper import report, show, times
+from benchmarks.paper import show, times
 from benchmarks.paper.settings import Runner
 from benchmarks.paper.subject import CALIBRATION, FOLDER, Subject
 from benchmarks.paper.tables import TABLES
@@ -50,6 +50,8 @@ def main(
 ) -> None:
     """Measures tables, prints them and appends them to the results."""
     if table == "report":
+        from benchmarks.paper import report  # matplotlib, which a machine with a GPU may lack
+
         for path in report.render():
             print(path)
         return

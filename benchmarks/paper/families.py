@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["FAMILIES", "PAPER_BUDGETS", "LARGER_BUDGETS", "RIVALS", "fields", "method_of"]
+__all__ = ["FAMILIES", "LARGER_BUDGETS", "PAPER_BUDGETS", "RIVALS", "fields", "method_of"]
 
 PAPER_BUDGETS = {"VisionZip": 0.333, "AIM": 0.064, "PyramidDrop": 0.468}
 """Table A's token budgets of the baselines, from the paper's supplementary material."""

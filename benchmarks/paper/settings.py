@@ -73,7 +73,7 @@ def dense() -> Setting:
 
 
 def ours(label: str = "ZipVL", group: str = "", paper: str = NOT_AT_HAND, **config: Any) -> Setting:
-    """`zipvl.sparse` with the paper's method, under a configuration. Pages are sparse on every device, however short."""
+    """`zipvl.sparse` with the paper's method, under a configuration; pages are sparse on every device."""
     made = zipvl.ZipVLConfig.paper(**({"dense_below": SHORTEST} | config))
     return Setting(label, lambda model, _tower: zipvl.sparse(model, made), {"method": "zipvl", **config}, group, paper)
 

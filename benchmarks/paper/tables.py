@@ -22,7 +22,7 @@ BESIDE = (
     ("ZipVL, skipped MLPs", 0.95),
     ("ZipVL, skipped MLPs", 0.975),
 )
-"""What Table A has beside the paper's method, each with its tau: candidates of ``zipvl calibrate``, the default first."""
+"""What Table A has beside the paper's method, each with its tau: the default, and what ``zipvl calibrate`` tries."""
 ALL_TOKENS = 4096
 """As many recent probes as no page has tokens: every token is a probe."""
 TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.995, 1.0)

@@ -201,7 +201,7 @@ def shape(smoke: bool) -> Model:
 
 
 def run(device: str, limit: float = SECONDS, smoke: bool = False) -> list[dict[str, Any]]:
-    """Measures every row, prints them and appends each run to the results; a tiny shape with ``smoke``, not recorded."""
+    """Measures every row, prints them and appends each run to the results; ``smoke``: a tiny shape, not recorded."""
     if not smoke and device == "cpu":
         sys.exit("times: a 7B shape needs a CUDA device (--device cuda), or --smoke for a tiny one")
     model = shape(smoke).make(device, smoke=smoke)
