@@ -137,14 +137,12 @@ def _summary(axis: str, found: Sequence[Comparison], pages: int) -> str:
 
 
 def _list(found: Sequence[Comparison]) -> str:
-    """Settings with the share of tokens, the share of the time, and the best pruner."""
+    """Settings with the share of tokens that they keep and their exact match, and the best pruner's."""
     parts = []
     for one in sorted(found, key=lambda one: one.time):
         against = f"{one.rival} {one.rival_exact:.1%}" if one.rival else "no pruner is that fast"
-        parts.append(
-            f"{_name(one.row)} at {one.row['ratio']:.0%} of the tokens ({one.time:.0%} of dense attention's time, "
-            f"{one.row['exact_match']:.1%} right, {against})"
-        )
+        exact = f"{one.row['exact_match']:.1%}"
+        parts.append(f"{_name(one.row)}, at {one.row['ratio']:.0%} of the tokens ({exact} right, {against})")
     return "; ".join(parts)
 
 
@@ -163,6 +161,6 @@ def cells(one: Comparison) -> list[str]:
     if one.rival is None:
         return [*shown, "none is that fast", "", "", "", one.words]
     low, high = (100 * bound for bound in one.interval)
-    difference = 100 * (one.row["exact_match"] - one.rival_exact)
+    difference = round(100 * (one.row["exact_match"] - one.rival_exact), 1) + 0.0  # no negative zero
     points = f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
     return [*shown, one.rival, f"{one.rival_ratio:.1%}", f"{one.rival_exact:.1%}", points, one.words]

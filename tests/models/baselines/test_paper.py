@@ -356,8 +356,11 @@ def test_equal_time(tmp_path: Path) -> None:
         len(said) == 2
         and "2 settings of ZipVL and the best pruner on 100 pages: ahead 1, level 0, behind 1." in said[0]
     )
-    assert "ZipVL is worth its time with ZipVL, skipped MLPs, tau 0.9 at 20% of the tokens (40% of dense" in said[0]
-    assert "A pruner is the better choice in the time of ZipVL, tau 0.9 at 20% of the tokens (60%" in said[0]
+    assert (
+        "worth its time with ZipVL, skipped MLPs, tau 0.9, at 20% of the tokens (90.0% right, VisionZip 60.0%)."
+        in said[0]
+    )
+    assert "A pruner is the better choice in the time of ZipVL, tau 0.9, at 20% of the tokens (50" in said[0]
 
 
 def test_report_at_equal_time(tmp_path: Path) -> None:
