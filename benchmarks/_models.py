@@ -192,6 +192,7 @@ MODELS = {
             num_attention_heads=32,
             num_key_value_heads=32,
         ),
+        _llava_next("LLaVA-NeXT-Qwen2-7B", model_type="qwen2", **QWEN2_7B_TEXT, rope_theta=1e6),
         _llava_next(
             "LLaVA-NeXT-13B",
             hidden_size=5120,
@@ -236,4 +237,5 @@ MODELS = {
         ),
     )
 }
-"""The shapes of whole answers. LongVA-7B's decoder is Qwen2-7B's; Qwen3.5's has one layer of full attention in four."""
+"""The shapes of whole answers. LongVA-7B's decoder is Qwen2-7B's, and LLaVA-NeXT-Qwen2-7B has that behind LLaVA-NeXT's
+tiles; Qwen3.5's has one layer of full attention in four."""

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/benchmarks.md, docs/fidelity.md and docs/vllm.md from benchmarks/results:
+"""Writes the tables of README.md and of pages in docs/ (``PAGES``) from benchmarks/results:
 ``python -m benchmarks.readme`` (``--check`` only compares).
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` and shows the newest result of its kind.
@@ -18,10 +18,12 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.fidelity import show
+from benchmarks.paper import equal_time as equal
+from benchmarks.paper.records import lines_of, read_times
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / name for name in ("benchmarks.md", "fidelity.md", "vllm.md")))
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "fidelity", "paper", "vllm")))
 RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = ROOT / "models" / "tiny-llava-next" / "model.safetensors"
 
@@ -513,7 +515,17 @@ def fidelity() -> list[str]:
     return lines
 
 
+def equal_time() -> list[str]:
+    """At which budgets ZipVL is worth its time and at which a pruner is the better choice, by the recorded times."""
+    times = read_times(RESULTS / "paper_times.jsonl")
+    line = lines_of(hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16], RESULTS / "paper.jsonl").get("A")
+    if times is None or line is None:
+        return [equal.NOT_MEASURED]
+    return [equal.source(times), "", *(f"- {sentence}" for sentence in equal.summary(line, times))]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "equal_time": equal_time,
     "image_to_answer": image_to_answer,
     "cpu_prefill": cpu_prefill,
     "tiny_llava_next": tiny_llava_next,

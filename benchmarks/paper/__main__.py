@@ -1,7 +1,9 @@
 """Measures a table of the paper: ``python -m benchmarks.paper A`` (``B``, ``C``, ``D``, ``E``, ``figure-a``, ``ours``,
-``profiles``, ``all``), or renders the report from the results: ``python -m benchmarks.paper report``.
+``profiles``, ``all``), the methods' times in a 7B shape on a GPU (``times``), or renders the report from the results:
+``python -m benchmarks.paper report``.
 
-Every line goes to benchmarks/results/paper.jsonl with the pages, seeds, intervals and the answers page by page.
+Every table is a line of benchmarks/results/paper.jsonl with the pages, seeds, intervals and the answers page by page;
+times are lines of paper_times.jsonl.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks._record import append
-from benchmarks.paper import report, show
+from benchmarks.paper import show, times
 from benchmarks.paper.settings import Runner
 from benchmarks.paper.subject import CALIBRATION, FOLDER, Subject
 from benchmarks.paper.tables import TABLES
@@ -27,7 +29,7 @@ CALIBRATION_PAGES, FULL_CALIBRATION_PAGES = 5, 100
 
 
 def main(
-    table: Annotated[str, typer.Argument(help=f"{', '.join(TABLES)}, all (several: A,C), or report.")],
+    table: Annotated[str, typer.Argument(help=f"{', '.join(TABLES)}, all (several: A,C), times, or report.")],
     pages: Annotated[
         int | None, typer.Option(min=1, help=f"Held-out pages for each setting; {PAGES} by default.")
     ] = None,
@@ -41,15 +43,24 @@ def main(
     tau: Annotated[float, typer.Option(help="Of ZipVL where nothing is matched.")] = 0.975,
     seed: Annotated[int, typer.Option(help="Of the probe tokens.")] = 0,
     folder: Annotated[Path, typer.Option(help="Model folder; the report is of the shipped one.")] = FOLDER,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Of times: after so many no row of a second or third round begins.")
+    ] = times.SECONDS,
+    smoke: Annotated[bool, typer.Option(help="Of times: a tiny shape, not recorded; on the CPU too.")] = False,
 ) -> None:
     """Measures tables, prints them and appends them to the results."""
     if table == "report":
+        from benchmarks.paper import report  # matplotlib, which a machine with a GPU may lack
+
         for path in report.render():
             print(path)
         return
+    if table == "times":
+        times.run(device, seconds, smoke)
+        return
     names = list(TABLES) if table == "all" else table.split(",")
     if unknown := [name for name in names if name not in TABLES]:
-        sys.exit(f"TABLE: expected {', '.join(TABLES)}, all or report, got {', '.join(unknown)}")
+        sys.exit(f"TABLE: expected {', '.join(TABLES)}, all, times or report, got {', '.join(unknown)}")
     subject = Subject(folder, device, getattr(torch, dtype) if dtype else None, batch)
     pages = max(pages or 0, FULL_PAGES) if full else pages or PAGES
     run = Runner(

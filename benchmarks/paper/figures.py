@@ -11,11 +11,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.paper.equal_time import AXES
+from benchmarks.paper.families import FAMILIES, method_of
+from benchmarks.paper.records import Line, Times
+
 __all__ = ["FIGURES", "main"]
 
-Line = dict[str, Any]
 STYLES = {
     "ZipVL": ("#1b6ca8", "o"),
+    "ZipVL, window 512": ("#1b6ca8", "*"),
+    "ZipVL, window 128": ("#1b6ca8", "P"),
+    "ZipVL, window 128, skipped MLPs": ("#0b3c5d", "X"),
+    "ZipVL, skipped MLPs": ("#4ea5d9", "d"),
     "VisionZip": ("#d1495b", "s"),
     "AIM": ("#edae49", "D"),
     "PyramidDrop": ("#66a182", "^"),
@@ -38,29 +45,53 @@ def _errors(rows: list[dict[str, Any]]) -> tuple[list[float], list[float], list[
     return ratios, exact, [below, above]
 
 
-def main(lines: dict[str, Line]) -> bytes:
-    """Exact match against the share of tokens in attention: ZipVL and the baselines of Table A."""
-    line = lines["A"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, (colour, marker) in STYLES.items():
-        rows = [
-            row for row in line["rows"] if row["label"] == name or (name == "ZipVL" and row["label"].startswith(name))
-        ]
-        rows.sort(key=lambda row: row["ratio"])
-        if rows:
-            ratios, exact, errors = _errors(rows)
-            axes.errorbar(
-                ratios, exact, errors, marker=marker, markersize=8, alpha=0.8, capsize=3, color=colour, label=name
-            )
-    axes.axhline(100 * line["rows"][0]["exact_match"], color="grey", linestyle="--", label="dense")
-    axes.set(
-        xlabel="tokens in attention, mean over layers, %",
-        ylabel=f"exact match on {line['pages']:,} pages, %",
-        xlim=(0, 60),
-        ylim=(-3, 103),
+def main(line: Line, times: Times | None) -> bytes:
+    """Exact match of Table A against the share of tokens in attention, and where they are known against the times of a
+    7B shape: to the first token, and to an answer of 32."""
+    axes_shown = ["tokens in attention, mean over layers, %"]
+    if times is not None:
+        axes_shown += [f"time to the {name}, 7B shape at 32K, % of dense" for name in AXES]
+    figure, panels = plt.subplots(
+        1, len(axes_shown), figsize=(2.2 + 4.8 * len(axes_shown), 4.2), layout="constrained", sharey=True, squeeze=False
     )
+    for number, (axes, words) in enumerate(zip(panels[0], axes_shown, strict=True)):
+        for name, (colour, marker) in STYLES.items():
+            places, exact, errors = _points(line, times, name, number)
+            if places:
+                axes.errorbar(
+                    places,
+                    exact,
+                    errors,
+                    marker=marker,
+                    markersize=7,
+                    alpha=0.8,
+                    capsize=3,
+                    color=colour,
+                    linestyle="-" if name not in FAMILIES or name == "ZipVL" else ":",
+                    label=name if number == 0 else None,
+                )
+        dense = 100 * line["rows"][0]["exact_match"]
+        axes.axhline(dense, color="grey", linestyle="--", label=None if number else "dense")
+        axes.set(xlabel=words, xlim=(0, 100), ylim=(-3, 103))
+    panels[0][0].set_ylabel(f"exact match on {line['pages']:,} pages, %")
     figure.legend(loc="outside right center", fontsize=9)
     return _png(figure)
+
+
+def _points(
+    line: Line, times: Times | None, name: str, panel: int
+) -> tuple[list[float], list[float], list[list[float]]]:
+    """Places, exact match and its errors of one method's rows in a panel: 0 by tokens, then by each time."""
+    placed = []
+    for row in line["rows"]:
+        if method_of(row) == name:
+            at = None if times is None else times.at(name, row["ratio"])
+            place = row["ratio"] if panel == 0 else None if at is None else at[panel - 1]
+            if place is not None:
+                placed.append((100 * place, row))
+    placed.sort(key=lambda pair: pair[0])
+    _, exact, errors = _errors([row for _, row in placed])
+    return [place for place, _ in placed], exact, errors
 
 
 def curve(line: Line) -> bytes:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks._record import RESULTS, ROOT
-from benchmarks.paper import figures
+from benchmarks.paper import equal_time, figures
+from benchmarks.paper.records import Times, lines_of, read_times, stopped_lines
 from benchmarks.paper.show import cells, claims, header
 from benchmarks.paper.tables import TABLES
 
-__all__ = ["OUTPUT", "lines_of", "render"]
+__all__ = ["OUTPUT", "render"]
 
 OUTPUT = ROOT / "docs" / "report"
 FOLDER = ROOT / "models" / "tiny-llava-next"
@@ -36,6 +36,11 @@ METHOD = (
     "model was trained on single pages and answers with digits alone, so it cannot be asked *which* frame holds "
     "an entry; finding the right frame is what reading the digits takes. Two whole pages in one prompt, twice as "
     "long as anything it was trained on, are measured as a check.",
+    "Equal time: the answers are the tiny model's, the times those of a 7B shape behind 32K tokens, where attention, "
+    "MLPs and vision tower have the weight that they have in a model of use. A row's time is that of its method at its "
+    "share of tokens. The best pruner in the time of a ZipVL is the one whose answers are best there, each page on the "
+    "line between its two nearest rows; the dense model is the last row of each. Windows are wide beside a page of "
+    "2,613 tokens, whose last ones ZipVL keeps too: a window of 512 is a fifth of the page, and 2% of 32K.",
     "The baselines are in `zipvl/baselines`, each with its schedule stated. A dropped token's later layers lack "
     "it, and later tokens keep their positions. A budget that a schedule cannot reach is named, not approximated: "
     "the layers that see everything are 2 of 6 here and 2 of 28 to 32 in the paper's models.",
@@ -82,35 +87,17 @@ Block = Text | Grid | Items | Picture
 Sections = list[tuple[str, list[Block]]]
 
 
-def lines_of(weights: str, path: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The results of each table for these weights: a complete run before a stopped one, then the most pages, then the
-    newest."""
-    path = path or RESULTS / "paper.jsonl"
-    best: dict[str, dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
-        if line["weights_sha256"] == weights and _merit(line) >= _merit(best.get(line["table"], line)):
-            best[line["table"]] = line
-    return best
+def render(output: Path = OUTPUT, results: Path | None = None, times: Path | None = None) -> list[Path]:
+    """Writes both forms; returns the files.
 
-
-def stopped_lines(weights: str, shown: dict[str, dict[str, Any]], path: Path | None = None) -> list[dict[str, Any]]:
-    """Runs that were stopped, but over more pages than the one that is shown."""
-    path = path or RESULTS / "paper.jsonl"
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    of_these = [line for line in lines if line["weights_sha256"] == weights and not line["complete"]]
-    return [line for line in of_these if line["pages"] > shown.get(line["table"], line)["pages"]]
-
-
-def _merit(line: dict[str, Any]) -> tuple[bool, int]:
-    return line["complete"], line["pages"]
-
-
-def render(output: Path = OUTPUT, results: Path | None = None) -> list[Path]:
-    """Writes both forms; returns the files."""
+    Args:
+        output: their folder.
+        results: paper.jsonl; the recorded one by default.
+        times: paper_times.jsonl, likewise.
+    """
     weights = hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:16]
     lines = lines_of(weights, results)
-    sections = _sections(lines, weights, stopped_lines(weights, lines, results))
+    sections = _sections(lines, weights, stopped_lines(weights, lines, results), read_times(times))
     output.mkdir(parents=True, exist_ok=True)
     written = [output / "report.html", output / "README.md"]
     written[0].write_text(_html(sections))
@@ -123,7 +110,9 @@ def render(output: Path = OUTPUT, results: Path | None = None) -> list[Path]:
     return written
 
 
-def _sections(lines: dict[str, dict[str, Any]], weights: str, stopped: list[dict[str, Any]]) -> Sections:
+def _sections(
+    lines: dict[str, dict[str, Any]], weights: str, stopped: list[dict[str, Any]], times: Times | None
+) -> Sections:
     """The report, top to bottom."""
     missing = [name for name in TABLES if name not in lines]
     summary: list[Block] = [Text(f"Weights `{weights}`. Made by `make paper` from `benchmarks/results/paper.jsonl`.")]
@@ -138,23 +127,36 @@ def _sections(lines: dict[str, dict[str, Any]], weights: str, stopped: list[dict
     ]
     sections: Sections = [("", summary)]
     if "A" in lines:
-        summary.append(
-            Picture(
-                "main", "ZipVL and the baselines at equal shares of tokens in attention (Table A)", figures.main(lines)
-            )
-        )
+        shares = "equal shares of tokens in attention" + ("" if times is None else ", and at equal times")
+        caption = f"ZipVL and the baselines at {shares} (Table A)"
+        summary.append(Picture("main", caption, figures.main(lines["A"], times)))
+        sections.append(("Who wins at equal time?", _equal_time(lines["A"], times)))
     if goals:
         head = ["", "compared at", "the paper's order", "difference in points (95%)", "here"]
         sections.append(("Does the paper's order hold?", [Grid(head, goals)]))
-    sections += [(TABLES[name].title, _table(name, lines[name])) for name in TABLES if name in lines]
+    sections += [(TABLES[name].title, _table(name, lines[name], times)) for name in TABLES if name in lines]
     for line in stopped:
         title = f"More pages, stopped before its last rows: {TABLES[line['table']].title}"
-        sections.append((title, _table(line["table"], line, figure=False)))
+        sections.append((title, _table(line["table"], line, times, figure=False)))
     sections.append(("How it was measured", [Items(list(METHOD))]))
     return sections
 
 
-def _table(name: str, line: dict[str, Any], figure: bool = True) -> list[Block]:
+def _equal_time(line: dict[str, Any], times: Times | None) -> list[Block]:
+    """Every ZipVL of Table A against the best pruner in its time, on both axes."""
+    if times is None:
+        return [Text(equal_time.NOT_MEASURED)]
+    blocks: list[Block] = [Text(equal_time.source(times)), Items(equal_time.summary(line, times))]
+    for axis, name in enumerate(equal_time.AXES):
+        found = [equal_time.cells(one) for one in equal_time.compare(line, times, axis)]
+        if found:
+            blocks += [Text(f"By the time to the {name}:"), Grid(list(equal_time.HEADER), found)]
+    if times.failed:
+        blocks.append(Items([f"Not timed: {name} at {budget:.1%}: {why}" for name, budget, why in times.failed]))
+    return blocks
+
+
+def _table(name: str, line: dict[str, Any], times: Times | None, figure: bool = True) -> list[Block]:
     """One table with what belongs to it."""
     device = line["device"]
     where = device["name"] + (f", {device['threads']} thread(s)" if "threads" in device else "")
@@ -166,7 +168,7 @@ def _table(name: str, line: dict[str, Any], figure: bool = True) -> list[Block]:
     ]
     if figure and name in figures.FIGURES:
         blocks.append(Picture(name.lower(), TABLES[name].title, figures.FIGURES[name](line)))
-    blocks.append(Grid(header(line), [cells(line, row) for row in line["rows"]]))
+    blocks.append(Grid(header(line, times), [cells(line, row, times) for row in line["rows"]]))
     if name == "E":
         blocks.append(Text(_costs_note(line)))
     notes = line["notes"] + ([] if line["complete"] else ["This run was stopped before its last rows."])

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table as RichTable
 
+from benchmarks.paper.families import method_of
 from benchmarks.paper.statistics import bootstrap_difference, verdict
 
 if TYPE_CHECKING:
+    from benchmarks.paper.records import Times
     from benchmarks.paper.tables import Table
 
 __all__ = ["bits", "cells", "claims", "header", "rendered", "setting_words"]
 
 Line = dict[str, Any]
+TIMED = ["7B, 32K: first token, of dense", "32-token answer, of dense"]
 
 
 def bits(row: dict[str, Any]) -> list[bool]:
@@ -32,19 +35,21 @@ def setting_words(parameters: dict[str, Any]) -> str:
     return ", ".join(words).replace("num recent 4096", "every token a probe").replace(", num random 0", "")
 
 
-def header(line: Line) -> list[str]:
-    """The columns of a table."""
+def header(line: Line, times: Times | None = None) -> list[str]:
+    """The columns of a table; Table A has two more where ``times`` of the methods are known."""
     if line["table"] == "E":
         return ["", "GFLOP: products + estimate + attention", "ms", "cache, KiB", "peak memory, KiB"]
     names = ["", "compared at", "setting", "tokens in attention", "exact match", "95% interval"]
     if any("first_token_ms" in row for row in line["rows"]):
         names.append("first token, ms")
+    if line["table"] == "A" and times is not None:
+        names += TIMED
     if any(row["paper"] != "not at hand" for row in line["rows"]):
         names.append("paper")
     return names
 
 
-def cells(line: Line, row: dict[str, Any]) -> list[str]:
+def cells(line: Line, row: dict[str, Any], times: Times | None = None) -> list[str]:
     """One row, as many cells as `header` has columns."""
     if line["table"] == "E":
         flops = row.get("gflop")
@@ -56,7 +61,7 @@ def cells(line: Line, row: dict[str, Any]) -> list[str]:
             f"{row['peak_bytes'] / 1024:,.0f}",
         ]
     low, high = row["interval95"]
-    columns = header(line)
+    columns = header(line, times)
     found = [
         row["label"],
         row["group"] or row["task"],
@@ -67,6 +72,9 @@ def cells(line: Line, row: dict[str, Any]) -> list[str]:
     ]
     if "first token, ms" in columns:
         found.append(f"{row['first_token_ms']:.0f}" if "first_token_ms" in row else "")
+    if times is not None and TIMED[0] in columns:
+        at = times.at(method_of(row), row["ratio"])
+        found += ["", ""] if at is None else [f"{share:.0%}" for share in at]
     if "paper" in columns:
         found.append(row["paper"])
     return found

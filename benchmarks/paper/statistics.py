@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-__all__ = ["bootstrap", "bootstrap_difference", "verdict"]
+__all__ = ["bootstrap", "bootstrap_difference", "bootstrap_mean", "verdict"]
 
 RESAMPLES, SEED = 10_000, 0
 
@@ -29,12 +31,19 @@ def bootstrap_difference(first: list[bool], second: list[bool]) -> tuple[float, 
     """
     if len(first) != len(second):
         raise ValueError(f"expected the same pages, got {len(first)} and {len(second)}")
-    n = len(first)
-    pairs = list(zip(first, second, strict=True))
-    gains, losses = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    chances = [gains / n, losses / n, (n - gains - losses) / n]
-    drawn = np.random.default_rng(SEED).multinomial(n, chances, RESAMPLES)
-    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
+    return bootstrap_mean(np.subtract(first, second, dtype=float))
+
+
+def bootstrap_mean(values: Any) -> tuple[float, float]:
+    """The 95% percentile interval of the mean of ``values``, an array of one dimension with few distinct values.
+
+    Drawing as many with replacement as there are makes the counts of the distinct values multinomial, which is what is
+    drawn here.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    n = int(counts.sum())
+    drawn = np.random.default_rng(SEED).multinomial(n, counts / n, RESAMPLES)
+    low, high = np.percentile(drawn @ distinct / n, [2.5, 97.5])
     return round(float(low), 4), round(float(high), 4)
 
 

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from benchmarks.paper.costs import costs
+from benchmarks.paper.families import LARGER_BUDGETS, PAPER_BUDGETS, RIVALS, fields
 from benchmarks.paper.settings import NOT_AT_HAND, Row, Runner, Setting, baseline, baselines_at, dense, ours, selecting
 from zipvl.baselines import FastV
 from zipvl.config import CacheMode
 
 __all__ = ["TABLES", "Table"]
 
-PAPER_BUDGETS = {"VisionZip": 0.333, "AIM": 0.064, "PyramidDrop": 0.468}
-"""Table A's token budgets of the baselines, from the paper's supplementary material."""
+BESIDE = (
+    ("ZipVL, window 512", 0.9),
+    ("ZipVL, window 128", 0.9),
+    ("ZipVL, window 128, skipped MLPs", 0.9),
+    ("ZipVL, window 128, skipped MLPs", 0.95),
+    ("ZipVL, skipped MLPs", 0.95),
+    ("ZipVL, skipped MLPs", 0.975),
+)
+"""What Table A has beside the paper's method, each with its tau: the default, and what ``zipvl calibrate`` tries."""
 ALL_TOKENS = 4096
 """As many recent probes as no page has tokens: every token is a probe."""
 TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.995, 1.0)
@@ -41,15 +49,22 @@ class Table:
 
 
 def table_a(run: Runner) -> list[Row]:
-    """ZipVL against the baselines, at their budgets and at its own."""
+    """ZipVL against the baselines, at their budgets and at its own; then the baselines at larger ones, since at equal
+    time a pruner keeps more tokens."""
     rows = [run.measure(dense(), timed=True), run.measure(_reference(run), timed=True)]
+    for family, tau in BESIDE:
+        setting = ours(family, tau=tau, seed=run.seed, **fields(family, run.subject.layers))
+        rows.append(run.measure(setting, timed=True))
     for name, budget in PAPER_BUDGETS.items():
         group = f"{budget:.1%}"
         setting = run.matched(lambda tau, group=group: ours(group=group, tau=tau, seed=run.seed), budget)
         rows.append(run.measure(setting, timed=True))
-        for other in ("VisionZip", "AIM", "PyramidDrop", "FastV"):
+        for other in RIVALS:
             paper = f"{budget:.1%} of the tokens" if other == name else NOT_AT_HAND
             rows += _baseline(run, other, budget, "mixed", group, paper)
+    for budget in LARGER_BUDGETS:
+        for other in RIVALS:
+            rows += _baseline(run, other, budget, "mixed", f"{budget:.1%}")
     return rows
 
 
@@ -168,7 +183,7 @@ TABLES: dict[str, Table] = {
         "the baselines' token budgets: VisionZip 33.3%, AIM 6.4%, PyramidDrop 46.8%; the scores on the paper's "
         "benchmarks need its models",
         table_a,
-        tuple(("ZipVL", other) for other in ("VisionZip", "AIM", "PyramidDrop", "FastV")),
+        tuple(("ZipVL", other) for other in RIVALS),
     ),
     "B": Table(
         "Table B: against FastV on prompts of several frames",

@@ -9,7 +9,8 @@ Pruning, after the schedule of the authors' code for 28 layers (`max(0, 1 - 0.12
 on): the first half of the layers sees all merged tokens; then a share of them that falls linearly, after each layer,
 and reaches 0 two sevenths of the depth later. The last layers see no image at all. Importance is PageRank on the
 attention matrix of the layer: each head's logits, divided by a temperature of 0.1, through a softmax; five steps of the
-random walk from equal shares, no damping; the root of the mean of squares over the heads.
+random walk from equal shares, no damping; the root of the mean of squares over the heads. The steps weigh the queries,
+each head its own way, so they need the matrix itself: the sums of `probe_scores` are not enough.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from zipvl.baselines.common import Baseline, Prompt, Record, applied, solve
 
-__all__ = ["AIM", "aim", "merge_most_similar", "pagerank"]
+__all__ = ["AIM", "aim", "merge_most_similar", "walked"]
 
 TEMPERATURE, STEPS = 0.1, 5
 FALL = 2 / 7
@@ -56,20 +57,20 @@ def merge_most_similar(tokens: Tensor, places: Tensor, count: int) -> tuple[Tens
     return tokens, places
 
 
-def pagerank(logits: Tensor) -> Tensor:
+def walked(logits: Tensor) -> Tensor:
     """How often a walk that follows attention is at each token after five steps.
 
     Args:
-        logits: ``[B, H, n, n]``, causally masked with minus infinity.
+        logits: ``[..., n, n]``, causally masked with minus infinity.
 
     Returns:
-        float32 ``[B, n]``: root of the mean over heads of the squared shares.
+        float32 ``[..., n]``, rows sum to 1.
     """
     walk = (logits.float() / TEMPERATURE).softmax(-1)
-    share = walk.new_full((*walk.shape[:2], 1, walk.shape[-1]), 1 / walk.shape[-1])
+    share = walk.new_full((*walk.shape[:-2], 1, walk.shape[-1]), 1 / walk.shape[-1])
     for _ in range(STEPS):
         share = share @ walk
-    return share[:, :, 0].square().mean(1).sqrt()
+    return share.squeeze(-2)
 
 
 class AIM(Baseline):
@@ -102,10 +103,14 @@ class AIM(Baseline):
         return [self.retain * share for share in [1.0, *after[:-1]]]
 
     def importance(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        n = q.shape[2]
-        keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+        batch, heads, n, _ = q.shape
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        return pagerank((scale * q.float() @ keys.transpose(-1, -2)).masked_fill_(future, -torch.inf))
+        squares = torch.zeros(batch, n, device=q.device)
+        for head in range(heads):  # one head's matrix at a time: at 32K tokens it takes 4 GiB
+            keys = k[:, head * k.shape[1] // heads].float()
+            logits = (scale * q[:, head].float() @ keys.transpose(-1, -2)).masked_fill_(future, -torch.inf)
+            squares += walked(logits).square()
+        return (squares / heads).sqrt()
 
     def reduce(self, layer: int, hidden: Tensor, prompt: Prompt) -> Tensor:
         if layer:

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from zipvl import ops
 from zipvl.transformers import cache_names
 from zipvl.transformers import target as targets
 
@@ -393,7 +394,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 
 def last_query_importance(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The attention that the last token pays to each token, mean over the heads.
+    """The attention that the last token pays to each token, mean over the heads: ``probe_scores`` of one probe.
 
     Args:
         q: ``[B, Hq, n, D]``; k: ``[B, Hkv, n, D]``.
@@ -401,9 +402,8 @@ def last_query_importance(q: Tensor, k: Tensor, scale: float) -> Tensor:
     Returns:
         float32 ``[B, n]``, rows sum to 1.
     """
-    last = q[:, :, -1:].float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, 1, D]
-    scores = scale * (last @ k.float()[:, :, None].transpose(-1, -2))
-    return scores.softmax(-1).mean((1, 2, 3))
+    last = torch.full((q.shape[0], 1), q.shape[2] - 1, dtype=torch.int32, device=q.device)
+    return ops.probe_scores(q, k, last, scale=scale)[0]
 
 
 def keep_best(scores: Tensor, image: Tensor, count: int) -> Tensor:

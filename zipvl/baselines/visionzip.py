@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from zipvl import ops
 from zipvl.baselines.common import Baseline, Prompt, Record, applied, attention_replaced
 
 __all__ = ["TowerAttention", "VisionZip", "compress", "observed_tower", "visionzip"]
@@ -126,16 +127,26 @@ class VisionZip(Baseline):
         origin = self._origin(prompt, batch, score.shape[1], patches)
         features = hidden[prompt.image].view(batch, prompt.image_total, hidden.shape[2])
         stays = (origin < 0).expand(batch, -1).clone()
-        for tile in range(score.shape[1]):
-            tokens = (origin.div(patches, rounding_mode="floor") == tile).nonzero()[:, 0]
-            if not len(tokens):
+        tile = origin.div(patches, rounding_mode="floor")
+        by_tile = tile.argsort(stable=True)[int((tile < 0).sum()) :]  # without row ends
+        lengths = torch.bincount(tile[by_tile], minlength=score.shape[1])
+        for length in lengths.unique().tolist():  # tiles at an edge of a picture that was padded have fewer patches
+            if not length:
                 continue
-            at = origin[tokens] % patches
-            count = max(1, round(self.keep * len(tokens)))
-            places, values = compress(features[:, tokens], score[:, tile, at], key[:, tile, at], count)
-            places = tokens[places]
-            features = features.scatter(1, places[..., None].expand_as(values), values)
-            stays.scatter_(1, places, True)
+            which = (lengths == length).nonzero()[:, 0]
+            tokens = by_tile[lengths[tile[by_tile]] == length].view(len(which), length)
+            at = (origin[tokens] % patches).expand(batch, -1, -1)
+            places, values = compress(
+                features[:, tokens].flatten(0, 1),
+                score[:, which].gather(2, at).flatten(0, 1),
+                key[:, which].gather(2, at[..., None].expand(*at.shape, key.shape[3])).flatten(0, 1),
+                max(1, round(self.keep * length)),
+            )
+            left = tokens.repeat(batch, 1).gather(1, places).view(batch, -1)
+            features = features.scatter(
+                1, left[..., None].expand(*left.shape, features.shape[2]), values.view(*left.shape, -1)
+            )
+            stays.scatter_(1, left, True)
         merged = hidden.clone()
         merged[prompt.image] = features.flatten(0, 1)
         all_stay = ~prompt.image
@@ -179,9 +190,10 @@ def observed_tower(model: nn.Module, tower: TowerAttention) -> Iterator[None]:
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        queries = q[:, :, :1] if first else q
-        weights = (scale * queries.float() @ k.float().transpose(-1, -2)).softmax(-1)
-        tower.score, tower.key = weights.mean((1, 2))[:, first:], k[:, :, first:].float().mean(1)
+        asking = torch.arange(1 if first else q.shape[2], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
+        paid, _ = ops.probe_scores(q, k, asking.contiguous(), scale=scale, causal=False)
+        tower.score = paid[:, first:] / asking.shape[1]
+        tower.key = k[:, :, first:].float().mean(1)
         return sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **kwargs)
 
     with attention_replaced([attention], [attention.config], attend):

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from zipvl.baselines import AIM, Baseline, FastV, PyramidDrop, TowerAttention, VisionZip, applied, observed_tower
-from zipvl.baselines.common import _functions, attention_replaced
+from zipvl.baselines.common import Prompt, _functions, attention_replaced
+from zipvl.baselines.visionzip import compress
 
 from .conftest import IMAGE_TOKENS, ROW_ENDS
 
@@ -150,6 +151,41 @@ def test_a_tower_observed_once_serves_later_blocks(model: Any, inputs: dict[str,
         model(**inputs)
     with applied(model, VisionZip(0.3, tower)):
         assert torch.equal(generate(model, inputs).sequences, expected)
+
+
+def test_visionzip_of_a_padded_picture(model: Any) -> None:
+    """Tiles of different sizes: the base view of 49 patches, and two that the padding cut."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.tensor([[28, 42]] * 2)
+    pictures = torch.randn(2, 3, 3, 28, 28, generator=generator)
+    baseline = VisionZip(0.4)
+    with baseline.installed(model), torch.no_grad():
+        packed = model.model.get_image_features(pixel_values=pictures, image_sizes=sizes).pooler_output
+        count = len(packed[0])
+        image = torch.ones(2, count + 3, dtype=torch.bool)
+        image[:, -3:] = False
+        positions = torch.arange(count + 3).expand(2, -1)
+        hidden = torch.randn(2, count + 3, 64, generator=generator)
+        prompt = Prompt(image, positions, count + 3, count, 1, 6, sizes)
+        origin = baseline._origin(prompt, 2, 3, 49)
+        found = baseline.reduce(0, hidden, prompt)
+    score, key = baseline.tower.score.view(2, 3, 49), baseline.tower.key.view(2, 3, 49, -1)
+    lengths = [int((origin // 49 == tile).sum()) for tile in range(3)]
+    assert lengths[0] == 49 and all(0 < length < 49 for length in lengths[1:])
+    kept, expected = [(origin < 0).nonzero()[:, 0], torch.arange(count, count + 3)], hidden.clone()
+    for tile in range(3):
+        tokens = (origin // 49 == tile).nonzero()[:, 0]
+        at = origin[tokens] % 49
+        for row in range(2):
+            places, values = compress(
+                hidden[row : row + 1, tokens], score[row : row + 1, tile, at], key[row : row + 1, tile, at],
+                round(0.4 * len(tokens)),
+            )  # fmt: skip
+            expected[row, tokens[places[0]]] = values[0]
+            if row == 0:
+                kept.append(tokens[places[0]])
+    assert torch.equal(prompt.positions[0], torch.cat(kept).sort().values)
+    torch.testing.assert_close(found, expected.gather(1, prompt.positions[..., None].expand_as(found)))
 
 
 @pytest.mark.parametrize("baseline", TIGHT, ids=label)

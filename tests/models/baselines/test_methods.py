@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zipvl.baselines import AIM, FastV, PyramidDrop, VisionZip, image_budget
-from zipvl.baselines.aim import TEMPERATURE, merge_most_similar, pagerank
+from zipvl.baselines.aim import TEMPERATURE, merge_most_similar, walked
 from zipvl.baselines.common import keep_best, last_query_importance
 from zipvl.baselines.visionzip import compress
 
@@ -98,16 +98,25 @@ def test_aim_merging() -> None:
     torch.testing.assert_close(left[0, 0], (torch.tensor([2.0, 0.1 / 3, 0]) + first) / 2)
 
 
-def test_aim_pagerank() -> None:
+def test_aim_walk() -> None:
     # Three tokens, causal. Head 0: 1 and 2 look at token 0 alone. Head 1: every token looks at itself alone.
     nothing = -torch.inf
     heads = [[[0, nothing, nothing], [0, nothing, nothing], [0, nothing, nothing]]]
     heads.append([[0, nothing, nothing], [nothing, 0, nothing], [nothing, nothing, 0]])
-    expected = [math.sqrt((1 + 1 / 9) / 2), math.sqrt(1 / 18), math.sqrt(1 / 18)]
-    assert pagerank(torch.tensor([heads]))[0].tolist() == pytest.approx(expected)
+    assert walked(torch.tensor([heads]))[0].flatten().tolist() == pytest.approx([1, 0, 0, 1 / 3, 1 / 3, 1 / 3])
     # One head, two tokens; token 1 gives itself 1/4: after five steps it has (1/4) ** 5 of its half.
     logits = torch.tensor([[[[0, nothing], [math.log(3) * TEMPERATURE, 0]]]])
-    assert pagerank(logits)[0].tolist() == pytest.approx([1 - 0.5 / 4**5, 0.5 / 4**5], rel=1e-4)
+    assert walked(logits)[0, 0].tolist() == pytest.approx([1 - 0.5 / 4**5, 0.5 / 4**5], rel=1e-4)
+
+
+def test_aim_importance() -> None:
+    # Two heads that share a key head, two tokens. Head 0 asks nothing: from token 1 half goes back to 0 at each step,
+    # so 0.5 / 2 ** 5 is left at it. Head 1 asks for token 1 so loudly that each token looks at itself alone.
+    k = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
+    q = torch.zeros(1, 2, 2, 2)
+    q[0, 1, 1, 0] = 100.0
+    shares = torch.tensor([[1 - 0.5 / 2**5, 0.5 / 2**5], [0.5, 0.5]])
+    torch.testing.assert_close(AIM().importance(q, k, 1.0)[0], shares.square().mean(0).sqrt())
 
 
 def test_aim_schedule() -> None:

@@ -18,10 +18,10 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import zipvl
-from benchmarks.paper import report, show
+from benchmarks.paper import equal_time, families, records, report, show, times
 from benchmarks.paper.costs import attention_flops, peak_bytes
 from benchmarks.paper.settings import Runner, baselines_at, dense, match_ratio, ours, ratio_of, selecting
-from benchmarks.paper.statistics import bootstrap, bootstrap_difference, verdict
+from benchmarks.paper.statistics import bootstrap, bootstrap_difference, bootstrap_mean, verdict
 from benchmarks.paper.subject import FOLDER, FRAMES, Subject, framed_item, pages
 from benchmarks.paper.tables import TABLES
 from zipvl.baselines import AIM, FastV, Variant, VisionZip, applied, variant
@@ -173,6 +173,15 @@ def test_bootstrap() -> None:
         bootstrap_difference([True, True], [True])
 
 
+def test_bootstrap_mean() -> None:
+    """Halves, as between two rows of a pruner: the mean's standard error is that of the values."""
+    values = torch.tensor([1.0] * 30 + [0.5] * 40 + [0.0] * 20 + [-0.5] * 10)
+    low, high = bootstrap_mean(values.numpy())
+    error = 1.96 * float(values.std(correction=0)) / 10
+    assert (low, high) == pytest.approx((0.45 - error, 0.45 + error), abs=0.01)
+    assert bootstrap_mean(values[:30].numpy()) == (1.0, 1.0)
+
+
 def test_verdict() -> None:
     good, bad = [True] * 90 + [False] * 10, [True] * 40 + [False] * 60
     assert verdict(good, bad).startswith("holds: the intervals do not overlap")
@@ -238,10 +247,10 @@ def test_report(tmp_path: Path) -> None:
     results.write_text(
         "".join(json.dumps(x | {"weights_sha256": x["weights_sha256"] or digest}) + "\n" for x in [*lines, stale])
     )
-    assert {name: line["pages"] for name, line in report.lines_of(digest, results).items()} == {
+    assert {name: line["pages"] for name, line in records.lines_of(digest, results).items()} == {
         name: 60 if name == "A" else 40 for name in TABLES
     }
-    written = report.render(tmp_path / "out", results)
+    written = report.render(tmp_path / "out", results, tmp_path / "no times")
     page, text = written[0].read_text(), written[1].read_text()
     assert page.count("<img") == text.count("![") == len(written) - 2 >= 5
     assert page.count("src=") == page.count('src="data:image/png') and "<link" not in page
@@ -249,10 +258,160 @@ def test_report(tmp_path: Path) -> None:
         assert table.title in text and f"## {table.title}" in text
     assert "## Does the paper's order hold?" in text and "60 pages a setting" in text and "5,000" not in text
     assert text.count("90 pages a setting") == 1 and "More pages, stopped before its last rows: Table A" in text
+    assert equal_time.NOT_MEASURED in text
     for path in written[2:]:
         assert Image.open(path).size[0] > 300
     results.write_text("")
-    assert "Not measured yet for these weights: A, B, C" in report.render(tmp_path / "none", results)[1].read_text()
+    nothing = report.render(tmp_path / "none", results, tmp_path / "no times")[1].read_text()
+    assert "Not measured yet for these weights: A, B, C" in nothing
+
+
+# Times
+
+
+TIMED_AT = {"ZipVL": (0.2, 0.6), "ZipVL, skipped MLPs": (0.2, 0.6), "VisionZip": (0.2, 0.6), "FastV": (0.4,)}
+
+
+def made_times(path: Path, run: str = "2026-01-02", dense: float = 1000.0) -> None:
+    """Invented times: dense attention takes 1 s to the first token and 2 s to the last; ZipVL half a second and half of
+    its budget's share, 0.2 s less with skipped MLPs; a pruner its budget's share. A first run takes 50 ms more."""
+    device = {"type": "cuda", "name": "a GPU"}
+    about = {"run": run, "date": run, "device": device, "versions": {"torch": "2"}, "shape": "A-7B", "tokens": 32228}
+    about |= {"pictures": 11, "dtype": "bfloat16", "new_tokens": 32}
+    lines: list[dict[str, Any]] = [about | {"method": "vision tower", "vision_ms": 99.0}]
+    lines.append(about | {"method": "FastV", "budget": 0.06, "round": 0, "failed": "out of reach"})
+    rows = [("dense", 1.0), *((name, at) for name, budgets in TIMED_AT.items() for at in budgets)]
+    for number in range(3):
+        for method, budget in rows:
+            share = budget if "ZipVL" not in method else 0.5 + 0.5 * budget - 0.2 * ("MLP" in method)
+            first = dense * share + 50 * (not number)
+            answer = {"answer_ms": first + 1000} if not number else {"answer_ms": None}
+            at = {"method": method, "budget": budget, "ratio": budget, "round": number, "first_ms": first}
+            lines.append(about | at | answer)
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def timed_line(exact: dict[tuple[str, float], float], pages_: int = 100) -> dict[str, Any]:
+    """A Table A of these rows: label and ratio, and the share of pages that are right, the same ones first."""
+    rows = []
+    for (label, ratio), share in exact.items():
+        right = [i < share * pages_ for i in range(pages_)]
+        method = "zipvl" if "ZipVL" in label else label
+        row = {"label": label, "group": "", "task": "mixed", "paper": "not at hand", "ratio": ratio, "layers": []}
+        row |= {"parameters": {"method": method, **({"tau": 0.9} if method == "zipvl" else {})}}
+        row |= {"exact_match": sum(right) / pages_, "interval95": bootstrap(right), "pages": pages_}
+        rows.append(row | {"right": "".join("01"[ok] for ok in right)})
+    return made_line("A", pages_) | {"rows": rows}
+
+
+def test_times_between_budgets(tmp_path: Path) -> None:
+    path = tmp_path / "times.jsonl"
+    assert records.read_times(path) is None
+    made_times(path, "2026-01-01", dense=5000.0)
+    made_times(path)
+    found = records.read_times(path)
+    assert found is not None and found.dense == (1000.0, 2000.0) and found.vision_ms == 99.0
+    assert found.about["run"] == "2026-01-02" and found.failed == [("FastV", 0.06, "out of reach")]
+    assert found.at("dense", 1.0) == (1.0, 1.0)
+    assert found.at("ZipVL", 0.3) == pytest.approx((0.65, 0.825))
+    assert found.at("ZipVL", 0.605) == found.at("ZipVL", 0.6) == pytest.approx((0.8, 0.9))
+    assert found.at("ZipVL", 0.7) is None and found.at("ZipVL, window 128", 0.3) is None
+    assert found.at("VisionZip", 0.8) == pytest.approx((0.8, 0.9)) and found.at("VisionZip", 0.1) is None
+    # A run that was cut before dense attention was measured does not count.
+    with path.open("a") as file:
+        file.write(json.dumps({"run": "2026-01-03", "method": "vision tower", "vision_ms": 1.0}) + "\n")
+    assert records.read_times(path) == found
+
+
+def test_equal_time(tmp_path: Path) -> None:
+    path = tmp_path / "times.jsonl"
+    made_times(path)
+    found = records.read_times(path)
+    assert found is not None
+    exact = {
+        ("dense", 1.0): 1.0,
+        ("ZipVL", 0.2): 0.5,  # in 60% of the time: VisionZip at 60%
+        ("ZipVL, skipped MLPs", 0.2): 0.9,  # in 40%: VisionZip at 40%, between its rows, and FastV at 40%
+        ("ZipVL, window 128", 0.2): 1.0,  # of no known time
+        ("VisionZip", 0.2): 0.4,
+        ("VisionZip", 0.6): 0.8,
+        ("FastV", 0.4): 0.5,
+    }
+    line = timed_line(exact)
+    first, second = equal_time.compare(line, found, 0)
+    assert (first.row["label"], first.rival, first.words) == ("ZipVL, skipped MLPs", "VisionZip", "ahead")
+    assert (first.time, first.rival_ratio, first.rival_exact) == pytest.approx((0.4, 0.4, 0.6))
+    assert first.interval[0] < 0.3 < first.interval[1]
+    assert (second.row["label"], second.rival, second.words) == ("ZipVL", "VisionZip", "behind")
+    assert (second.time, second.rival_ratio, second.rival_exact) == pytest.approx((0.6, 0.6, 0.8))
+    # By the answer the same budgets cost (share + 1) / 2 of dense attention's time, on both sides.
+    assert [one.time for one in equal_time.compare(line, found, 1)] == pytest.approx([0.7, 0.8])
+    level = timed_line(exact | {("ZipVL", 0.2): 0.8})
+    assert equal_time.compare(level, found, 0)[1].words == "level"
+    alone = timed_line({key: share for key, share in exact.items() if "ZipVL" in key[0] or key[0] == "dense"})
+    assert [(one.rival, one.words) for one in equal_time.compare(alone, found, 0)] == [(None, "ahead")] * 2
+    said = equal_time.summary(line, found)
+    assert (
+        len(said) == 2
+        and "2 settings of ZipVL and the best pruner on 100 pages: ahead 1, level 0, behind 1." in said[0]
+    )
+    assert (
+        "worth its time with ZipVL, skipped MLPs, tau 0.9, at 20% of the tokens (90.0% right, VisionZip 60.0%)."
+        in said[0]
+    )
+    assert "A pruner is the better choice in the time of ZipVL, tau 0.9, at 20% of the tokens (50" in said[0]
+
+
+def test_report_at_equal_time(tmp_path: Path) -> None:
+    digest = report.hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:16]
+    exact = {("dense", 1.0): 1.0, ("ZipVL", 0.3): 0.9, ("VisionZip", 0.4): 0.5, ("AIM", 0.4): 0.5}
+    results, timed = tmp_path / "paper.jsonl", tmp_path / "times.jsonl"
+    results.write_text(json.dumps(timed_line(exact) | {"weights_sha256": digest}) + "\n")
+    made_times(timed)
+    written = report.render(tmp_path / "out", results, timed)
+    text = written[1].read_text()
+    assert "## Who wins at equal time?" in text and equal_time.NOT_MEASURED not in text
+    assert "11 pictures, bfloat16, a GPU" in text and "- Not timed: FastV at 6.0%: out of reach" in text
+    row = next(line for line in text.splitlines() if line.startswith("| VisionZip |"))
+    assert [cell.strip() for cell in row.split("|")][7:9] == ["40%", "70%"]
+    row = next(line for line in text.splitlines() if line.startswith("| AIM |"))
+    assert [cell.strip() for cell in row.split("|")][7:9] == ["", ""]
+    wide, alone = (
+        Image.open(path).size for path in (written[2], report.render(tmp_path / "b", results, tmp_path / "none")[2])
+    )
+    assert wide[0] > 2 * alone[0]
+
+
+def test_a_plan_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny shape: every row has its budget or a reason, and is run in rounds with its method's others."""
+    shape = times.shape(smoke=True)
+    model = shape.make("cpu", smoke=True)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    inputs = shape.inputs(model, tokens=0, pages=1, frames=0, batch=1, smoke=True)
+    plan = times.plan(model, inputs)
+    assert {timing.method for timing in plan} == {"dense", *families.FAMILIES, *families.RIVALS}
+    unreachable = {(timing.method, timing.budget) for timing in plan if timing.context is None}
+    assert unreachable == {("FastV", times.LEAST), ("PyramidDrop", times.LEAST)}
+    skipped = [timing.parameters.get("skip_mlp_layers") for timing in plan if timing.method == "ZipVL, skipped MLPs"]
+    assert set(skipped) == {(1, 3, 5)}
+    few = [timing for timing in plan if timing.budget in (1.0, times.LEAST) and timing.method in ("dense", "ZipVL")]
+    few += [timing for timing in plan if (timing.method, timing.budget) in {("FastV", 0.468), ("FastV", times.LEAST)}]
+    found = list(times.measure(model, inputs, few, limit=0.0, new=2))
+    assert [(timing.method, row["round"]) for timing, row in found] == [
+        ("FastV", 0), ("dense", 0), ("ZipVL", 0), ("FastV", 0)
+    ]  # fmt: skip
+    assert "out of reach" in found[0][1]["failed"]
+    for timing, row in found[1:]:
+        assert 0 < row["first_ms"] < row["answer_ms"] and row["ratio"] == pytest.approx(timing.budget, abs=0.01)
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(times, "generate", no_memory)
+    assert times.timed(model, inputs, few[0], 1) == {"failed": "out of memory"}
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        times.run("cpu")
 
 
 def test_terminal_table() -> None:
