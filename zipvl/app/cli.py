@@ -112,7 +112,7 @@ RatioOption = Annotated[
 CacheOption = Annotated[
     str | None,
     typer.Option(
-        help="full: store all tokens as they are; drop: the kept ones alone; quantize: all at few bits.", show_default="full"
+        help="full: store all tokens as they are; drop: the kept ones; quantize: all at few bits.", show_default="full"
     ),
 ]
 CacheRatioOption = Annotated[
