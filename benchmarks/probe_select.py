@@ -8,6 +8,7 @@ device's own ceilings, measured first: a matrix product and a copy.
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from benchmarks import _record
 from zipvl import ops, reference
 
 PROBES = 128
+BLOCK = 16  # tokens of a block of a paged cache
 CACHE_BYTES = 512 << 20  # inputs in turn take this much together, several times any second-level cache
 
 
@@ -215,6 +217,15 @@ def bench_select_tokens(shape: Shape, ceilings: Ceilings, peers: bool) -> dict[s
 
 
 def bench_pack_kv(shape: Shape, ceilings: Ceilings, peers: bool, ratio: float = 0.25) -> dict[str, Any]:
+    return _bench_pack("pack_kv", shape, ceilings, peers, ratio)
+
+
+def bench_pack_paged(shape: Shape, ceilings: Ceilings, peers: bool, ratio: float = 0.25) -> dict[str, Any]:
+    return _bench_pack("pack_paged", shape, ceilings, peers, ratio)
+
+
+def _bench_pack(op: str, shape: Shape, ceilings: Ceilings, peers: bool, ratio: float) -> dict[str, Any]:
+    """``pack_kv``, or ``pack_paged`` into blocks in a drawn order, of keys and values in the layout of each."""
     kept = int(ratio * shape.N)
     moved = 2 * 2 * 2 * shape.B * shape.Hkv * kept * shape.D
     inputs = [
@@ -222,8 +233,17 @@ def bench_pack_kv(shape: Shape, ceilings: Ceilings, peers: bool, ratio: float = 
     ]
     rank = torch.rand(shape.B, shape.N, device="cuda")
     index, count = ops.select_tokens(rank, rank, ratio=ratio)
-    time = time_calls([partial(ops.pack_kv, k, v, index, count) for k, v in inputs])
-    row = _row("pack_kv", shape, time, moved / ceilings.bytes, bytes=moved)
+    if op == "pack_kv":
+        calls = [partial(ops.pack_kv, k, v, index, count) for k, v in inputs]
+    else:
+        blocks = math.ceil(kept / BLOCK)
+        table = torch.randperm(shape.B * blocks, device="cuda").int().view(shape.B, blocks)
+        cache = [k.new_empty(2, shape.B * blocks, BLOCK, shape.Hkv, shape.D) for k, _ in inputs]
+        calls = [
+            partial(ops.pack_paged, k, v, index, count, table, *c) for (k, v), c in zip(inputs, cache, strict=True)
+        ]
+    time = time_calls(calls)
+    row = _row(op, shape, time, moved / ceilings.bytes, bytes=moved)
     if peers:
         copies = [(torch.randn(moved // 8, device="cuda"), torch.empty(moved // 8, device="cuda")) for _ in inputs]
         call = [partial(torch.add, a, 0, out=b) for a, b in copies]
@@ -247,6 +267,7 @@ BENCHES: dict[str, Callable[[Shape, Ceilings, bool], dict[str, Any]]] = {
     "probe_scores": bench_probe_scores,
     "select_tokens": bench_select_tokens,
     "pack_kv": bench_pack_kv,
+    "pack_paged": bench_pack_paged,
 }
 
 
@@ -264,13 +285,13 @@ def as_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option("--op", help="probe_scores, select_tokens, pack_kv. [all]")] = None,
+    only: Annotated[list[str] | None, typer.Option("--op", help=f"of {', '.join(BENCHES)}. [all]")] = None,
     longest: Annotated[int, typer.Option(min=1, help="Leave out longer prompts.")] = 2**20,
     others: Annotated[bool, typer.Option(help="Also the other models' shapes.")] = True,
     peers: Annotated[bool, typer.Option(help="Also time the peers.")] = True,
     record: Annotated[bool, typer.Option(help="Append to benchmarks/results/probe_select.jsonl.")] = True,
 ) -> None:
-    """Times probe_scores, select_tokens and pack_kv on the current GPU (bf16, causal, 128 probes)."""
+    """Times probe_scores, select_tokens, pack_kv and pack_paged on the current GPU (bf16, causal, 128 probes)."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("benchmarks.probe_select needs a CUDA device, and torch.cuda finds none")
     torch.manual_seed(0)

@@ -328,15 +328,20 @@ def sparse_attn() -> list[str]:
 
 
 def probe_select() -> list[str]:
-    """The estimate: probe scores, selection and packing against the same in PyTorch; the newest run, main shapes."""
+    """The estimate: probe scores, selection and packing against the same in PyTorch; the newest rows, main shapes."""
     run = results("probe_select")[-1]
-    main = [r for r in run["rows"] if (r["shape"]["B"], r["shape"]["Hq"], r["shape"]["Hkv"]) == (1, 28, 4)]
-    lengths = sorted({r["shape"]["N"] for r in main})
+    newest = {
+        (row["op"], row["shape"]["N"]): row
+        for line in results("probe_select")
+        for row in line["rows"]
+        if (row["shape"]["B"], row["shape"]["Hq"], row["shape"]["Hkv"]) == (1, 28, 4)
+    }
+    lengths = sorted({n for _, n in newest})
     rows = []
-    for op in ("probe_scores", "select_tokens", "pack_kv"):
+    for op in dict.fromkeys(op for op, _ in newest):
         cells = []
         for n in lengths:
-            row = next(r for r in main if r["op"] == op and r["shape"]["N"] == n)
+            row = newest[op, n]
             peers = [f"{us / row['us']:.1f}x" for us in row["peers"].values()]
             cells.append(f"{row['us']:.1f}" + (f" ({', '.join(peers)})" if peers else ""))
         rows.append(f"| `{op}` | " + " | ".join(cells) + " |")
