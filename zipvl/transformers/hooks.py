@@ -94,8 +94,12 @@ class DecoderHook:
         self.mlps.keep(set())
         Replaying.remove(self.target.decoder)
 
-    def detach_if_idle(self) -> None:
-        """Detaches, unless a run is in force or the hook stays."""
+    def _end(self, run: Run, before: list[_Altered]) -> None:
+        """Undoes ``run``, and what ``_alter`` noted; detaches unless another is in force or the hook stays."""
+        for owner, attribute, value in reversed(before):
+            setattr(owner, attribute, value)
+        self.runs = [other for other in self.runs if other is not run]
+        self._keep_mlps()
         if not self.runs and not self.stays:
             self.detach()
 
@@ -110,10 +114,7 @@ class DecoderHook:
             self._alter(run, IN_BLOCK, before)
             yield
         finally:
-            _restore(before)
-            self.runs = [other for other in self.runs if other is not run]
-            self._keep_mlps()
-            self.detach_if_idle()
+            self._end(run, before)
 
     def _keep_mlps(self) -> None:
         """Has the MLPs installed that the runs in force ask for, and those of caches."""
@@ -163,13 +164,9 @@ class DecoderHook:
 
     def unconfigure(self) -> None:
         """Undoes ``configure``, if it was called."""
-        if self._configured is None:
-            return
-        (run, before), self._configured = self._configured, None
-        _restore(before)
-        self.runs = [other for other in self.runs if other is not run]
-        self._keep_mlps()
-        self.detach_if_idle()
+        if self._configured is not None:
+            configured, self._configured = self._configured, None
+            self._end(*configured)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -181,7 +178,9 @@ class DecoderHook:
             kwargs = {name: value for name, value in kwargs.items() if name != IDS}
         if self.mlps.installed:
             self.mlps.passed.begin()
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
+        cache = cache_names.given(kwargs)
+        if not isinstance(cache, Cache):  # by position, or by another name
+            cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
         if config._attn_implementation not in (IMPLEMENTATION, IN_BLOCK):
             if isinstance(cache, ZipVLCache):
                 raise RuntimeError(
@@ -225,11 +224,12 @@ class DecoderHook:
         """
         ids, embeds = _first_given(args, kwargs), kwargs.get("inputs_embeds")
         tokens = ids if embeds is None else embeds
+        if tokens is None or tokens.shape[1] <= 1:  # a decode step asks nothing of it
+            return Visual()
         ours = cache if isinstance(cache, ZipVLCache) else None
         seen, before = (0, None) if ours is None else (ours.get_seq_length(), ours.visual)
         config = run.config if ours is None else ours.config
-        matters = config.keep_text or config.text_prompts == "dense"
-        if not matters or tokens is None or tokens.shape[1] <= 1:  # a decoded token is text
+        if not config.keep_text and config.text_prompts != "dense":
             return Visual(None, before, seen)
         if ids is None and noted is not None and noted.shape == tokens.shape[:2]:
             ids = noted
@@ -270,11 +270,6 @@ def _first_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a forward is given as its input ids, by name or as its first argument; None: nothing."""
     ids = kwargs.get("input_ids")
     return args[0] if ids is None and args else ids
-
-
-def _restore(before: list[_Altered]) -> None:
-    for owner, attribute, value in reversed(before):
-        setattr(owner, attribute, value)
 
 
 def hand_on(model: PreTrainedModel, config: ZipVLConfig) -> None:

@@ -94,16 +94,17 @@ class Skipping(Method):
         Returns:
             ``[B, n, C]``, and None.
         """
-        module, call = self.owner, kwargs.get(KEYWORD)
-        if call is not None and hidden_states.shape[1] > 1 and _is_prefill(module, call):
+        module = self.owner
+        if hidden_states.shape[1] > 1 and (call := kwargs.get(KEYWORD)) is not None and _is_prefill(module, call):
             weight = module.q_proj.weight
             dense_below = call.dense_below(weight.shape[0] // module.head_dim, module.head_dim, hidden_states)
             if reason(module, call, dense_below, hidden_states, position_embeddings, attention_mask, kwargs) is None:
                 assert position_embeddings is not None
                 tables = position_embeddings
                 return _sparse_forward(module, call, dense_below, hidden_states, tables, attention_mask), None
-        result: tuple[Tensor, None] = self.ordinary(
-            hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+        # Not by ordinary(), a call less in every layer of a step: there is none before it.
+        result: tuple[Tensor, None] = type(module).forward(
+            module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
         )
         return result
 
