@@ -110,7 +110,8 @@ class ZipVLCache(DynamicCache):
                     "or the cache is another model's. Go on inside zipvl.sparse(model), or make the cache from the "
                     "model itself: zipvl.ZipVLCache(model)"
                 )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # What the base class does besides is for layers that are made late or offloaded: there are none.
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Keys and values layer by layer, of which ``DynamicCache(cache)`` makes a copy.
