@@ -101,17 +101,17 @@ class ZipVLCache(DynamicCache):
         Raises:
             RuntimeError: the layer is packed, and the model was not told to read it.
         """
-        if not self.handed_on:
-            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-            if isinstance(layer, ZipVLCacheLayer) and layer.packed is not None:
-                raise RuntimeError(
-                    f"ZipVLCache: layer {layer_idx} is packed: its keys are placeholders on the meta device, which "
-                    "only zipvl's attention reads, and this model does not run it. Its zipvl.sparse block has ended, "
-                    "or the cache is another model's. Go on inside zipvl.sparse(model), or make the cache from the "
-                    "model itself: zipvl.ZipVLCache(model)"
-                )
+        layer: Any = self.layers[layer_idx]
+        if not self.handed_on and isinstance(layer, ZipVLCacheLayer) and layer.packed is not None:
+            raise RuntimeError(
+                f"ZipVLCache: layer {layer_idx} is packed: its keys are placeholders on the meta device, which only "
+                "zipvl's attention reads, and this model does not run it. Its zipvl.sparse block has ended, or the "
+                "cache is another model's. Go on inside zipvl.sparse(model), or make the cache from the model itself: "
+                "zipvl.ZipVLCache(model)"
+            )
         # What the base class does besides is for layers that are made late or offloaded: there are none.
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return states
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Keys and values layer by layer, of which ``DynamicCache(cache)`` makes a copy.
