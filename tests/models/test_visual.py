@@ -101,6 +101,53 @@ def test_without_hooks_of_ours_on_the_inner_model() -> None:
     assert set(stats.layers[0].index[0].tolist()) > text_of(inputs)
 
 
+class TakesNoMore(tf.LlavaNextForConditionalGeneration):
+    """A model whose code does not come with transformers, and hands on what it knows."""
+
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, image_sizes=None):  # type: ignore
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, image_sizes=image_sizes
+        )
+
+
+class PassesNoneOn(TakesNoMore):
+    """And whose inner model takes no more either."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.__class__ = NoneInside
+
+
+class NoneInside(tf.LlavaNextModel):
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, image_sizes=None, **_):  # type: ignore
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, image_sizes=image_sizes
+        )
+
+
+def test_ids_reach_the_decoder_from_whichever_model_hands_keywords_on() -> None:
+    inputs, plain = llava_next_inputs(300), make_llava_next()
+    with zipvl.sparse(plain, record_index=True, **KEEPING) as expected:
+        plain(**inputs)
+    for kind, arrives in ((TakesNoMore, True), (PassesNoneOn, False)):
+        model = build(kind, plain.config)
+        model.load_state_dict(plain.state_dict())
+        with warnings.catch_warnings(), zipvl.sparse(model, record_index=True, **KEEPING) as stats:
+            warnings.simplefilter("ignore")
+            model(**inputs)
+        if arrives:
+            assert [x.index[0].tolist() for x in stats.layers.values()] == [  # type: ignore[index]
+                x.index[0].tolist()
+                for x in expected.layers.values()  # type: ignore[index]
+            ]
+        else:
+            assert modes(stats) == {("dense", NO_VISUAL)}
+        with zipvl.sparse(model, visual_mask=inputs["input_ids"] == IMAGE, record_index=True, **KEEPING) as stats:
+            model(**inputs)
+        assert stats.layers[0].index is not None and expected.layers[0].index is not None
+        assert torch.equal(stats.layers[0].index[0], expected.layers[0].index[0]), "they can be named"
+
+
 # Prompts of text
 
 

@@ -56,9 +56,14 @@ def attention_forward(
             )
         call = Call(DEFAULT_RUN, None)
     call.reached = True
-    attention_mask, ends = call.read_mask(attention_mask, query.shape[2])
-    layer, new, tokens = call.layer_of(module, key, value), query.shape[2], key.shape[2]
+    layer, new = call.layer_of(module, key, value), query.shape[2]
+    if new == 1 and layer is not None and layer.packed is not None:
+        if dropout > 0:
+            refuse_unsupported(module, kwargs, dropout)
+        return _attend_one(module, call, layer, query, attention_mask, scaling), None
+    tokens = key.shape[2]
     packed = layer is not None and layer.packed is not None
+    attention_mask, ends = call.read_mask(attention_mask, new)
     bystander = zipvl is None and _implementation(module) == IN_BLOCK
     prompt, chunk = new == tokens > 1 and not packed, call.is_chunk(new, tokens)
     if (prompt or chunk) and not bystander and layer_index(module) is not None:
@@ -255,7 +260,7 @@ def _chunk(
     new = query.shape[2]
 
     if layer is None:  # earlier tokens are stored as they came: in a layer of ours or in an ordinary cache
-        held = call.stored_in(module, key)
+        held = call.stored_in(key)
         q, k, v = _in_one_dtype(query, key, value)
         tokens = Tokens(k, v, attention_mask, call.visual_of(key.shape[2], key.device))
         visual = tokens.visual
@@ -283,6 +288,39 @@ def _chunk(
     return out.transpose(1, 2).to(query.dtype)
 
 
+def _attend_one(
+    module: nn.Module,
+    call: Call,
+    layer: ZipVLCacheLayer,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """A decode step: one new token, which is stored, against what the cache holds. As ``_attend_packed``, without its
+    ``ends``."""
+    assert layer.packed is not None
+    token_mask = None if attention_mask is None else _new_mask(module, call, attention_mask, 1)
+    same = query.dtype == layer.packed.dtype  # not under autocast; a cast that casts nothing is a call of torch
+    q = query if same else query.to(layer.packed.dtype)
+    out = layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2)
+    return out if same else out.to(query.dtype)
+
+
+def _new_mask(module: nn.Module, call: Call, attention_mask: Tensor | None, new: int) -> Tensor | None:
+    """``Call.new_mask`` behind packed tokens.
+
+    Raises:
+        ValueError: the mask is not plain causal, so it names columns that may have been dropped.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): a 4-D mask "
+            f"{tuple(attention_mask.shape)} was given for tokens behind a packed ZipVLCache, whose dropped columns it "
+            "names. Use a 2-D attention_mask, or a DynamicCache."
+        )
+    return call.new_mask(attention_mask, new)
+
+
 def _attend_packed(
     module: nn.Module,
     call: Call,
@@ -303,21 +341,14 @@ def _attend_packed(
         ``[B, n, Hq, D]``.
 
     Raises:
-        ValueError: the mask is not plain causal, so it names columns that may have been dropped; or tokens see later
-            ones behind a quantised cache.
+        ValueError: as ``_new_mask`` says; or tokens see later ones behind a quantised cache.
     """
     new, packed = query.shape[2], layer.packed
     assert packed is not None
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): a 4-D mask "
-            f"{tuple(attention_mask.shape)} was given for tokens behind a packed ZipVLCache, whose dropped columns it "
-            "names. Use a 2-D attention_mask, or a DynamicCache."
-        )
-    token_mask, dtype = call.new_mask(attention_mask, new), packed.dtype
-    q = query.to(dtype)
     if new == 1:
-        return layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2).to(query.dtype)
+        return _attend_one(module, call, layer, query, attention_mask, scaling)
+    token_mask, dtype = _new_mask(module, call, attention_mask, new), packed.dtype
+    q = query.to(dtype)
     new_keys, new_values = (states.to(dtype) for states in layer.pending())
     if isinstance(packed, QuantizedKV):
         if ends is not None:

@@ -101,7 +101,7 @@ class ZipVLCache(DynamicCache):
         Raises:
             RuntimeError: the layer is packed, and the model was not told to read it.
         """
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        layer: Any = self.layers[layer_idx]
         if not self.handed_on and isinstance(layer, ZipVLCacheLayer) and layer.packed is not None:
             raise RuntimeError(
                 f"ZipVLCache: layer {layer_idx} is packed: its keys are placeholders on the meta device, which only "
@@ -109,7 +109,9 @@ class ZipVLCache(DynamicCache):
                 "cache is another model's. Go on inside zipvl.sparse(model), or make the cache from the model itself: "
                 "zipvl.ZipVLCache(model)"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # What the base class does besides is for layers that are made late or offloaded: there are none.
+        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return states
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Keys and values layer by layer, of which ``DynamicCache(cache)`` makes a copy.
@@ -171,8 +173,10 @@ def adopt(cache: Cache, model_config: PretrainedConfig, config: ZipVLConfig, cos
     Raises:
         ValueError: it is another kind of cache, or was filled without ZipVL.
     """
+    if isinstance(cache, ZipVLCache):
+        return
     if isinstance(cache, DynamicCache) and len(cache) > 0 and all(type(x) is not DynamicLayer for x in cache.layers):
-        return  # it is one, or has no ordinary full-attention layers
+        return  # it has no ordinary full-attention layers
     problem = None
     if type(cache) is not DynamicCache:
         problem = f"a {type(cache).__name__} cannot hold tokens that differ by layer"

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from zipvl.config import ZipVLConfig
 from zipvl.stats import LayerStats
 from zipvl.transformers.quantized import QuantizedKV
-from zipvl.transformers.storage import RaggedKV, Tokens, Trimmer, can_wait, is_exact, is_writable
+from zipvl.transformers.storage import RaggedKV, Tokens, Trimmer, can_wait, is_exact
 
 
 class ZipVLCacheLayer(DynamicLayer):
@@ -62,7 +62,8 @@ class ZipVLCacheLayer(DynamicLayer):
                 "cache or reset() this one), or the model's attention alters its keys after the cache update (not "
                 "supported with this cache)."
             )
-        seen, self._seen = self._seen, self._seen + key_states.shape[-2]
+        seen = self._seen
+        self._seen = seen + key_states.shape[2]
         if self.packed is None:
             self.trimmer.advance()
             if seen > 0:
@@ -73,12 +74,14 @@ class ZipVLCacheLayer(DynamicLayer):
             return key_states, value_states
         if self._awaited or self._untrimmed:
             self.settle()
-        self.trimmer.advance()
-        self._thaw()
-        self._pending = (key_states, value_states)
+        if self.trimmer.waiting:
+            self.trimmer.advance()
         cached = self._placeholder(key_states)
-        self.returned = (cached, cached)
-        return self.returned
+        if not torch.compiler.is_compiling():  # where it would be a result of the graph
+            self.keys = self.values = cached
+            self.packed.thaw()
+        self._pending, self.returned = (key_states, value_states), (cached, cached)
+        return cached, cached
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding positions included, whatever was kept."""
@@ -194,7 +197,8 @@ class ZipVLCacheLayer(DynamicLayer):
         """
         assert self.keys is not None and self.values is not None
         keys, values = self.keys.to(dtype), self.values.to(dtype)
-        self._placeholder(keys)
+        if not torch.compiler.is_compiling():
+            self.keys = self.values = self._placeholder(keys)
         if self.config.cache == "drop":
             chosen = _chosen(index)
             chosen[:, : chosen.shape[1] - new] = True if token_mask is None else token_mask[:, : chosen.shape[1] - new]
@@ -224,18 +228,15 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def _placeholder(self, states: torch.Tensor) -> torch.Tensor:
         """The shape ``[B, Hkv, seen, D]`` of a packed layer's keys, without data: an attention function that does not
-        know the packed layout fails on it at once. Models that look at ``keys`` find it there and the layer filled;
-        not in a compiled graph, whose result it would be."""
+        know the packed layout fails on it at once. Models that look at ``keys`` find it there, and the layer filled."""
         batch, heads, _, dim = states.shape
-        made = torch.empty((batch, heads, self._seen, dim), dtype=states.dtype, device="meta")
-        if not torch.compiler.is_compiling():
-            self.keys = self.values = made
-        return made
+        return torch.empty((batch, heads, self._seen, dim), dtype=states.dtype, device="meta")
 
     def _take_prompt(self, candidates: int) -> None:
         """Answers for the states of the prompt; those of candidates behind it stay pending."""
         keys, values = self._take()
-        self._placeholder(keys)
+        if not torch.compiler.is_compiling():
+            self.keys = self.values = self._placeholder(keys)
         if candidates:
             self._pending = (keys[:, :, -candidates:], values[:, :, -candidates:])
 
@@ -243,11 +244,6 @@ class ZipVLCacheLayer(DynamicLayer):
         self._awaited = False
         assert self.packed is not None
         self.packed.trim(*longest)
-
-    def _thaw(self) -> None:
-        """Makes the storage one that may be written in place."""
-        if self.packed is not None and not is_writable(self.packed.tensors()[0]):
-            self.packed.thaw()
 
     def append(
         self,
@@ -261,13 +257,16 @@ class ZipVLCacheLayer(DynamicLayer):
 
         ``query [B, Hq, n, D]`` are theirs, and ``scale`` the factor of their scores: what a quantised cache needs to
         tell later which of them matter."""
-        assert self.packed is not None
-        keys, values = (states.to(query.dtype) for states in self._take())
-        if isinstance(self.packed, QuantizedKV):
-            self.packed.append(keys, values, token_mask, query, scale)
+        packed = self.packed
+        assert packed is not None
+        keys, values = self._take()
+        if not keys.dtype == values.dtype == query.dtype:
+            keys, values = keys.to(query.dtype), values.to(query.dtype)
+        if isinstance(packed, QuantizedKV):
+            packed.append(keys, values, token_mask, query, scale)
         else:
-            self.packed.append(keys, values, token_mask, visual)
-        return self.packed
+            packed.append(keys, values, token_mask, visual)
+        return packed
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more, so that steps may be captured in a CUDA graph.
@@ -278,7 +277,7 @@ class ZipVLCacheLayer(DynamicLayer):
         self.settle()
         if self.packed is None:
             raise ValueError("ZipVLCache: room can be reserved behind a sparse prefill alone; this layer's was dense")
-        self._thaw()
+        self.packed.thaw()
         self.packed.reserve(tokens)
 
     def make_room(self, tokens: int) -> None:
@@ -324,8 +323,8 @@ class ZipVLCacheLayer(DynamicLayer):
         return self._pending
 
     def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        states = self.pending()
-        self._pending = self.returned = None
+        states, self._pending, self.returned = self._pending, None, None
+        assert states is not None
         return states
 
     # Rows and lengths
@@ -351,7 +350,7 @@ class ZipVLCacheLayer(DynamicLayer):
                 f"ZipVLCache: cannot crop {tokens} tokens: only the last {self.packed.tail} were added after the "
                 "prompt, and the prompt's tokens were packed or dropped"
             )
-        self._thaw()
+        self.packed.thaw()
         self.packed.crop(tokens)
         self._seen -= tokens
 

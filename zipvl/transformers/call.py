@@ -85,25 +85,28 @@ class Call:
         passed: where attention leaves selections for MLPs; None: every MLP runs for every token.
     """
 
+    reached = saw_prefill = False
+    passed: Passed | None = None
+    # What is made once for all layers, and of which tensors.
+    _extra: tuple[torch.Tensor, torch.Tensor] | None = None
+    _first_stored: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    _new: tuple[torch.Tensor | None] | None = None
+    _read: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
+    _seen_by: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def __init__(
         self, run: Run, cache: Cache | None, visual: Visual | None = None, over_ranks: OverRanks | None = None
     ) -> None:
         self.run, self.cache, self.visual = run, cache, Visual() if visual is None else visual
+        self._layers: dict[int | None, Any] = {} if cache is None else dict(enumerate(cache.layers))
         self.over_ranks = over_ranks
         self.config, self.cost_key, self.candidates = run.config, run.cost_key, 0
         if isinstance(cache, ZipVLCache):
             self.config, self.cost_key = cache.config, cache.cost_key
             self.candidates, cache.candidates = cache.candidates, 0
-        self.reached = self.saw_prefill = False
-        self.passed: Passed | None = None
         self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
-        self._extra: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._first_stored: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
-        self._new: list[torch.Tensor | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
-        self._read: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
-        self._seen_by: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # The cache
 
@@ -116,23 +119,22 @@ class Call:
         Raises:
             RuntimeError: these are not what the layer returned.
         """
-        layers, index = [] if self.cache is None else self.cache.layers, layer_index(module)
-        layer = layers[index] if index is not None and 0 <= index < len(layers) else None
+        layer = self._layers.get(layer_index(module))
         if not isinstance(layer, ZipVLCacheLayer) or layer.returned is None:
             return None
-        if layer.returned[0] is not keys or layer.returned[1] is not values:
+        returned_keys, returned_values = layer.returned
+        if returned_keys is not keys or returned_values is not values:
             raise RuntimeError(
                 f"zipvl attention ({type(module).__name__}): the keys or values of a ZipVLCache were altered between "
                 "the cache and the attention function, so this model's attention is not supported with ZipVLCache"
             )
         return layer
 
-    def stored_in(self, module: nn.Module, keys: torch.Tensor) -> ZipVLCacheLayer | None:
+    def stored_in(self, keys: torch.Tensor) -> ZipVLCacheLayer | None:
         """The ``ZipVLCacheLayer`` whose storage ``keys`` is: one that holds tokens as they came; None: there is
         none."""
-        layers, index = [] if self.cache is None else self.cache.layers, layer_index(module)
-        layer = layers[index] if index is not None and 0 <= index < len(layers) else None
-        return layer if isinstance(layer, ZipVLCacheLayer) and layer.packed is None and layer.keys is keys else None
+        ours = (layer for layer in self._layers.values() if isinstance(layer, ZipVLCacheLayer))
+        return next((layer for layer in ours if layer.packed is None and layer.keys is keys), None)
 
     @property
     def captures(self) -> bool:
@@ -297,9 +299,7 @@ class Call:
         rows = self.visual.rows(like.device)[:, None]
         if visual is None:
             return rows.repeat(1, like.shape[2])
-        if (
-            self._extra is None or self._extra[0] is not visual
-        ):  # one mask for all layers, unless they hold other tokens
+        if self._extra is None or self._extra[0] is not visual:  # once for all layers, unless they hold other tokens
             self._extra = visual, ~visual & rows
         return self._extra[1]
 
@@ -382,10 +382,10 @@ class Call:
         """Which of ``new`` tokens behind a filled cache are real: ``[B, new]``, or None: all. Read once a forward."""
         if attention_mask is None or self.candidates > 0:
             return None
-        if not self._new:
+        if self._new is None:
             mask = attention_mask[:, -new:]
             known = new > 1 and not torch.compiler.is_compiling() and bool(mask.all())
-            self._new.append(None if known else mask)
+            self._new = (None if known else mask,)
         return self._new[0]
 
     def expanded(self, token_mask: torch.Tensor, new: int, device: torch.device) -> torch.Tensor:

@@ -24,6 +24,7 @@ from zipvl.stats import Decoding
 from zipvl.transformers import cache_names
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
+from zipvl.transformers.methods import Method
 from zipvl.transformers.target import KEYWORD
 
 FEWEST_STEPS = 16
@@ -283,30 +284,15 @@ def _why_not_decoder(decoder: Any) -> str | None:
         return "not on a GPU"
     if len(devices) > 1:
         return "layers on several GPUs"
-    if not isinstance(decoder.__dict__.get("forward"), Replaying):
+    if not Replaying.is_on(decoder):
         return "the decoder's forward is another's"
     if "position_ids" not in inspect.signature(inspect.unwrap(type(decoder).forward)).parameters:
         return f"{type(decoder).__name__} takes no position_ids"
     return None
 
 
-class Replaying:
+class Replaying(Method):
     """A decoder's forward, on the instance: inside ``generate()`` its steps are replays of one that was captured."""
-
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-
-    @classmethod
-    def install(cls, decoder: Any) -> None:
-        """Gives ``decoder`` this forward, unless it has one of its own."""
-        if "forward" not in decoder.__dict__:
-            decoder.__dict__["forward"] = cls(decoder)
-
-    @classmethod
-    def remove(cls, decoder: Any) -> None:
-        """Undoes ``install``."""
-        if isinstance(decoder.__dict__.get("forward"), cls):
-            del decoder.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.get(KEYWORD)
@@ -315,10 +301,7 @@ class Replaying:
             if result is not None:
                 call.reached = True
                 return result
-        return self._forward(*args, **kwargs)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.decoder).forward(self.decoder, *args, **kwargs)
+        return self.ordinary(*args, **kwargs)
 
     def _step(self, cache: ZipVLCache, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of one step; None: this forward is none, or has to run as it is."""
@@ -388,7 +371,7 @@ class Replaying:
         steps = min(max(remaining, 1), ROOM)
         layers: Any = cache.layers
         try:
-            plan.captured = Captured(layers, layers[0].device, lambda: self._forward(**given), steps)
+            plan.captured = Captured(layers, layers[0].device, lambda: self.ordinary(**given), steps)
         except RuntimeError as error:  # what a model does between its layers may need the host
             return f"the step could not be captured: {str(error).splitlines()[0]}"
         return None

@@ -1,5 +1,5 @@
 """The hooks of a model that runs with ZipVL: one before the decoder's forward, which makes the ``Call`` that its
-attention layers are handed, one after it, one before the whole model's, which sees the input ids, and what
+attention layers are handed, one after it, one before the whole model's, which hands the input ids on, and what
 ``generate()`` asks.
 
 A model has them while a block or ``configure`` is in force, or for good once a ``ZipVLCache`` was made for it. They
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
@@ -25,13 +25,13 @@ from zipvl.transformers import cache_names, projections, vision
 from zipvl.transformers.cache import ZipVLCache, adopt
 from zipvl.transformers.call import Call, Run
 from zipvl.transformers.decode import Replaying, plan_decoding
+from zipvl.transformers.methods import Method
 from zipvl.transformers.mlp import MLPs
 from zipvl.transformers.ranks import over_ranks
-from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find
+from zipvl.transformers.target import IDS, IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find, takes_keywords
 from zipvl.transformers.vision import VISION
-from zipvl.transformers.visual import Noted, Visual, is_visual, named, visual_ids
+from zipvl.transformers.visual import Visual, is_visual, named, visual_ids
 
-_PREPARE = "_prepare_cache_for_generation"
 _COMPILED = "_compiled_call_impl"  # of a module, which ``compile()`` sets
 
 _Altered: TypeAlias = tuple[Any, str, Any]
@@ -54,7 +54,6 @@ class DecoderHook:
         self._configured: tuple[Run, list[_Altered]] | None = None
         self.cache_name = cache_names.name_for(type(target.decoder).forward)
         self.visual_ids = visual_ids(target.outer.config)
-        self.noted = Noted()
         self.mlps, self._mlps_of_caches = MLPs(target), set[int]()
         self._handles: list[Any] = []
 
@@ -73,17 +72,13 @@ class DecoderHook:
             add(target.decoder.register_forward_pre_hook(self, with_kwargs=True))
             add(target.decoder.register_forward_hook(_after_forward, with_kwargs=True))
             for model in target.around:
-                add(
-                    model.register_forward_pre_hook(
-                        _NoteIds(self, outermost=model is target.around[0]), with_kwargs=True
-                    )
-                )
+                hand_on = _HandIdsOn(self, model, outermost=model is target.around[0])
+                add(model.register_forward_pre_hook(hand_on, with_kwargs=True))
             for generator in target.generators:
                 add(generator.register_forward_pre_hook(_note_candidates, with_kwargs=True))
-                if _PREPARE not in generator.__dict__:
-                    generator.__dict__[_PREPARE] = _PrepareCache(generator, self)
+                _PrepareCache(generator, self).install()
             projections.install(target.attention)
-            Replaying.install(target.decoder)
+            Replaying(target.decoder).install()
         except BaseException:
             self.detach()
             raise
@@ -94,14 +89,17 @@ class DecoderHook:
             handle.remove()
         self._handles.clear()
         for generator in self.target.generators:
-            if isinstance(generator.__dict__.get(_PREPARE), _PrepareCache):
-                del generator.__dict__[_PREPARE]
+            _PrepareCache.remove(generator)
         projections.remove(self.target.attention)
         self.mlps.keep(set())
         Replaying.remove(self.target.decoder)
 
-    def detach_if_idle(self) -> None:
-        """Detaches, unless a run is in force or the hook stays."""
+    def _end(self, run: Run, before: list[_Altered]) -> None:
+        """Undoes ``run``, and what ``_alter`` noted; detaches unless another is in force or the hook stays."""
+        for owner, attribute, value in reversed(before):
+            setattr(owner, attribute, value)
+        self.runs = [other for other in self.runs if other is not run]
+        self._keep_mlps()
         if not self.runs and not self.stays:
             self.detach()
 
@@ -116,10 +114,7 @@ class DecoderHook:
             self._alter(run, IN_BLOCK, before)
             yield
         finally:
-            _restore(before)
-            self.runs = [other for other in self.runs if other is not run]
-            self._keep_mlps()
-            self.detach_if_idle()
+            self._end(run, before)
 
     def _keep_mlps(self) -> None:
         """Has the MLPs installed that the runs in force ask for, and those of caches."""
@@ -169,34 +164,35 @@ class DecoderHook:
 
     def unconfigure(self) -> None:
         """Undoes ``configure``, if it was called."""
-        if self._configured is None:
-            return
-        (run, before), self._configured = self._configured, None
-        _restore(before)
-        self.runs = [other for other in self.runs if other is not run]
-        self._keep_mlps()
-        self.detach_if_idle()
+        if self._configured is not None:
+            configured, self._configured = self._configured, None
+            self._end(*configured)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hands on a ``Call``. In a run the decoder gets a ``ZipVLCache`` where it would make a dynamic cache."""
         config: Any = module.config
+        noted = kwargs.get(IDS)
+        if noted is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name != IDS}
         if self.mlps.installed:
             self.mlps.passed.begin()
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
+        cache = cache_names.given(kwargs)
+        if not isinstance(cache, Cache):  # by position, or by another name
+            cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
         if config._attn_implementation not in (IMPLEMENTATION, IN_BLOCK):
             if isinstance(cache, ZipVLCache):
                 raise RuntimeError(
                     f"ZipVLCache: another attention implementation ran, {config._attn_implementation!r}, which cannot "
                     'read this cache; use zipvl.sparse(model) or attn_implementation="zipvl"'
                 )
-            return None
+            return args, kwargs
         if not self.runs:
             if not isinstance(cache, ZipVLCache):
-                return None
+                return args, kwargs
             run, cache.handed_on = Run(cache.config, cost_key=cache.cost_key), True
-            return args, kwargs | {KEYWORD: self._call(run, cache, args, kwargs)}
+            return args, kwargs | {KEYWORD: self._call(run, cache, noted, args, kwargs)}
         run = self.runs[-1]
         use_cache = kwargs.get("use_cache")
         if cache is not None:
@@ -208,24 +204,32 @@ class DecoderHook:
             kwargs = kwargs | _all_real(args, kwargs)
         if isinstance(cache, ZipVLCache):
             cache.handed_on = True
-        return args, kwargs | {KEYWORD: self._call(run, cache, args, kwargs)}
+        return args, kwargs | {KEYWORD: self._call(run, cache, noted, args, kwargs)}
 
-    def _call(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        call = Call(run, cache, self._visual(run, cache, args, kwargs), over_ranks(self.target.outer))
+    def _call(
+        self, run: Run, cache: Cache | None, noted: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        call = Call(run, cache, self._visual(run, cache, noted, args, kwargs), over_ranks(self.target.outer))
         if call.config.skip_mlp_layers:
             call.passed = self.mlps.admit(call.config)
         return call
 
-    def _visual(self, run: Run, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visual:
-        """Which tokens of this forward of the decoder are visual, and of those before it; the cache remembers them."""
-        noted, embeds = self.noted.take(), kwargs.get("inputs_embeds")
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+    def _visual(
+        self, run: Run, cache: Cache | None, noted: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Visual:
+        """Which tokens of this forward of the decoder are visual, and of those before it; the cache remembers them.
+
+        Args:
+            noted: the input ids that the whole model was given; None: none.
+        """
+        ids, embeds = _first_given(args, kwargs), kwargs.get("inputs_embeds")
         tokens = ids if embeds is None else embeds
+        if tokens is None or tokens.shape[1] <= 1:  # a decode step asks nothing of it
+            return Visual()
         ours = cache if isinstance(cache, ZipVLCache) else None
         seen, before = (0, None) if ours is None else (ours.get_seq_length(), ours.visual)
         config = run.config if ours is None else ours.config
-        matters = config.keep_text or config.text_prompts == "dense"
-        if not matters or tokens is None or tokens.shape[1] <= 1:  # a decoded token is text
+        if not config.keep_text and config.text_prompts != "dense":
             return Visual(None, before, seen)
         if ids is None and noted is not None and noted.shape == tokens.shape[:2]:
             ids = noted
@@ -239,30 +243,33 @@ class DecoderHook:
         return visual
 
 
-class _NoteIds:
-    """Forward pre-hook of a model around the decoder: leaves the input ids for the decoder's. The outermost has the
-    say.
+class _HandIdsOn:
+    """Forward pre-hook of a model around the decoder: hands a prompt's input ids on. The outermost has the say.
 
     Args:
         hook: the decoder's.
-        outermost: whether the model is.
+        model: the module whose hook this is.
+        outermost: whether it is.
     """
 
-    def __init__(self, hook: DecoderHook, *, outermost: bool) -> None:
-        self.hook, self.outermost = hook, outermost
+    def __init__(self, hook: DecoderHook, model: nn.Module, *, outermost: bool) -> None:
+        self.hook, self.outermost, self.can = hook, outermost, takes_keywords(model)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
-        is_ids = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
-        if self.outermost or is_ids:
-            self.hook.noted.put(ids if is_ids else None)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.outermost:
             self.hook.compile_copies()
+        ids = _first_given(args, kwargs)
+        if not self.can or IDS in kwargs or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            return None
+        return (args, kwargs | {IDS: ids}) if ids.shape[1] > 1 else None
 
 
-def _restore(before: list[_Altered]) -> None:
-    for owner, attribute, value in reversed(before):
-        setattr(owner, attribute, value)
+def _first_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a forward is given as its input ids, by name or as its first argument; None: nothing."""
+    ids = kwargs.get("input_ids")
+    return args[0] if ids is None and args else ids
 
 
 def hand_on(model: PreTrainedModel, config: ZipVLConfig) -> None:
@@ -320,16 +327,19 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             )
 
 
-class _PrepareCache:
+class _PrepareCache(Method):
     """``generate()``'s own way to make a cache, on the instance: in a run it is a ``ZipVLCache``.
 
     Args:
-        generator: the model whose method this is.
+        owner: the model whose method this is.
         hook: has the run in force.
     """
 
-    def __init__(self, generator: Any, hook: DecoderHook) -> None:
-        self.generator, self.hook = generator, hook
+    name = "_prepare_cache_for_generation"
+
+    def __init__(self, owner: Any, hook: DecoderHook) -> None:
+        super().__init__(owner)
+        self.hook = hook
 
     def __call__(
         self,
@@ -342,11 +352,8 @@ class _PrepareCache:
         run, decoder = self.hook.runs[-1] if self.hook.runs else None, self.hook.target.decoder
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted and (run is not None or isinstance(cache_names.given(model_kwargs), ZipVLCache)):
-            _check_assisted(self.generator, generation_config)
-        ordinary = type(self.generator)._prepare_cache_for_generation
-        result = ordinary(
-            self.generator, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+            _check_assisted(self.owner, generation_config)
+        result = self.ordinary(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = cache_names.given(model_kwargs)
         if run is not None or isinstance(cache, ZipVLCache):
             _check_padding(model_kwargs.get("attention_mask"), run)

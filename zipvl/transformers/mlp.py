@@ -4,8 +4,8 @@ The output of every other token is zero, so that it keeps its residual, and the 
 tokens and dense prefills run whole MLPs. On a device how many tokens there are stays there: a product that counts its
 rows on the device computes them alone, every other MLP as many rows as the host knows to be enough.
 
-``forward`` takes the place of an MLP's own on the instance, for as long as a run asks for it. An MLP is handed hidden
-states and nothing else, so the attention function of its layer leaves the selection for it (``Passed``).
+``SparseMLP`` takes the place of an MLP's forward for as long as a run asks for it. An MLP is handed hidden states and
+nothing else, so the attention function of its layer leaves the selection for it (``Passed``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_tracing
 
 from zipvl.config import ZipVLConfig
 from zipvl.transformers import features
+from zipvl.transformers.methods import Method
 from zipvl.transformers.products import counts_rows, is_plain
 from zipvl.transformers.target import Target, find, layer_index, layers_that_can
 
@@ -149,9 +150,9 @@ class MLPs:
     def keep(self, layers: set[int]) -> None:
         """Installs the MLPs of ``layers``, which ``check`` has seen, and removes the others."""
         for layer in self.installed.keys() - layers:
-            self._remove(layer)
+            SparseMLP.remove(self.installed.pop(layer))
         for layer, mlp in self._found(tuple(layers - self.installed.keys())).items():
-            mlp.__dict__["forward"] = SparseMLP(mlp, layer, self.passed)
+            SparseMLP(mlp, layer, self.passed).install()
             self.installed[layer] = mlp
 
     def admit(self, config: ZipVLConfig) -> Passed:
@@ -160,16 +161,6 @@ class MLPs:
         if missing:
             self.keep({*self.installed, *missing})
         return self.passed
-
-    def _remove(self, layer: int) -> None:
-        mlp = self.installed.pop(layer)
-        ours = mlp.__dict__.get("forward")
-        if not isinstance(ours, SparseMLP):
-            return
-        if ours.before is None:
-            del mlp.__dict__["forward"]
-        else:
-            mlp.__dict__["forward"] = ours.before
 
     def _found(self, layers: tuple[int, ...]) -> dict[int, nn.Module]:
         """The MLPs of ``layers``.
@@ -318,18 +309,20 @@ class _Order:
         return after if isinstance(statement, ast.AugAssign) else after - names
 
 
-class SparseMLP:
+class SparseMLP(Method):
     """An MLP's forward, on the instance.
 
     Args:
-        module: the MLP.
+        owner: the MLP.
         layer: the index of its layer.
         passed: where the attention function of its layer leaves a selection.
     """
 
-    def __init__(self, module: Any, layer: int, passed: Passed) -> None:
-        self.module, self.layer, self.passed = module, layer, passed
-        self.before = module.__dict__.get("forward")
+    chains = True
+
+    def __init__(self, owner: Any, layer: int, passed: Passed) -> None:
+        super().__init__(owner)
+        self.layer, self.passed = layer, passed
 
     def __call__(self, hidden_states: Tensor) -> Any:
         """The module's forward of ``[B, n, C]``: of the selected tokens, zero for the others; of all where nothing was
@@ -340,49 +333,44 @@ class SparseMLP:
         """
         rows = self.passed.take(self.layer)
         if rows is None:
-            return self._whole(hidden_states)
+            return self.ordinary(hidden_states)
         if hidden_states.dim() != 3 or hidden_states.shape[:2] != rows.mask.shape:
             raise RuntimeError(
-                f"zipvl: ZipVLConfig.skip_mlp_layers names layer {self.layer}, whose {type(self.module).__name__} was "
+                f"zipvl: ZipVLConfig.skip_mlp_layers names layer {self.layer}, whose {type(self.owner).__name__} was "
                 f"given hidden states {list(hidden_states.shape)}; expected [B, n, C] with B, n = "
                 f"{list(rows.mask.shape)}. Leave the layer out"
             )
         if hidden_states.device.type == "cpu" and not is_tracing(hidden_states):
             return self._named(hidden_states, rows.mask)
-        if can_count(self.module, self.before, hidden_states):
-            return _counted(self.module, hidden_states, rows)
+        if can_count(self.owner, self.before, hidden_states):
+            return _counted(self.owner, hidden_states, rows)
         return self._enough(hidden_states, rows)
-
-    def _whole(self, hidden_states: Tensor) -> Any:
-        if self.before is not None:
-            return self.before(hidden_states)
-        return type(self.module).forward(self.module, hidden_states)
 
     def _named(self, x: Tensor, mask: Tensor) -> Any:
         """Where the host may read which tokens are selected."""
         at = mask.flatten().nonzero()[:, 0]
         if at.shape[0] == mask.numel():
-            return self._whole(x)
+            return self.ordinary(x)
         if at.shape[0] == 0:
             return torch.zeros_like(x)
         states = x.flatten(0, 1)
-        result = self._whole(states.index_select(0, at)[None])
+        result = self.ordinary(states.index_select(0, at)[None])
         return _first_replaced(result, lambda y: _put_back(states, at, y).view(x.shape))
 
     def _enough(self, x: Tensor, rows: Rows) -> Any:
         """As many rows as the host knows to be enough; all of them, others made zero, where it knows nothing. Experts
         that can are told which of these are none."""
-        routes = can_route(self.module, self.before)
+        routes = can_route(self.owner, self.before)
         if rows.most is None or rows.most >= x.shape[1]:
             if routes:
-                return _routed(self.module, x.flatten(0, 1), rows.mask.flatten()).view(x.shape)
-            result = self._whole(x)
+                return _routed(self.owner, x.flatten(0, 1), rows.mask.flatten()).view(x.shape)
+            result = self.ordinary(x)
             return _first_replaced(result, lambda y: y.view(x.shape).masked_fill(~rows.mask[:, :, None], 0.0))
         states, at = x.flatten(0, 1), _places(rows, 1)[0]
         picked = states.index_select(0, at.clamp(max=states.shape[0] - 1))
         if routes:
-            return _put_back(states, at, _routed(self.module, picked, at < states.shape[0])).view(x.shape)
-        result = self._whole(picked[None])
+            return _put_back(states, at, _routed(self.owner, picked, at < states.shape[0])).view(x.shape)
+        result = self.ordinary(picked[None])
         return _first_replaced(result, lambda y: _put_back(states, at, y).view(x.shape))
 
 

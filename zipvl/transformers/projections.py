@@ -5,8 +5,8 @@ everywhere else, which an output projection without bias maps to zero. So a pref
 alone: up to the share ``1 - ratio`` of them is saved. How many rows there are is known to the device alone, and stays
 there.
 
-``forward`` takes the place of an attention module's own on the instance, for as long as a run is in force. Where it
-does not apply it calls the module's own.
+``Skipping`` takes the place of an attention module's forward for as long as a run is in force. Where it does not apply
+it calls the module's own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zipvl.config import ZipVLConfig
 from zipvl.transformers import cache_names
 from zipvl.transformers.attention import run_layer
 from zipvl.transformers.call import Call
+from zipvl.transformers.methods import Method
 from zipvl.transformers.products import counts_rows, is_plain
 from zipvl.transformers.reasons import asks_for_more
 from zipvl.transformers.target import IMPLEMENTATION, IN_BLOCK, KEYWORD
@@ -47,15 +48,14 @@ FEWEST_TOKENS = 2048
 def install(modules: Iterable[nn.Module]) -> None:
     """Gives those of ``modules`` that can skip a forward that does."""
     for module in modules:
-        if static_reason(module) is None and "forward" not in module.__dict__:
-            module.__dict__["forward"] = Skipping(module)
+        if static_reason(module) is None:
+            Skipping(module).install()
 
 
 def remove(modules: Iterable[nn.Module]) -> None:
     """Undoes ``install`` on ``modules``."""
     for module in modules:
-        if isinstance(module.__dict__.get("forward"), Skipping):
-            del module.__dict__["forward"]
+        Skipping.remove(module)
 
 
 def static_reason(module: Any) -> str | None:
@@ -73,11 +73,8 @@ def static_reason(module: Any) -> str | None:
     return None
 
 
-class Skipping:
+class Skipping(Method):
     """An attention module's forward, on the instance."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
 
     def __call__(
         self,
@@ -97,20 +94,17 @@ class Skipping:
         Returns:
             ``[B, n, C]``, and None.
         """
-        module, call = self.module, kwargs.get(KEYWORD)
-        if call is not None and hidden_states.shape[1] > 1 and _is_prefill(module, call):
+        module = self.owner
+        if hidden_states.shape[1] > 1 and (call := kwargs.get(KEYWORD)) is not None and _is_prefill(module, call):
             weight = module.q_proj.weight
             dense_below = call.dense_below(weight.shape[0] // module.head_dim, module.head_dim, hidden_states)
             if reason(module, call, dense_below, hidden_states, position_embeddings, attention_mask, kwargs) is None:
                 assert position_embeddings is not None
                 tables = position_embeddings
                 return _sparse_forward(module, call, dense_below, hidden_states, tables, attention_mask), None
+        # Not by ordinary(), a call less in every layer of a step: there is none before it.
         result: tuple[Tensor, None] = type(module).forward(
-            module,
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            **kwargs,
+            module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
         )
         return result
 

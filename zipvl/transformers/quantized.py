@@ -8,7 +8,7 @@ import torch
 
 from zipvl import ops
 from zipvl.config import ZipVLConfig
-from zipvl.transformers.storage import RaggedKV, gather_tokens, grown, is_exact
+from zipvl.transformers.storage import RaggedKV, gather_tokens, grown, is_exact, is_frozen
 
 WINDOW = 100  # new tokens at full precision; when they are so many they are compressed (ZipCache's interval)
 BLOCK_TOKENS = 64  # of ``csrc/common/quantized_block.h``
@@ -57,7 +57,8 @@ class Segment:
 
     def thaw(self) -> None:
         """As ``RaggedKV.thaw``."""
-        self.packed, self.blocks = self.packed.clone(), self.blocks.clone()
+        if is_frozen(self.packed):
+            self.packed, self.blocks = self.packed.clone(), self.blocks.clone()
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was."""
@@ -117,7 +118,8 @@ class RecentQueries:
 
     def thaw(self) -> None:
         """As ``RaggedKV.thaw``."""
-        self.queries, self.positions = self.queries.clone(), self.positions.clone()
+        if is_frozen(self.queries):
+            self.queries, self.positions = self.queries.clone(), self.positions.clone()
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was."""

@@ -17,7 +17,7 @@ TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of queries, keys and values that a layer can be sparse with (docs/ops.md)."""
 
-_REFUSED = ("output_attentions", *FEATURES)
+_REFUSED = frozenset({"output_attentions", *FEATURES})
 
 
 class Dense(NamedTuple):
@@ -96,7 +96,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
     """Whether an attention call is given something that ``refuse_unsupported`` refuses."""
-    return any(kwargs[name] is not None for name in _REFUSED if name in kwargs)
+    return not _REFUSED.isdisjoint(kwargs) and any(kwargs.get(name) is not None for name in _REFUSED)
 
 
 def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float = 0.0) -> None:
@@ -109,7 +109,7 @@ def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any], dropout: float
     Raises:
         ValueError: naming the feature, the layer and the remedy.
     """
-    if dropout == 0.0 and not asks_for_more(kwargs):
+    if dropout == 0.0 and _REFUSED.isdisjoint(kwargs):
         return
     found, remedy = None, "sdpa"
     if dropout > 0:

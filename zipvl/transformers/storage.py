@@ -35,8 +35,13 @@ def is_exact(tensor: torch.Tensor) -> bool:
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` may be written in place: not one made under ``torch.inference_mode``, outside of it."""
-    return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
+    """Whether ``tensor`` may be written in place, for all that can be asked while a graph is traced."""
+    return torch.compiler.is_compiling() or not is_frozen(tensor)
+
+
+def is_frozen(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` was made under ``torch.inference_mode``, which has ended: it cannot be written in place."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def grown(storage: torch.Tensor, slots: int) -> torch.Tensor:
@@ -215,7 +220,8 @@ class RaggedKV:
         """Adds the real tokens of ``k``, ``v [B, Hkv, n, D]`` behind each row; ``token_mask [B, n]`` or None: all.
         ``visual [B, n]`` are the visual ones, or None: none."""
         new = k.shape[2]
-        if self.longest + new > self.keys.shape[2]:
+        longest = self.longest + new
+        if longest > self.keys.shape[2]:
             self.reserve(new + _growth(self.longest))
         if token_mask is None:
             added: torch.Tensor | int = new
@@ -226,17 +232,17 @@ class RaggedKV:
             k, v = self.real_first(k, token_mask), self.real_first(v, token_mask)
             if visual is not None:
                 visual = packed_mask(visual, _real_first(token_mask), added)
-        slot = self.lengths.view(-1, 1, 1, 1).to(torch.int64)
+        slot = self.lengths.view(-1, 1, 1, 1).long()
         if new > 1:  # one token, a decoding step, is spared two launches
             slot = slot + torch.arange(new, device=k.device)[:, None]
-        for storage, states in ((self.keys, k), (self.values, v)):
-            storage.scatter_(2, slot.expand(states.shape), states)
+        self.keys.scatter_(2, slot.expand_as(k), k)
+        self.values.scatter_(2, slot.expand_as(v), v)
         if visual is not None:
             before = visual.new_zeros(visual.shape[0], 0) if self.visual is None else self.visual
-            before = torch.nn.functional.pad(before, (0, self.longest + new - before.shape[1]))
+            before = torch.nn.functional.pad(before, (0, longest - before.shape[1]))
             self.visual = before.scatter(1, slot[:, 0, :, 0], visual)
         self.lengths.add_(added)
-        self.longest += new
+        self.longest = longest
 
     def with_new(
         self,
@@ -291,8 +297,10 @@ class RaggedKV:
         return Tokens(gather_tokens(keys, source), gather_tokens(values, source), there, visual)
 
     def thaw(self) -> None:
-        """Copies what was made under ``torch.inference_mode``, so that it can be written outside of it."""
-        self.keys, self.values, self.lengths = self.keys.clone(), self.values.clone(), self.lengths.clone()
+        """Copies what was made under ``torch.inference_mode`` where that has ended, so that it can be written in place.
+        Not while a graph is traced."""
+        if is_frozen(self.keys):
+            self.keys, self.values, self.lengths = self.keys.clone(), self.values.clone(), self.lengths.clone()
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more."""

@@ -23,6 +23,8 @@ another model, which only shares the configuration object, and is left alone."""
 KEYWORD = "zipvl"
 """The keyword argument that hands a ``Call`` from a decoder's pre-hook to its attention function."""
 
+IDS = "zipvl_input_ids"
+"""The keyword argument that hands a prompt's input ids from the pre-hook of a whole model to its decoder's."""
 
 _WITHOUT = "run this model without zipvl"
 _NO_INTERFACE = f"does not use transformers' attention interface, so its attention cannot be replaced; {_WITHOUT}"
@@ -108,14 +110,19 @@ def _why_not(decoder: PreTrainedModel) -> str | None:
     if not decoder._can_set_attn_implementation():
         return _NO_INTERFACE
     forward = inspect.unwrap(type(decoder).forward)
-    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
+    if not takes_keywords(decoder):
         return f"takes no further keyword arguments, which is how zipvl reaches its attention; {_WITHOUT}"
     for name in forward.__code__.co_names:
         named = forward.__globals__.get(name)
         if isinstance(named, type) and issubclass(named, Cache) and named.__module__ == forward.__module__:
             return f"asks for a cache of its own, {name}, which ZipVLCache cannot replace; {_WITHOUT}"
     return None
+
+
+def takes_keywords(model: Any) -> bool:
+    """Whether the forward of ``model`` takes keyword arguments that it does not name."""
+    parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def check_model(model_config: PretrainedConfig) -> None:

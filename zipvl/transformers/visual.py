@@ -1,12 +1,12 @@
 """Which tokens are visual: those whose input id is the model's image or video token, or those that the caller names.
 
-The outer model sees input ids, its decoder often their embeddings alone. So the outer model's pre-hook leaves the ids
-for the decoder's pre-hook, which makes a ``Visual`` of them and of what the cache remembers.
+The outer model sees input ids, its decoder often their embeddings alone. So the outer model's pre-hook hands the ids on
+by a keyword, which models pass down to their decoder, whose pre-hook makes a ``Visual`` of them and of what the cache
+remembers.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -81,36 +81,6 @@ def named(given: VisualMask, input_ids: Tensor | None, embeds: Tensor | None, se
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"zipvl: visual_mask must give a bool tensor [{batch}, {new}] for these tokens, got {got}")
     return mask.to(tokens.device)
-
-
-_of_thread = threading.local()
-
-
-class Noted:
-    """The input ids of the forward that is under way, from the outer model's pre-hook to the decoder's; one a
-    thread."""
-
-    def __init__(self) -> None:
-        self.traced: Tensor | None = None
-        """The latest of any thread. A graph that is traced has no threads to tell apart."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"traced": None}
-
-    def put(self, ids: Tensor | None) -> None:
-        """Leaves ``ids [B, n]``."""
-        self.traced = ids
-        if not torch.compiler.is_compiling():
-            _of_thread.noted = None if ids is None else (self, ids)
-
-    def take(self) -> Tensor | None:
-        """The ids that were left, once; None where there are none."""
-        traced, self.traced = self.traced, None
-        if torch.compiler.is_compiling():
-            return traced
-        noted = getattr(_of_thread, "noted", None)
-        _of_thread.noted = None
-        return noted[1] if noted is not None and noted[0] is self else None
 
 
 class Visual:
