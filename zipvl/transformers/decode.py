@@ -35,6 +35,9 @@ ROOM = 512
 DEVICES = ("cuda",)
 """Types of devices whose steps can be captured."""
 
+BACKEND = "inductor"
+"""The compiler of steps."""
+
 _PLAIN = (bool, int, float, str, Cache)  # values that a step may be given beside tensors, compared before a replay
 _STATES = ("attentions", "hidden_states")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -387,8 +390,10 @@ class Replaying:
         given = plan.inputs | others | {KEYWORD: call}
         steps = min(max(remaining, 1), ROOM)
         layers: Any = cache.layers
+        compiles = cache.config.decode_compile
+        forward = torch.compile(self._forward, backend=BACKEND) if compiles else self._forward
         try:
-            plan.captured = Captured(layers, layers[0].device, lambda: self._forward(**given), steps)
+            plan.captured = Captured(layers, layers[0].device, lambda: forward(**given), steps, warm_up=compiles)
         except RuntimeError as error:  # what a model does between its layers may need the host
             return f"the step could not be captured: {str(error).splitlines()[0]}"
         return None
