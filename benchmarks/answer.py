@@ -3,9 +3,9 @@
 ``generate()`` of models with random weights in the shape of real ones, greedy, by transformers' default (SDPA and a
 dynamic cache), by its static cache compiled (``--static``; compiling is timed apart) and inside ``zipvl.sparse`` at
 ``--ratio`` with the default's window and sinks, or by the paper's method (``--paper``), the blocks of vision towers
-compiled (``--vision-compile``) or not. Runs of the methods are interleaved, and the median counts. The first token's
-time is that of an answer of one token; the vision tower's is that of a forward of it alone. ``--model`` and ``--case``
-choose rows. ``--smoke``: a tiny model of each kind, on the CPU too.
+(``--vision-compile``) and decode steps (``--decode-compile``) compiled or not. Runs of the methods are interleaved, and
+the median counts. The first token's time is that of an answer of one token; the vision tower's is that of a forward of
+it alone. ``--model`` and ``--case`` choose rows. ``--smoke``: a tiny model of each kind, on the CPU too.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def main(
     static: Annotated[bool, typer.Option(help="compare with transformers' compiled static cache too")] = False,
     paper: Annotated[bool, typer.Option(help="the paper's method, without the default's window")] = False,
     vision_compile: Annotated[bool, typer.Option(help="vision towers' blocks compiled")] = False,
+    decode_compile: Annotated[bool, typer.Option(help="captured decode steps compiled")] = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="of each method. [1 to 3, fewer of long rows]")] = None,
     smoke: Annotated[bool, typer.Option(help="tiny models, the first row of each")] = False,
 ) -> None:
@@ -148,7 +149,7 @@ def main(
     names = {row.name for rows in CASES.values() for row in rows}
     if unknown := sorted(set(case or ()) - names):
         raise typer.BadParameter(f"expected of {', '.join(sorted(names))}, got {unknown[0]!r}", param_hint="--case")
-    settings = {"ratio": ratio, "vision_compile": vision_compile}
+    settings = {"ratio": ratio, "vision_compile": vision_compile, "decode_compile": decode_compile}
     config = zipvl.ZipVLConfig.paper(**settings) if paper else zipvl.ZipVLConfig(text_prompts="sparse", **settings)
     rows = []
     for name in model or CASES:

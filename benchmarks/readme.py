@@ -151,6 +151,7 @@ def _timed(setting: Setting, runs: list[Result]) -> dict[str, Result]:
         for run in runs
         if (run["ratio"], run.get("window", 0)) == setting.timed
         and bool(run.get("vision_compile")) == setting.vision_compile
+        and not run.get("decode_compile")
     ]
     return {row["name"]: row for run in same for row in run["rows"] if _shown(row)}
 
@@ -175,9 +176,10 @@ def _answered(row: Result, method: str) -> str:
 
 def answer() -> list[str]:
     """Whole answers on a GPU, a table a setting: the newest measurement of each model and prompt."""
-    tables: dict[tuple[float, int, bool], dict[tuple[str, str], tuple[Result, Result]]] = {}
+    tables: dict[tuple[float, int, bool, bool], dict[tuple[str, str], tuple[Result, Result]]] = {}
     for run in results("answer"):
-        table = tables.setdefault((run["ratio"], run.get("window", 0), bool(run.get("vision_compile"))), {})
+        compiled = (bool(run.get(f"{part}_compile")) for part in ("vision", "decode"))
+        table = tables.setdefault((run["ratio"], run.get("window", 0), *compiled), {})
         table |= {(_model(row), row["name"]): (run, row) for row in run["rows"]}
     title = (
         "`generate()`, greedy, bfloat16, random weights in the shape of the named model; in Qwen2.5-VL's a page has "
@@ -187,12 +189,17 @@ def answer() -> list[str]:
 
 
 def _answer_table(
-    ratio: float, window: int, vision_compile: bool, newest: dict[tuple[str, str], tuple[Result, Result]]
+    ratio: float,
+    window: int,
+    vision_compile: bool,
+    decode_compile: bool,
+    newest: dict[tuple[str, str], tuple[Result, Result]],
 ) -> list[str]:
     """One setting's."""
     run = max((run for run, _ in newest.values()), key=lambda run: str(run["date"]))
     method = f"a window of {window}, a full cache" if window else "the paper's method"
     method += ", blocks of vision towers compiled (`vision_compile`)" if vision_compile else ""
+    method += ", decode steps compiled (`decode_compile`)" if decode_compile else ""
     compiled = max(row.get("static_first", 0) for _, row in newest.values()) / 1e3
     after = f" Compiling the static cache took {compiled:.0f} s." if compiled else ""
     lines = [

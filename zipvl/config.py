@@ -75,6 +75,8 @@ class ZipVLConfig:
             windows of a layer, instead of one for each.
         vision_compile: the blocks of vision towers run by ``torch.compile``: the same to rounding, and the first
             forward waits for the compiler.
+        decode_compile: the decode step that ``generate()`` captures is compiled by ``torch.compile`` first: the same to
+            rounding, and the first answer waits for the compiler. Steps that are not captured are not compiled.
 
     Scalars of numpy are taken too. Values are stored as Python's own and layers as a tuple, so that a configuration
     can be hashed.
@@ -108,6 +110,7 @@ class ZipVLConfig:
     decode: DecodeMode = "auto"
     vision_attention: bool = True
     vision_compile: bool = False
+    decode_compile: bool = False
 
     def __post_init__(self) -> None:
         self._store("tau", _share("tau", self.tau))
@@ -125,7 +128,7 @@ class ZipVLConfig:
             raise ValueError("ZipVLConfig: num_recent + num_random must be at least 1, got 0")
         if probes >= 2**31:
             raise ValueError(f"ZipVLConfig: num_recent + num_random must be below 2**31, got {probes}")
-        for name in ("all_queries", "keep_text", "vision_attention", "vision_compile"):
+        for name in ("all_queries", "keep_text", "vision_attention", "vision_compile", "decode_compile"):
             self._store(name, _flag(name, getattr(self, name), "True or False"))
         if self.skip_projections is not None:
             self._store("skip_projections", _flag("skip_projections", self.skip_projections, "None, True or False"))

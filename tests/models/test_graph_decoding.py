@@ -100,6 +100,41 @@ def test_a_cache_with_a_budget_of_its_own(captures: list[int]) -> None:
     assert (stats.decodings[0].how, stats.layers[0].stored) == ("graph", [99, 100])
 
 
+@pytest.mark.parametrize("cache", ["drop", "full", "quantize"])
+def test_compiled_steps(cache: Any, captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph of the step, and one more for caches of any size, whatever the answers after it."""
+    made: list[Any] = []
+
+    def counting(graph: Any, example: Any) -> Any:
+        made.append(graph)
+        return torch._dynamo.lookup_backend("eager")(graph, example)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(decode, "BACKEND", counting)
+    config = {"cache": cache, "num_sinks": 4, "decode_compile": True}
+    model = make_llama(head_dim=32)
+    for length in (300, 340, 290):
+        _, stats = both(model, text_inputs(length), config=config)
+        assert stats.decodings[0].how == "graph"
+    assert 1 <= len(made) <= 4
+    torch._dynamo.reset()
+
+
+def test_a_step_that_does_not_compile_is_decoded_as_it_is(captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, example: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(decode, "BACKEND", broken)
+    model = make_llama()
+    with zipvl.sparse(model, PAPER, tau=0.7, dense_below=256, decode="eager"):
+        eager = model.generate(**text_inputs(300), max_new_tokens=40, do_sample=False)
+    with zipvl.sparse(model, PAPER, tau=0.7, dense_below=256, decode_compile=True) as stats:
+        found = model.generate(**text_inputs(300), max_new_tokens=40, do_sample=False)
+    assert torch.equal(found, eager)
+    assert stats.decodings[0].how == "eager" and "no compiler here" in str(stats.decodings[0].reason)
+
+
 def test_room_runs_out(captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "ROOM", 20)
     _, stats = both(make_llama(), text_inputs(300), 70)

@@ -94,6 +94,7 @@ def test_a_field_of_a_file_that_a_backend_cannot_follow_is_named(tmp_path: Path,
     values |= {
         "vision_attention": False,
         "vision_compile": True,
+        "decode_compile": True,
         "high_bits": 8,
         "low_bits": 4,
         "skip_mlp_layers": (1,),

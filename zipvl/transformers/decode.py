@@ -36,6 +36,9 @@ ROOM = 512
 DEVICES = ("cuda",)
 """Types of devices whose steps can be captured."""
 
+BACKEND = "inductor"
+"""The compiler of steps."""
+
 _PLAIN = (bool, int, float, str, Cache)  # values that a step may be given beside tensors, compared before a replay
 _STATES = ("attentions", "hidden_states")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -370,8 +373,10 @@ class Replaying(Method):
         given = plan.inputs | others | {KEYWORD: call}
         steps = min(max(remaining, 1), ROOM)
         layers: Any = cache.layers
+        compiles = cache.config.decode_compile
+        forward = torch.compile(self.ordinary, backend=BACKEND) if compiles else self.ordinary
         try:
-            plan.captured = Captured(layers, layers[0].device, lambda: self.ordinary(**given), steps)
+            plan.captured = Captured(layers, layers[0].device, lambda: forward(**given), steps, warm_up=compiles)
         except RuntimeError as error:  # what a model does between its layers may need the host
             return f"the step could not be captured: {str(error).splitlines()[0]}"
         return None

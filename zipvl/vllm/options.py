@@ -21,6 +21,7 @@ OUT_OF_REACH = {
     "decode": "vLLM runs decoding steps itself, in CUDA graphs where it can",
     "vision_attention": "vLLM runs the vision tower itself",
     "vision_compile": "vLLM runs the vision tower itself",
+    "decode_compile": "vLLM compiles its steps itself",
     "high_bits": "there is no quantised cache in vLLM's blocks",
     "low_bits": "there is no quantised cache in vLLM's blocks",
 }
