@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sysconfig
 from collections.abc import Callable
@@ -41,9 +42,9 @@ PROGRAMS = {
     "selection_sm90": [],
     "window_sm90": ["cuda/pack_kv/pack_kv.cu", "cuda/sparse_attn/all_queries.cu", "cuda/sparse_attn/row_ranges.cu"],
 }
-# What lies outside a tensor, and vectors not aligned to their size. Some compilers come without their libraries. Checks
-# by calls are half of the time to compile, which takes longer than to run.
-SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
+# What lies outside a tensor, and vectors not aligned to their size. Some compilers come without their libraries.
+# To compile takes longer than to run, so checks are calls and traps, not code in place.
+SANITIZERS = ["-fsanitize=address,alignment", "-fsanitize-undefined-trap-on-error"]
 SANITIZERS += ["--param", "asan-instrumentation-with-call-threshold=0"]
 # A product of Hopper's is thousands of reads of shared memory, which the address sanitizer makes seven times as slow.
 UNSANITIZED = ("attention_sm90", "window_sm90")
@@ -133,5 +134,6 @@ def test_kernels(translated: None, name: str, cases: int, tmp_path: Path) -> Non
         done = subprocess.run(
             [program, str(cases), seed], capture_output=True, text=True, check=False, env=environment, timeout=600
         )
+        assert done.returncode != -signal.SIGILL, "an address is not aligned: " + done.stdout[-4000:]
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
         assert done.stdout.splitlines()[-1] == "0 wrong"
