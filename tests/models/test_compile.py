@@ -19,6 +19,8 @@ import zipvl
 from tests.models.tiny_models import PAPER, TEXT, build, make_llama, text_inputs
 from zipvl import policy
 
+pytestmark = pytest.mark.slow
+
 
 def make_qwen2(num_hidden_layers: int = 2) -> Any:
     return build(tf.Qwen2ForCausalLM, tf.Qwen2Config(**(TEXT | {"num_hidden_layers": num_hidden_layers})))

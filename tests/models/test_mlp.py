@@ -341,6 +341,7 @@ def test_chunks_on_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_model", "dynamic", "kept"), [(make_llama, True, {"ratio": 0.25}), (make_qwen2, False, {"tau": 0.6})]
 )
@@ -368,6 +369,7 @@ def test_one_graph_is_the_eager_model(make_model: Any, dynamic: bool, kept: dict
     torch.testing.assert_close(dense, model(**text_inputs(300)).logits, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
 def test_a_graph_whose_products_count(kept: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, as on Hopper, in the eager model's chunks: the same bits, and one graph for every length."""

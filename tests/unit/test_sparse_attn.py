@@ -196,7 +196,7 @@ def test_memory_is_linear_in_the_number_of_tokens() -> None:
     """
     both = [{}, {"all_queries": True}]
     assert peak_growth(program.format(N=N, module="ops", keywords=both)) < N * N
-    assert peak_growth(program.format(N=N, module="reference", keywords=[{}])) > N * N
+    assert peak_growth(program.format(N=N // 4, module="reference", keywords=[{}])) > (N // 4) ** 2
 
 
 @pytest.mark.parametrize("all_queries", [False, True])

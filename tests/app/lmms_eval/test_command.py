@@ -18,7 +18,10 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-pytestmark = pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed (pip install 'zipvl[lmms]')")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed (pip install 'zipvl[lmms]')"),
+]
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "models" / "tiny-llava-next"
