@@ -102,14 +102,16 @@ def translated(built: Callable[[str, Callable[[Path], None]], Path]) -> None:
 def build(name: str, folder: Path) -> Path:
     """The program ``name``, linked in ``folder``."""
     # An extern thread_local is shared memory here, and has no initialiser to call.
-    flags = ["-std=c++20", "-w", "-Wno-psabi", "-pthread", "-fno-extern-tls-init", "-include", "cuda_on_cpu.h"]
+    flags = ["-std=c++20", "-w", "-Wno-psabi", "-pthread", "-fno-extern-tls-init"]
     flags += [f"-I{path}" for path in (HERE / "include", HERE, CSRC, HEADERS)]
     # The sanitizer knows the stacks of blocks.h where they change without its help.
     sanitized = name not in UNSANITIZED and platform.machine() == "x86_64" and works(folder, SANITIZERS)
     chosen = ["-O1", *SANITIZERS] if sanitized else ["-O2"]
-    sources = [HERE / f"{name}.cpp", *(CSRC / source for source in PROGRAMS[name])]
-    objects = [str(compiled("g++", source, flags + chosen)) for source in sources]
-    subprocess.run(["g++", "-pthread", *chosen, *objects, "-o", str(folder / name)], check=True)
+    device_code = ["-include", "cuda_on_cpu.h"]
+    objects = [compiled("g++", HERE / f"{name}.cpp", flags + chosen + device_code)]
+    for source in PROGRAMS[name]:
+        objects.append(compiled("g++", CSRC / source, flags + chosen + device_code * source.endswith(".cu")))
+    subprocess.run(["g++", "-pthread", *chosen, *map(str, objects), "-o", str(folder / name)], check=True)
     return folder / name
 
 
