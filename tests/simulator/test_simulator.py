@@ -108,7 +108,8 @@ def build(name: str, folder: Path) -> Path:
     sanitized = name not in UNSANITIZED and platform.machine() == "x86_64" and works(folder, SANITIZERS)
     chosen = ["-O1", *SANITIZERS] if sanitized else ["-O2"]
     device_code = ["-include", "cuda_on_cpu.h"]
-    objects = [compiled("g++", HERE / f"{name}.cpp", flags + chosen + device_code)]
+    objects = [compiled("g++", HERE / "blocks.cpp", [*flags, "-O2"])]
+    objects.append(compiled("g++", HERE / f"{name}.cpp", flags + chosen + device_code))
     for source in PROGRAMS[name]:
         objects.append(compiled("g++", CSRC / source, flags + chosen + device_code * source.endswith(".cu")))
     subprocess.run(["g++", "-pthread", *chosen, *map(str, objects), "-o", str(folder / name)], check=True)
