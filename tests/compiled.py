@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import time
 from functools import cache
 from pathlib import Path
 
@@ -34,16 +35,23 @@ def compiled(compiler: str, source: Path, flags: list[str]) -> Path:
                 "-MF",
                 str(dependencies),
             ]
+            stamp.unlink(missing_ok=True)
+            began = time.time()
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
-            stamp.write_text(digest(dependencies))
+            if all(file.stat().st_mtime < began for file in read_by(dependencies)):
+                stamp.write_text(digest(dependencies))
     return target
 
 
-def digest(dependencies: Path) -> str:
-    """Of every file that the compiler wrote down as read; of fewer where one is gone."""
+def read_by(dependencies: Path) -> list[Path]:
+    """The files that the compiler wrote down as read, without those that are gone."""
     files = map(Path, dependencies.read_text().replace("\\\n", " ").partition(":")[2].split())
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+    return [file for file in files if file.is_file()]
+
+
+def digest(dependencies: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in read_by(dependencies))).hexdigest()
 
 
 @cache

@@ -191,6 +191,7 @@ def test_a_missing_package_is_a_line(
     assert "matplotlib" in result.stderr and result.stderr.endswith("(pip install 'zipvl[cli]')\n")
 
 
+@pytest.mark.slow
 def test_unreachable_hub_is_a_quick_line(page: Path, tmp_path: Path) -> None:
     """A real process, its hub a closed port and its cache empty: one line, no traceback, no minute of retries."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -203,6 +204,7 @@ def test_unreachable_hub_is_a_quick_line(page: Path, tmp_path: Path) -> None:
     assert time.monotonic() - start < 90, "the hub's own retries take minutes"
 
 
+@pytest.mark.slow
 def test_an_output_that_takes_no_more_is_a_line(page: Path, llava_next: Path) -> None:
     """A full disk; a pipe whose reader is gone needs no word."""
     command = [sys.executable, "-m", "zipvl", "run", "--image", page, "--question", "KQ", "--model", llava_next]
@@ -211,6 +213,7 @@ def test_an_output_that_takes_no_more_is_a_line(page: Path, llava_next: Path) ->
     assert done.returncode == 1 and done.stderr == "zipvl: No space left on device\n"
     reader, writer = os.pipe()
     os.close(reader)
+    command = [sys.executable, "-m", "zipvl", "doctor"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writer)
     assert done.returncode == 1 and done.stderr == ""

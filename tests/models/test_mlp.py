@@ -347,18 +347,18 @@ def test_chunks_on_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_one_graph_is_the_eager_model(make_model: Any, dynamic: bool, kept: dict[str, float]) -> None:
     torch._dynamo.reset()
-    model = make_model()
+    model = make_model(num_hidden_layers=2)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
-    with zipvl.sparse(model, PAPER.replace(**kept, dense_below=50, skip_mlp_layers=(1, 2))) as stats:
+    with zipvl.sparse(model, PAPER.replace(**kept, dense_below=50, skip_mlp_layers=(1,))) as stats:
         for inputs in (text_inputs(300), masked_inputs(300, 30), text_inputs(417)):
             stats.reset()
             expected = model(**inputs)
-            counts = [stats.layers[i].mlp_tokens for i in range(3)]
+            counts = [stats.layers[i].mlp_tokens for i in range(2)]
             stats.reset()
             actual = compiled(**inputs)
             real = inputs["attention_mask"].bool()
             torch.testing.assert_close(actual.logits[real], expected.logits[real], **TOLERANCE)
-            assert [stats.layers[i].mlp_tokens for i in range(3)] == counts and counts[0] is None
+            assert [stats.layers[i].mlp_tokens for i in range(2)] == counts and counts[0] is None
             token = torch.tensor([[5]])
             steps = [model(token, past_key_values=o.past_key_values).logits for o in (actual, expected)]
             torch.testing.assert_close(*steps, **TOLERANCE)

@@ -74,8 +74,9 @@ def translate() -> None:
         text = (ROOT / "csrc" / name).read_text()
         if name.suffix in (".cu", ".cuh"):
             text = LAUNCH.sub(r"launch_of(\1, \2, \3);", text)
-        (CSRC / name).parent.mkdir(parents=True, exist_ok=True)
-        (CSRC / name).write_text(text)
+        if not (CSRC / name).exists() or (CSRC / name).read_text() != text:
+            (CSRC / name).parent.mkdir(parents=True, exist_ok=True)
+            (CSRC / name).write_text(text)
 
 
 def works(folder: Path, flags: list[str]) -> bool:
