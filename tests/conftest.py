@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,10 @@ settings.load_profile("zipvl")
 # Most inputs are small, and threads that wait for one another cost several times what the work does.
 ALL_THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in the processes that tests start
+# Inductor compiles in this process, because each of its own would import torch, and not for speed.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--quick"):
+        # First, so that what the workers of pytest-xdist take from one another at the end is short.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
         return
     chosen: dict[object, object] = {}
     kept, left_out = [], []

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tests.compiled import compiled
 from zipvl import _library
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "cpp"
@@ -21,10 +22,11 @@ def build(name: str, folder: Path) -> Path:
     cuda = ["-ltorch_cuda", "-lc10_cuda"] if torch.version.cuda else []
     libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-Wl,--no-as-needed"]
     libraries += ["-ltorch", "-ltorch_cpu", *cuda, "-lc10", "-ldl"]
-    source, target = EXAMPLES / f"{name}.cpp", folder / name
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-std=c++20", "-O0", "-w", *includes, str(source), "-o", str(target), *libraries]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    target, compiler = folder / name, os.environ.get("CXX", "g++")
+    program = compiled(compiler, EXAMPLES / f"{name}.cpp", ["-std=c++20", "-O0", "-w", *includes])
+    done = subprocess.run(
+        [compiler, str(program), "-o", str(target), *libraries], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return target
 

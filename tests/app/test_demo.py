@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from zipvl import ZipVLConfig
@@ -13,6 +14,7 @@ from zipvl.app.cli import app
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llava-next"
 
 
+@pytest.mark.slow
 def test_the_demo_answers_right_from_fewer_tokens() -> None:
     page = json.loads((MODEL / "pages" / "demo.json").read_text())
     arguments = ["run", "--image", str(MODEL / "pages" / "demo.png"), "--question", page["question"]]

@@ -1,4 +1,4 @@
-"""CUDA tests are skipped where there is no device; the workers of a run share its GPUs and cores."""
+"""Files of CUDA tests are skipped where there is no device; the workers of a run share its GPUs and cores."""
 
 from __future__ import annotations
 
@@ -33,13 +33,23 @@ HERE = Path(__file__).parent
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
+class NoDevice(pytest.Module):
+    """A file of which nothing can run: one skip, and no time to import it and to draw up its thousands of cases."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip("no CUDA device", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if torch.cuda.is_available() or parent.config.getoption("collectonly"):
+        return None
+    return NoDevice.from_parent(parent, path=module_path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = None if torch.cuda.is_available() else "no CUDA device"
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.cuda)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

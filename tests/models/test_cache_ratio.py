@@ -217,8 +217,9 @@ def test_guesses_of_prompt_lookup_change_no_token() -> None:
     assert torch.equal(plain.sequences, guessed.sequences)
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
-    model, inputs = make_llama(), text_inputs(300)
+    model, inputs = make_llama(num_hidden_layers=2), text_inputs(300)
     with zipvl.sparse(model, WINDOW, record_index=True) as stats:
         expected = model(**inputs)
         stored = [layer.stored_index for layer in stats.layers.values()]

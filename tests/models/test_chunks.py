@@ -377,10 +377,11 @@ def test_what_is_cropped_is_no_longer_visual() -> None:
     assert tokens.visual is not None and tokens.visual.int().tolist() == [[0, 0, 0, 0, 0, 1, *[0] * 6]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["drop", "full"])
 def test_a_compiled_chunk(cache: Any) -> None:
     """One graph a chunk, behind what an eager prompt or another compiled chunk left."""
-    model, parts = make_llama(), ids(420, 1).split(140, dim=1)
+    model, parts = make_llama(num_hidden_layers=2), ids(420, 1).split(140, dim=1)
     config = CHUNKS.replace(cache=cache, local_window=12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with zipvl.sparse(model, config) as stats:

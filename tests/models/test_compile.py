@@ -19,9 +19,11 @@ import zipvl
 from tests.models.tiny_models import PAPER, TEXT, build, make_llama, text_inputs
 from zipvl import policy
 
+pytestmark = pytest.mark.slow
 
-def make_qwen2(layers: int = 3) -> Any:
-    return build(tf.Qwen2ForCausalLM, tf.Qwen2Config(**(TEXT | {"num_hidden_layers": layers})))
+
+def make_qwen2(num_hidden_layers: int = 2) -> Any:
+    return build(tf.Qwen2ForCausalLM, tf.Qwen2Config(**(TEXT | {"num_hidden_layers": num_hidden_layers})))
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +51,12 @@ def masked(inputs: dict[str, torch.Tensor], padding: int) -> dict[str, torch.Ten
     ("make", "dynamic", "use_cache", "skip"),
     [
         (make_llama, True, True, True),
-        (make_llama, False, False, False),
-        (make_qwen2, True, False, True),
-        (make_qwen2, False, True, False),
+        (make_qwen2, False, False, False),
     ],
 )
 def test_one_graph_is_the_eager_model(make: Any, dynamic: bool, use_cache: bool, skip: bool) -> None:
     """Traced and run as it stands (backend ``eager``), so that the results are the same bits."""
-    model = make()
+    model = make(num_hidden_layers=2)  # a layer and one that follows another: tracing takes as long as there are layers
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
     with zipvl.sparse(model, PAPER, tau=0.8, skip_projections=skip) as stats:
         for number, tokens in enumerate((300, 417)):
@@ -68,11 +68,11 @@ def test_one_graph_is_the_eager_model(make: Any, dynamic: bool, use_cache: bool,
             for inputs in prompts[: 3 if number == 0 else 1]:
                 stats.reset()
                 expected = model(**inputs, use_cache=use_cache)
-                kept = [stats.layers[i].kept for i in range(3)]
+                kept = [stats.layers[i].kept for i in range(2)]
                 stats.reset()
                 actual = compiled(**inputs, use_cache=use_cache)
                 assert torch.equal(actual.logits, expected.logits)
-                assert [stats.layers[i].kept for i in range(3)] == kept and stats.prefills == 1
+                assert [stats.layers[i].kept for i in range(2)] == kept and stats.prefills == 1
                 assert stats.layers[0].mode == "sparse"
                 if use_cache:
                     token = torch.tensor([[5]])
@@ -90,7 +90,7 @@ def test_lengths_share_a_graph_and_settings_do_not(use_cache: bool) -> None:
             with torch._dynamo.config.patch(error_on_recompile=True):
                 for tokens in (300, 352, 512):
                     compiled(**text_inputs(tokens), use_cache=use_cache)
-                    assert stats.layers[2].kept == [int(ratio * tokens)]
+                    assert stats.layers[1].kept == [int(ratio * tokens)]
             assert stats.prefills == 3 and stats.mean_ratio == pytest.approx(ratio)
     dense = compiled(**text_inputs(300), use_cache=use_cache).logits
     assert torch.equal(dense, model(**text_inputs(300), use_cache=use_cache).logits)
@@ -116,10 +116,19 @@ def test_a_compiled_prefill_gives_out_nothing_uncut(skip: bool) -> None:
     assert all(shape[2] <= 102 for shape in states), states
 
 
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("padding", [0, 30])
-@pytest.mark.parametrize("kept", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
-@pytest.mark.parametrize("dynamic", [True, False])
+# Any two of the four together.
+@pytest.mark.parametrize(
+    ("dynamic", "kept", "padding", "skip"),
+    [
+        (True, {"ratio": 0.25}, 0, True),
+        (True, {"tau": 0.6}, 30, False),
+        (True, {"ratio": 0.25}, 30, False),
+        (True, {"tau": 0.6}, 0, True),
+        (False, {"ratio": 0.25}, 30, True),
+        (False, {"tau": 0.6}, 0, False),
+    ],
+    ids=str,
+)
 def test_a_compiled_prefill_holds_what_is_kept(dynamic: bool, kept: dict[str, float], padding: int, skip: bool) -> None:
     """Under a ratio from the first on, under ``tau`` once its counts may be read."""
     model = make_qwen2()
@@ -160,7 +169,7 @@ def test_several_compiled_forwards_between_two_reads_count_once() -> None:
 
 
 def test_inductor() -> None:
-    model = make_qwen2(layers=1)  # the compiler's time grows with them
+    model = make_qwen2(num_hidden_layers=1)  # the compiler's time grows with them
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         outputs, codes = run_and_get_code(compiled, **text_inputs(300))
@@ -185,7 +194,7 @@ class Prefill(nn.Module):
 
 
 def test_exported_and_packaged(tmp_path: Path) -> None:
-    model = make_qwen2(layers=1)  # the compiler's time grows with them
+    model = make_qwen2(num_hidden_layers=1)  # the compiler's time grows with them
     tokens = torch.export.Dim("tokens", min=256, max=4096)
     with zipvl.sparse(model, PAPER, ratio=0.5) as stats:
         program = torch.export.export(Prefill(model), (text_inputs(300)["input_ids"],), dynamic_shapes=({1: tokens},))

@@ -13,6 +13,9 @@ import transformers as tf
 import zipvl
 from tests.models.tiny_models import PAPER, TEXT, build, pad_left, text_inputs
 
+pytestmark = pytest.mark.slow
+SMALL = {"num_hidden_layers": 2, "head_dim": 32}
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
@@ -39,7 +42,7 @@ def steps(model: Any, step: Any, inputs: dict[str, torch.Tensor], masked: bool, 
     [("drop", "aot_eager", 80, 4), ("full", "eager", 20, 3), ("quantize", "eager", 104, 5)],
 )
 def test_a_compiled_step_is_the_step(cache: str, backend: str, count: int, graphs: int) -> None:
-    model, inputs = build(tf.LlamaForCausalLM, tf.LlamaConfig(**{**TEXT, "head_dim": 32})), text_inputs(300, 3)
+    model, inputs = build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT | SMALL)), text_inputs(300, 3)
     made = []
 
     def counting(graph: Any, example: Any) -> Any:
@@ -54,7 +57,7 @@ def test_a_compiled_step_is_the_step(cache: str, backend: str, count: int, graph
 
 
 def test_a_compiled_step_of_a_padded_batch() -> None:
-    model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT))
+    model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT | SMALL))
     inputs = pad_left([text_inputs(330, 1), text_inputs(280, 2)])
     with zipvl.sparse(model, PAPER, tau=0.7):
         expected = steps(model, model, inputs, True, 6)

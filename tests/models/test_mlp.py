@@ -341,23 +341,24 @@ def test_chunks_on_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_model", "dynamic", "kept"), [(make_llama, True, {"ratio": 0.25}), (make_qwen2, False, {"tau": 0.6})]
 )
 def test_one_graph_is_the_eager_model(make_model: Any, dynamic: bool, kept: dict[str, float]) -> None:
     torch._dynamo.reset()
-    model = make_model()
+    model = make_model(num_hidden_layers=2)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
-    with zipvl.sparse(model, PAPER.replace(**kept, dense_below=50, skip_mlp_layers=(1, 2))) as stats:
+    with zipvl.sparse(model, PAPER.replace(**kept, dense_below=50, skip_mlp_layers=(1,))) as stats:
         for inputs in (text_inputs(300), masked_inputs(300, 30), text_inputs(417)):
             stats.reset()
             expected = model(**inputs)
-            counts = [stats.layers[i].mlp_tokens for i in range(3)]
+            counts = [stats.layers[i].mlp_tokens for i in range(2)]
             stats.reset()
             actual = compiled(**inputs)
             real = inputs["attention_mask"].bool()
             torch.testing.assert_close(actual.logits[real], expected.logits[real], **TOLERANCE)
-            assert [stats.layers[i].mlp_tokens for i in range(3)] == counts and counts[0] is None
+            assert [stats.layers[i].mlp_tokens for i in range(2)] == counts and counts[0] is None
             token = torch.tensor([[5]])
             steps = [model(token, past_key_values=o.past_key_values).logits for o in (actual, expected)]
             torch.testing.assert_close(*steps, **TOLERANCE)
@@ -368,6 +369,7 @@ def test_one_graph_is_the_eager_model(make_model: Any, dynamic: bool, kept: dict
     torch.testing.assert_close(dense, model(**text_inputs(300)).logits, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{"ratio": 0.25}, {"tau": 0.6}], ids=str)
 def test_a_graph_whose_products_count(kept: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, as on Hopper, in the eager model's chunks: the same bits, and one graph for every length."""

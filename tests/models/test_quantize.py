@@ -24,8 +24,9 @@ TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
 LAYERS, KV_HEADS, DIM = 3, 2, 32
 
 
-def make() -> Any:
-    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**{**TEXT, "head_dim": DIM}))
+def make(num_hidden_layers: int = LAYERS) -> Any:
+    changes = {"head_dim": DIM, "num_hidden_layers": num_hidden_layers}
+    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT | changes))
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -77,8 +78,9 @@ def test_generated_logits_are_those_of_the_quantised_tokens(bits: tuple[Any, Any
     assert (unquantised - expected)[0, 299:].abs().max() > 10 * TOLERANCE["atol"], "the bits make a difference"
 
 
+@pytest.mark.slow
 def test_a_thousand_tokens_stay_right() -> None:
-    model, inputs = make(), text_inputs(300, 4)
+    model, inputs = make(num_hidden_layers=2), text_inputs(300, 4)
     with zipvl.sparse(model, config(), record_index=True) as stats:
         output = model.generate(**inputs, max_new_tokens=1000, **GENERATE)
     with oracle(model, kept_of(stats), 300, compressed=how(config(), [1] * 999, output.past_key_values)):

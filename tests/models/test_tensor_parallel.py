@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.models.tensor_parallel import CONFIGS, NEW_TOKENS, RANKS, alone, spread
 from tests.models.tiny_models import TEXT, build, ids
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +151,23 @@ OF_FLASH = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "p
 def test_every_keyword_of_transformers_attention_is_known() -> None:
     """What attention modules pass is honoured, refused, or of no meaning to SDPA: a new keyword fails here."""
     unknown: dict[str, list[str]] = {}
+    known, calls = HANDLED | OF_FLASH | {"output_attentions"} | FEATURES.keys(), 0
     for path in sorted((Path(tf.__file__).parent / "models").glob("*/modeling_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("attention_interface", "attention_fn"):
-                for keyword in node.keywords:
-                    known = HANDLED | OF_FLASH | {"output_attentions"} | FEATURES.keys()
-                    if keyword.arg is not None and keyword.arg not in known:
-                        unknown.setdefault(keyword.arg, []).append(path.stem)
-    assert not unknown
+        for call in attention_calls(path.read_text(encoding="utf-8")):
+            calls += 1
+            for keyword in call.keywords:
+                if keyword.arg is not None and keyword.arg not in known:
+                    unknown.setdefault(keyword.arg, []).append(path.stem)
+    assert not unknown and calls > 200
+
+
+def attention_calls(source: str) -> Iterator[ast.Call]:
+    """The calls of an attention function in a module of transformers: parsed alone, in a tenth of the whole's time."""
+    for found in re.finditer(r"(?<![\w.])(?<!def )(?:attention_interface|attention_fn)\(", source):
+        end, depth = found.end(), 1
+        while depth:
+            depth += {"(": 1, ")": -1}.get(source[end], 0)
+            end += 1
+        call = ast.parse(source[found.start() : end], mode="eval").body
+        assert isinstance(call, ast.Call)
+        yield call

@@ -36,6 +36,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return vision.blocks_of(model, model.get_decoder())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
 def test_blocks_of_towers_are_compiled_for_the_length_of_a_block(name: str, compiled: list[int]) -> None:
     model, inputs = MULTIMODAL[name].make(), MULTIMODAL[name].inputs(300, 1)
@@ -66,6 +67,7 @@ def test_a_block_inside_a_block_leaves_the_outer_one_compiled(compiled: list[int
     assert not compiled
 
 
+@pytest.mark.slow
 def test_a_configured_model_and_its_copies(compiled: list[int]) -> None:
     model, inputs = make_qwen2_5_vl(), MULTIMODAL["qwen2_5_vl"].inputs(300, 1)
     zipvl.configure(model, zipvl.ZipVLConfig(**TAU_ONE, vision_compile=True))

@@ -348,10 +348,11 @@ def test_threads_do_not_mix_up_their_prompts() -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [True, False])
 def test_compiled_it_is_decided_on_the_device(images: bool) -> None:
     """A text model that has an image token: one graph, whatever the prompt is."""
-    model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT))
+    model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT | {"num_hidden_layers": 2}))
     model.config.image_token_id = IMAGE
     inputs = text_inputs(300)
     if images:

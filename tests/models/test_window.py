@@ -149,9 +149,10 @@ def test_every_query_is_computed_so_none_is_left_unprojected() -> None:
     assert torch.equal(found[False], found[True])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["drop", "full"])
 def test_compiled(cache: Any) -> None:
-    model, inputs = make_llama(), text_inputs(300)
+    model, inputs = make_llama(num_hidden_layers=2), text_inputs(300)
     with zipvl.sparse(model, WINDOW, cache=cache):
         expected = model(**inputs).logits
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits

@@ -1,7 +1,7 @@
-"""A model with LoRA adapters or quantised weights, dense and sparse: a line of JSON for each setting.
+"""Models with LoRA adapters or quantised weights, dense and sparse: a line of JSON for each kind and setting.
 
-``python -m tests.models.weights_worker KIND`` runs in a process of its own, because transformers imports what it finds
-of peft, torchao and bitsandbytes.
+``python -m tests.models.weights_worker KIND...`` runs in a process of its own, because transformers imports what it
+finds of peft, torchao and bitsandbytes. A kind that fails leaves its traceback and fewer lines.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import traceback
 import warnings
 from typing import Any
 
@@ -56,23 +57,24 @@ KINDS = {
 
 
 @torch.no_grad()
-def main(kind: str) -> None:
+def answer(kind: str) -> None:
     """Prints what each setting gives at tau 1 and at tau 0.7, beside dense."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     model, inputs = KINDS[kind]().eval(), text_inputs(300)
-    answer: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    dense, tokens = model(**inputs).logits, model.generate(**inputs, **answer)
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    dense, tokens = model(**inputs).logits, model.generate(**inputs, **how)
     model.set_attn_implementation("eager")
     noise = (model(**inputs).logits - dense).abs().max()  # of products that round what they are given
     model.set_attn_implementation("sdpa")
     for setting in SETTINGS:
         config = zipvl.ZipVLConfig.paper(dense_below=256, **setting)
         with zipvl.sparse(model, config.replace(tau=1.0)) as stats:
-            whole, generated = model(**inputs).logits, model.generate(**inputs, **answer)
+            whole, generated = model(**inputs).logits, model.generate(**inputs, **how)
         with zipvl.sparse(model, config.replace(tau=0.7)) as fewer:
             kept = model(**inputs).logits
         found = {
+            "kind": kind,
             "setting": setting,
             "noise": float(noise),
             "error": float((whole - dense).abs().max()),
@@ -85,4 +87,8 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        try:
+            answer(name)
+        except Exception:
+            traceback.print_exc()

@@ -1,4 +1,4 @@
-"""The ops in PyTorch's own machinery: opcheck, compile, export, AOTInductor, TorchScript, serialised programs."""
+"""The ops in PyTorch's own machinery: opcheck, compile, export, TorchScript, serialised programs."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_compile_without_recompiling(function: Any, backend: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torch.export and AOTInductor
+# torch.export; AOTInductor is in test_programs.py, which runs its package without Python too
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -159,14 +159,6 @@ def test_export_with_a_dynamic_length(module: nn.Module, tmp_path: Path) -> None
     program = torch.export.load(tmp_path / "program.pt2").module()
     for N in LENGTHS:
         assert same(program(*arguments(N)), module(*arguments(N)))
-
-
-@pytest.mark.slow
-def test_aot_inductor(tmp_path: Path) -> None:
-    path = torch._inductor.aoti_compile_and_package(exported(Stages()), package_path=str(tmp_path / "stages.pt2"))
-    program = torch._inductor.aoti_load_package(path)
-    for N in LENGTHS:
-        assert same(program(*arguments(N)), stages(*arguments(N)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_heads_and_head_dims(dtype: torch.dtype, group: int, D: int) -> None:
     check(*make_qkv(2, 2 * group, 2, 133, D, dtype), *make_selection(2, 133))
 
 
-@pytest.mark.parametrize("N", [1, 2, 15, 63, 64, 65, 127, 128, 129, 1000, 2049, 5000])
+@pytest.mark.parametrize("N", [1, 2, 15, 63, 64, 65, 127, 128, 129, 1000, 2049, 3001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lengths(dtype: torch.dtype, N: int) -> None:
     check(*make_qkv(1, 3, 1, N, 64, dtype), *make_selection(1, N, share=0.25))
@@ -196,7 +196,7 @@ def test_memory_is_linear_in_the_number_of_tokens() -> None:
     """
     both = [{}, {"all_queries": True}]
     assert peak_growth(program.format(N=N, module="ops", keywords=both)) < N * N
-    assert peak_growth(program.format(N=N, module="reference", keywords=[{}])) > N * N
+    assert peak_growth(program.format(N=N // 4, module="reference", keywords=[{}])) > (N // 4) ** 2
 
 
 @pytest.mark.parametrize("all_queries", [False, True])

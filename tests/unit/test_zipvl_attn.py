@@ -80,7 +80,7 @@ def test_heads_and_head_dims(dtype: torch.dtype, group: int, D: int) -> None:
     check(*make_qkv(2, 2 * group, 2, 150, D, dtype), num_recent=16, num_random=16)
 
 
-@pytest.mark.parametrize("N", [1, 2, 15, 64, 127, 128, 129, 130, 1000, 2049, 5000])
+@pytest.mark.parametrize("N", [1, 2, 15, 64, 127, 128, 129, 130, 1000, 2049, 3001])
 @pytest.mark.parametrize("limit", [{}, {"tau": 0.5}, {"ratio": 0.25}])
 def test_lengths(N: int, limit: dict[str, float]) -> None:
     check(*make_qkv(1, 3, 1, N, 64), **limit)
@@ -195,9 +195,8 @@ def test_same_bits_every_time_and_for_a_row_alone() -> None:
     mask = make_mask("right", 3, 700)
     assert mask is not None
     together = ops.zipvl_attn(q, k, v, tau=0.9, token_mask=mask)
-    for _ in range(3):
-        again = ops.zipvl_attn(q, k, v, tau=0.9, token_mask=mask)
-        assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
+    again = ops.zipvl_attn(q, k, v, tau=0.9, token_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
     for b in range(3):
         row = slice(b, b + 1)
         alone = ops.zipvl_attn(q[row], k[row], v[row], tau=0.9, token_mask=mask[row])

@@ -1,35 +1,31 @@
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/ptx/scalar.cuh"
+#include "cuda/ptx/values.h"
 
 namespace zipvl::cuda::ptx {
 
-// Half `half` of two packed elements.
 template <typename Element>
-float unpack(std::uint32_t pair, int half) {
-  const auto bits = static_cast<std::uint16_t>(pair >> 16 * half);
-  Element element;
-  std::memcpy(&element, &bits, sizeof bits);
-  return static_cast<float>(element);
-}
-
-template <typename Element>
-void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+[[gnu::no_sanitize_address]] void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                              std::uint32_t b1) {
   struct Operands {
-    std::uint32_t a[4], b[2];
+    float a[4][2], b[2][2];
   };
-  const Operands* all =
-      emulated::Block::current_block->exchange(0xFFFFFFFFU, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  Operands mine;
+  for (int half = 0; half < 2; ++half) {
+    for (int r = 0; r < 4; ++r) {
+      mine.a[r][half] = value_of<Element>(static_cast<std::uint16_t>(a[r] >> 16 * half));
+    }
+    mine.b[0][half] = value_of<Element>(static_cast<std::uint16_t>(b0 >> 16 * half));
+    mine.b[1][half] = value_of<Element>(static_cast<std::uint16_t>(b1 >> 16 * half));
+  }
+  const Operands* all = emulated::Block::current_block->exchange(0xFFFFFFFFU, mine);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
   for (int r = 0; r < 4; ++r) {
     const int row_half = r / 2, column = 2 * j + r % 2;
     double sum = c[r];
     for (int k = 0; k < 16; ++k) {
-      const float x = unpack<Element>(all[4 * i + k % 8 / 2].a[row_half + 2 * (k / 8)], k % 2);
-      const float y = unpack<Element>(all[4 * column + k % 8 / 2].b[k / 8], k % 2);
+      const float x = all[4 * i + k % 8 / 2].a[row_half + 2 * (k / 8)][k % 2];
+      const float y = all[4 * column + k % 8 / 2].b[k / 8][k % 2];
       sum += static_cast<double>(x) * y;
     }
     c[r] = static_cast<float>(sum);

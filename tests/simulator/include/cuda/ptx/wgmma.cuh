@@ -5,7 +5,7 @@
 
 #include <map>
 
-#include "cuda/ptx/scalar.cuh"
+#include "cuda/ptx/values.h"
 
 namespace zipvl::cuda::ptx {
 
@@ -50,34 +50,23 @@ struct Operand {
         group((descriptor >> 32 & 0xFFFF) * 16),
         slab((descriptor >> 48) * 16) {}
 
-  static std::uint16_t element(const unsigned char* logical) {
+  static const unsigned char* swizzled(const unsigned char* logical) {
     const auto address = reinterpret_cast<std::uintptr_t>(logical);
-    std::uint16_t bits;
-    std::memcpy(&bits, reinterpret_cast<const unsigned char*>(address ^ (address >> 7 & 7) << 4), sizeof bits);
-    return bits;
+    return reinterpret_cast<const unsigned char*>(address ^ (address >> 7 & 7) << 4);
   }
-  // Rows of 64 elements along K.
-  std::uint16_t along_k(int row, int k) const { return element(start + row / 8 * group + row % 8 * 128 + 2 * k); }
+  // A row's elements of 16 K, in two pieces of 16 bytes: rows of 64 elements along K.
+  void along_k(int row, std::uint16_t (&bits)[16]) const {
+    for (int piece = 0; piece < 2; ++piece) {
+      std::memcpy(bits + 8 * piece, swizzled(start + row / 8 * group + row % 8 * 128 + 16 * piece), 16);
+    }
+  }
   // Rows of 64 elements along N, one a K.
-  std::uint16_t along_n(int n, int k) const {
-    return element(start + n / 64 * slab + k / 8 * group + k % 8 * 128 + n % 64 * 2);
+  void along_n(int n, std::uint16_t (&bits)[16]) const {
+    for (int k = 0; k < 16; ++k) {
+      std::memcpy(bits + k, swizzled(start + n / 64 * slab + k / 8 * group + k % 8 * 128 + n % 64 * 2), 2);
+    }
   }
 };
-
-template <typename T>
-float value_of(std::uint16_t bits) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(1 << 16);
-    for (int i = 0; i < 1 << 16; ++i) {
-      const auto narrow = static_cast<std::uint16_t>(i);
-      T element;
-      std::memcpy(&element, &narrow, sizeof narrow);
-      values[i] = static_cast<float>(element);
-    }
-    return values;
-  }();
-  return table[bits];
-}
 
 template <typename T, int N, bool BTransposed>
 struct Wgmma {
@@ -85,7 +74,8 @@ struct Wgmma {
 
   static void ss(float (&d)[kValues], std::uint64_t a, std::uint64_t b, int accumulate) {
     const int warp = emulated::Block::thread / 32 % 4, lane = lane_of_thread();
-    issue(d, b, accumulate, [=](int half, int k) { return Operand(a).along_k(16 * warp + lane / 4 + 8 * half, k); });
+    issue(d, b, accumulate,
+          [=](int half, std::uint16_t (&bits)[16]) { Operand(a).along_k(16 * warp + lane / 4 + 8 * half, bits); });
   }
 
   static void rs(float (&d)[kValues], const std::uint32_t (&a)[4], std::uint64_t b, int accumulate) {
@@ -95,8 +85,10 @@ struct Wgmma {
     const auto* of_warp = emulated::Block::current_block->exchange(0xFFFFFFFFU, &a[0]);
     Quad quad;
     std::copy_n(of_warp + lane_of_thread() / 4 * 4, 4, quad.of_lane);
-    issue(d, b, accumulate, [=](int half, int k) {
-      return static_cast<std::uint16_t>(quad.of_lane[k % 8 / 2][half + 2 * (k / 8)] >> 16 * (k % 2));
+    issue(d, b, accumulate, [=](int half, std::uint16_t (&bits)[16]) {
+      for (int k = 0; k < 16; ++k) {
+        bits[k] = static_cast<std::uint16_t>(quad.of_lane[k % 8 / 2][half + 2 * (k / 8)] >> 16 * (k % 2));
+      }
     });
   }
 
@@ -105,18 +97,22 @@ struct Wgmma {
   static void issue(float* d, std::uint64_t b, int accumulate, const A& a) {
     auto& block = *emulated::Block::current_block;
     const int lane = lane_of_thread();
-    const auto multiply = [=](float* values) {
+    // Its own arrays are not looked at; what it reads of shared memory is.
+    const auto multiply = [=](float* values) __attribute__((no_sanitize_address)) {
       const Operand operand(b);
+      std::uint16_t bits[16];
       float rows[2][16], column[16];
       for (int half = 0; half < 2; ++half) {
+        a(half, bits);
         for (int k = 0; k < 16; ++k) {
-          rows[half][k] = value_of<T>(a(half, k));
+          rows[half][k] = value_of<T>(bits[k]);
         }
       }
       for (int i = 0; i < N / 4; ++i) {
         const int n = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+        BTransposed ? operand.along_n(n, bits) : operand.along_k(n, bits);
         for (int k = 0; k < 16; ++k) {
-          column[k] = value_of<T>(BTransposed ? operand.along_n(n, k) : operand.along_k(n, k));
+          column[k] = value_of<T>(bits[k]);
         }
         for (int half = 0; half < 2; ++half) {
           float& value = values[i / 2 * 4 + 2 * half + i % 2];
