@@ -110,7 +110,7 @@ def steps_without_cudnn(decoder: nn.Module) -> Iterator[None]:
 
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
-        hooks.callback(decoder.register_forward_hook(after, always_call=True).remove)
+        hooks.callback(decoder.register_forward_hook(after, prepend=True, always_call=True).remove)
         yield
 
 

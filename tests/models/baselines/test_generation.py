@@ -235,9 +235,11 @@ def test_steps_use_no_cudnn(model: Any, inputs: dict[str, torch.Tensor], wanted:
     hook = decoder.layers[0].register_forward_pre_hook(lambda _m, args: seen.append((args[0].shape[1] > 1, flag())))
     torch.backends.cuda.enable_cudnn_sdp(wanted)
     try:
-        for context in (steps_without_cudnn(decoder), applied(model, AIM(0.5))):
+        alone = steps_without_cudnn(decoder)
+        nested = (steps_without_cudnn(decoder), applied(model, FastV()))
+        for outer, inner in ((nullcontext(), alone), (nullcontext(), applied(model, AIM(0.5))), nested):
             seen.clear()
-            with context:
+            with outer, inner:
                 generate(model, inputs)
                 assert flag() is wanted
                 with pytest.raises((RuntimeError, ValueError)):  # of the products, or of the pre-hook
