@@ -172,8 +172,8 @@ def _summary(axis: str, found: Sequence[Comparison], line: Line) -> str:
     dense = next(row for row in line["rows"] if method_of(row) == "dense")
     plural = "setting" if len(found) == 1 else "settings"
     parts = [
-        f"By the time to the {axis}: {len(found)} {plural} of ZipVL whose time is known against the best pruner in the same time, on "
-        f"{line['pages']:,} pages with the tiny model.",
+        f"By the time to the {axis}: {len(found)} {plural} of ZipVL whose time is known against the best pruner in "
+        f"the same time, on {line['pages']:,} pages with the tiny model.",
         f"The dense model has {dense['exact_match']:.1%} right.",
         f"A setting may lose at most {100 * MOST_LOST:g} points of that.",
     ]
