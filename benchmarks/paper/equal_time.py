@@ -2,12 +2,13 @@
 
 Answers are those of the tiny model, times those of the 7B shape at the same share of tokens. Between two of its rows a
 pruner answers each page as on a line between the two: its rows lie at some budgets, and its time at any other is known.
+A setting of ZipVL that loses more than ``MOST_LOST`` against the dense model is worth nothing, however fast it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ from benchmarks.paper.families import FAMILIES, RIVALS, method_of
 from benchmarks.paper.records import Line, Times
 from benchmarks.paper.statistics import bootstrap_mean
 
-__all__ = ["AXES", "NOT_MEASURED", "Comparison", "compare", "source", "summary"]
+__all__ = ["AXES", "MOST_LOST", "NOT_MEASURED", "Comparison", "compare", "source", "summary"]
 
 AXES = ("first token", "answer of 32 tokens")
+MOST_LOST = 0.05
+"""Of the pages, against the dense model: what a setting may lose and still be called worth its time."""
+ONE_RUN = "one run"
+"""Stands beside the time of an answer from which nothing follows."""
 NOT_MEASURED = (
     "Times of the methods in a 7B shape have not been measured yet (`python -m benchmarks.paper times` on a GPU): who "
     "wins at equal time is not known."
@@ -32,6 +37,8 @@ class Comparison:
     Attributes:
         row: of Table A.
         time: its share of dense attention's time.
+        loss: how much smaller its exact match is than the dense model's.
+        judged: whether the times allow a verdict.
         rival: the pruner that answers best in that time; None: none is that fast.
         rival_ratio: the share of tokens that it keeps in that time.
         rival_exact: its exact match there.
@@ -40,6 +47,8 @@ class Comparison:
 
     row: Line
     time: float
+    loss: float
+    judged: bool
     rival: str | None = None
     rival_ratio: float = 0.0
     rival_exact: float = 0.0
@@ -47,10 +56,15 @@ class Comparison:
 
     @property
     def words(self) -> str:
-        """``ahead``, ``behind``, ``level``: no difference beyond chance on these pages."""
-        if self.rival is None or self.interval[0] > 0:
-            return "ahead"
-        return "behind" if self.interval[1] < 0 else "level"
+        """``behind`` the pruner; ``loses too much`` against the dense model; ``ahead``; ``level``: no difference beyond
+        chance on these pages; ``not judged``."""
+        if not self.judged:
+            return "not judged"
+        if self.rival is not None and self.interval[1] < 0:
+            return "behind"
+        if self.loss > MOST_LOST:
+            return "loses too much"
+        return "ahead" if self.rival is None or self.interval[0] > 0 else "level"
 
 
 def compare(line: Line, times: Times, axis: int) -> list[Comparison]:
@@ -65,9 +79,10 @@ def compare(line: Line, times: Times, axis: int) -> list[Comparison]:
     found = []
     for row in line["rows"]:
         method = method_of(row)
-        at = times.at(method, row["ratio"]) if method in FAMILIES else None
-        if at is not None:
-            found.append(_best(row, at[axis], curves))
+        time = times.at(method, row["ratio"])[axis] if method in FAMILIES else None
+        if time is not None:
+            loss = dense["exact_match"] - row["exact_match"]
+            found.append(_best(Comparison(row, time, round(loss, 6), axis == 0 or times.by_steps), curves))
     return sorted(found, key=lambda one: one.time)
 
 
@@ -76,14 +91,15 @@ def _curve(line: Line, times: Times, axis: int, name: str, dense: Line) -> list[
     takes as long as that."""
     points = []
     for row in line["rows"]:
-        at = times.at(name, row["ratio"]) if method_of(row) == name else None
-        if at is not None and at[axis] < 1.0:
-            points.append((at[axis], row["ratio"], _pages(row)))
+        time = times.at(name, row["ratio"])[axis] if method_of(row) == name else None
+        if time is not None and time < 1.0:
+            points.append((time, row["ratio"], _pages(row)))
     return [*sorted(points, key=lambda point: point[0]), (1.0, 1.0, _pages(dense))] if points else []
 
 
-def _best(row: Line, time: float, curves: dict[str, list[tuple[float, float, Any]]]) -> Comparison:
-    best, against = Comparison(row, time), None
+def _best(alone: Comparison, curves: dict[str, list[tuple[float, float, Any]]]) -> Comparison:
+    """With the pruner that answers best in its time, if there is one."""
+    best, against, time = alone, None, alone.time
     for name, curve in curves.items():
         if not curve or time < curve[0][0]:
             continue
@@ -94,7 +110,13 @@ def _best(row: Line, time: float, curves: dict[str, list[tuple[float, float, Any
         if against is None or pages.mean() > against.mean():
             against = pages
             ratio = (1 - part) * low[1] + part * high[1]
-            best = Comparison(row, time, name, ratio, float(pages.mean()), bootstrap_mean(_pages(row) - pages))
+            best = replace(
+                alone,
+                rival=name,
+                rival_ratio=ratio,
+                rival_exact=float(pages.mean()),
+                interval=bootstrap_mean(_pages(alone.row) - pages),
+            )
     return best
 
 
@@ -106,34 +128,66 @@ def _pages(row: Line) -> Any:
 def source(times: Times) -> str:
     """Where the times come from."""
     about, (first, answer) = times.about, times.dense
-    return (
+    parts = [
         f"Times: {about['shape']}'s shape with random weights, {about['tokens']:,} tokens, most of {about['pictures']} "
         f"pictures, {about['dtype']}, {about['device']['name']}, torch {about['versions']['torch']}, "
-        f"{about['date'][:10]}. Dense attention takes {first:,.0f} ms to the first token, {times.vision_ms:,.0f} of "
-        f"them in the vision tower, and {answer:,.0f} ms to an answer of {about['new_tokens']} tokens; every method "
-        "decodes step by step. ZipVL has an imposed ratio there, equal in all layers; times between measured budgets "
-        "lie on a line."
-    )
+        f"{about['date'][:10]}.",
+        f"Dense attention takes {first:,.0f} ms to the first token.",
+        f"The vision tower has {times.vision_ms:,.0f} of them.",
+    ]
+    if answer is not None:
+        how = "" if times.by_steps else f" ({ONE_RUN})"
+        parts.append(f"An answer of {about['new_tokens']} tokens takes {answer:,.0f} ms{how}.")
+    parts += [
+        "Every method decodes step by step.",
+        "ZipVL has an imposed ratio there, equal in all layers.",
+        "Times between measured budgets lie on a line.",
+    ]
+    if times.once:
+        parts.append("Some first tokens are of a row's first run, which pays for plans of new lengths too.")
+    return " ".join(parts)
 
 
 def summary(line: Line, times: Times) -> list[str]:
-    """Who wins at equal time, a sentence or two for each axis."""
-    return [_summary(name, compare(line, times, axis), line["pages"]) for axis, name in enumerate(AXES)]
+    """Who wins at equal time, some sentences for each axis."""
+    said = []
+    for axis, name in enumerate(AXES):
+        found = compare(line, times, axis)
+        if not found:
+            said.append(f"By the time to the {name}: no ZipVL of Table A has a known time.")
+        elif not all(one.judged for one in found):
+            said.append(
+                f"By the time to the {name}: no verdict yet. Each answer was timed once, as a whole. In that time "
+                "cuDNN planned anew for every new length of the cache, which says nothing of the methods."
+            )
+        else:
+            said.append(_summary(name, found, line))
+    return said
 
 
-def _summary(axis: str, found: Sequence[Comparison], pages: int) -> str:
-    if not found:
-        return f"At equal time to the {axis}: no ZipVL of Table A has a known time."
-    words = {kind: [one for one in found if one.words == kind] for kind in ("ahead", "level", "behind")}
-    counts = ", ".join(f"{kind} {len(those)}" for kind, those in words.items())
-    text = (
-        f"At equal time to the {axis}, {len(found)} settings of ZipVL and the best pruner on {pages:,} pages: {counts}."
-    )
+def _summary(axis: str, found: Sequence[Comparison], line: Line) -> str:
+    words = {
+        kind: [one for one in found if one.words == kind] for kind in ("ahead", "level", "behind", "loses too much")
+    }
+    dense = next(row for row in line["rows"] if method_of(row) == "dense")
+    plural = "setting" if len(found) == 1 else "settings"
+    parts = [
+        f"By the time to the {axis}: {len(found)} {plural} of ZipVL whose time is known against the best pruner in "
+        f"the same time, on {line['pages']:,} pages with the tiny model.",
+        f"The dense model has {dense['exact_match']:.1%} right.",
+        f"A setting may lose at most {100 * MOST_LOST:g} points of that.",
+    ]
     if worth := [*words["ahead"], *words["level"]]:
-        text += f" ZipVL is worth its time with {_list(worth)}."
+        parts.append(f"ZipVL is worth its time with these: {_list(worth)}.")
+    else:
+        parts.append("No setting of ZipVL here is worth its time.")
     if words["behind"]:
-        text += f" A pruner is the better choice in the time of {_list(words['behind'])}."
-    return text
+        parts.append(f"A pruner answers more pages in the time of these: {_list(words['behind'])}.")
+    if words["loses too much"]:
+        parts.append(f"These lose too much, whatever their time: {_list(words['loses too much'])}.")
+    if any(one.row["group"] for one in found):
+        parts.append("Matched: its tau was chosen on other pages, so that it keeps that share of the tokens.")
+    return " ".join(parts)
 
 
 def _list(found: Sequence[Comparison]) -> str:
@@ -142,13 +196,15 @@ def _list(found: Sequence[Comparison]) -> str:
     for one in sorted(found, key=lambda one: one.time):
         against = f"{one.rival} {one.rival_exact:.1%}" if one.rival else "no pruner is that fast"
         exact = f"{one.row['exact_match']:.1%}"
-        parts.append(f"{_name(one.row)}, at {one.row['ratio']:.0%} of the tokens ({exact} right, {against})")
+        parts.append(f"{_name(one.row)} ({one.row['ratio']:.0%} of the tokens, {exact} right, {against})")
     return "; ".join(parts)
 
 
 def _name(row: Line) -> str:
-    label, tau = str(row["label"]), row["parameters"].get("tau")
-    return label if "tau" in label else f"{label}, tau {tau:.4g}"
+    label, tau = str(row["label"]), f"tau {row['parameters'].get('tau'):.4g}"
+    if row["group"]:
+        return f"{label} matched to {row['group']}, {tau}"
+    return label if "tau" in label else f"{label}, {tau}"
 
 
 HEADER = ("setting", "tokens in attention", "time, of dense", "exact match", "the best pruner in that time",
@@ -157,7 +213,8 @@ HEADER = ("setting", "tokens in attention", "time, of dense", "exact match", "th
 
 def cells(one: Comparison) -> list[str]:
     """One comparison, as many cells as ``HEADER`` has columns."""
-    shown = [_name(one.row), f"{one.row['ratio']:.1%}", f"{one.time:.1%}", f"{one.row['exact_match']:.1%}"]
+    time = f"{one.time:.1%}" + ("" if one.judged else f" ({ONE_RUN})")
+    shown = [_name(one.row), f"{one.row['ratio']:.1%}", time, f"{one.row['exact_match']:.1%}"]
     if one.rival is None:
         return [*shown, "none is that fast", "", "", "", one.words]
     low, high = (100 * bound for bound in one.interval)

@@ -50,7 +50,8 @@ def main(line: Line, times: Times | None) -> bytes:
     7B shape: to the first token, and to an answer of 32."""
     axes_shown = ["tokens in attention, mean over layers, %"]
     if times is not None:
-        axes_shown += [f"time to the {name}, 7B shape at 32K, % of dense" for name in AXES]
+        axes_shown += [f"time to the {name}, 7B at 32K, % of dense" for name in AXES]
+        axes_shown[-1] += "" if times.by_steps else " (one run)"
     figure, panels = plt.subplots(
         1, len(axes_shown), figsize=(2.2 + 4.8 * len(axes_shown), 4.2), layout="constrained", sharey=True, squeeze=False
     )
@@ -85,8 +86,7 @@ def _points(
     placed = []
     for row in line["rows"]:
         if method_of(row) == name:
-            at = None if times is None else times.at(name, row["ratio"])
-            place = row["ratio"] if panel == 0 else None if at is None else at[panel - 1]
+            place = row["ratio"] if panel == 0 or times is None else times.at(name, row["ratio"])[panel - 1]
             if place is not None:
                 placed.append((100 * place, row))
     placed.sort(key=lambda pair: pair[0])

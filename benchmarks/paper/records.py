@@ -12,9 +12,10 @@ from typing import Any
 from benchmarks._record import RESULTS
 from benchmarks.paper.families import RIVALS
 
-__all__ = ["Line", "Times", "lines_of", "read_times", "stopped_lines"]
+__all__ = ["Line", "Times", "answer_ms", "first_ms", "lines_of", "read_times", "stopped_lines"]
 
 Line = dict[str, Any]
+Curve = list[tuple[float, float]]
 NEAR = 0.01
 """A budget this far outside the measured ones has the time of the nearest."""
 
@@ -51,38 +52,47 @@ class Times:
     Attributes:
         about: device, versions, date, shape, tokens: what all lines of the run share.
         vision_ms: the vision tower alone.
-        dense: milliseconds of dense attention to the first token, and to the last of the answer.
-        curves: of each method its budgets, ascending, each with its two times as shares of dense attention's.
+        dense: milliseconds of dense attention to the first token, and to the last of the answer; None: not measured.
+        curves: of each method, for the first token and for the answer, its budgets, ascending, each with its time as a
+            share of dense attention's.
         failed: method, budget and reason of what could not be measured.
+        once: a first token is that of a row's first run, which pays for libraries and plans.
+        by_steps: decode steps were timed one by one. Otherwise an answer's time is that of one whole answer, in which
+            cuDNN planned for every new length of the cache: nothing follows from it.
     """
 
     about: Line
     vision_ms: float
-    dense: tuple[float, float]
-    curves: dict[str, list[tuple[float, float, float]]]
+    dense: tuple[float, float | None]
+    curves: dict[str, tuple[Curve, Curve]]
     failed: list[tuple[str, float, str]]
+    once: bool
+    by_steps: bool
 
-    def at(self, method: str, ratio: float) -> tuple[float, float] | None:
-        """Both times at a share ``ratio`` of the tokens, on a line between the two nearest budgets; as shares of dense
-        attention's. None: the method was not measured around it."""
+    def at(self, method: str, ratio: float) -> tuple[float | None, float | None]:
+        """Both times at a share ``ratio`` of the tokens, each on a line between the two nearest budgets; as shares of
+        dense attention's. None: the method was not measured around it."""
         if method == "dense":
             return 1.0, 1.0
-        curve = self.curves.get(method, [])
-        if not curve or not curve[0][0] - NEAR <= ratio <= curve[-1][0] + NEAR:
-            return None
-        ratio = min(max(ratio, curve[0][0]), curve[-1][0])
-        upper = next(i for i, point in enumerate(curve) if point[0] >= ratio)
-        high, low = curve[upper], curve[max(upper - 1, 0)]
-        part = (ratio - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
-        return low[1] + part * (high[1] - low[1]), low[2] + part * (high[2] - low[2])
+        first, answer = self.curves.get(method, ([], []))
+        return _between(first, ratio), _between(answer, ratio)
+
+
+def _between(curve: Curve, ratio: float) -> float | None:
+    if not curve or not curve[0][0] - NEAR <= ratio <= curve[-1][0] + NEAR:
+        return None
+    ratio = min(max(ratio, curve[0][0]), curve[-1][0])
+    upper = next(i for i, point in enumerate(curve) if point[0] >= ratio)
+    high, low = curve[upper], curve[max(upper - 1, 0)]
+    part = (ratio - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
+    return low[1] + part * (high[1] - low[1])
 
 
 def read_times(path: Path | None = None) -> Times | None:
     """The times of the newest run in which dense attention was measured; None where there is none.
 
-    A row's first token takes the median of the runs after its first, which pays for what a first run of a length costs,
-    or that one where there are no others; its answer takes that and the steps of the answers, a median too. A baseline
-    that keeps everything is the dense model, and has its time there.
+    A baseline that keeps everything is the dense model, and has its time there. One that is slower than dense attention
+    at its largest measured budget gets no line from there to it.
     """
     runs: dict[str, list[Line]] = defaultdict(list)
     for line in _read(path or RESULTS / "paper_times.jsonl"):
@@ -95,23 +105,40 @@ def read_times(path: Path | None = None) -> Times | None:
     for line in lines:
         if "first_ms" in line:
             rows[line["method"], line["budget"]].append(line)
+    once = any(all(line["round"] == 0 for line in found) for found in rows.values())
     dense = _times(rows.pop(("dense", 1.0)))
-    curves: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    curves: dict[str, tuple[Curve, Curve]] = defaultdict(lambda: ([], []))
     for (method, _), found in rows.items():
-        first, answer = _times(found)
-        curves[method].append((found[0]["ratio"], first / dense[0], answer / dense[1]))
-    for method in RIVALS:
-        if method in curves:
-            curves[method].append((1.0, 1.0, 1.0))
+        for curve, time, whole in zip(curves[method], _times(found), dense, strict=True):
+            if time is not None and whole is not None:
+                curve.append((found[0]["ratio"], time / whole))
+    for method, both in curves.items():
+        for curve in both:
+            curve.sort()
+            if method in RIVALS and curve and curve[-1][1] < 1.0:
+                curve.append((1.0, 1.0))
     failed = [(line["method"], line["budget"], line["failed"]) for line in lines if "failed" in line]
     vision = next(line["vision_ms"] for line in lines if "vision_ms" in line)
-    return Times(lines[0], vision, dense, {name: sorted(curve) for name, curve in curves.items()}, failed)
+    by_steps = not any("answer_ms" in line for line in lines)
+    return Times(lines[0], vision, dense, dict(curves), failed, once, by_steps)
 
 
-def _times(runs: list[Line]) -> tuple[float, float]:
-    """Milliseconds to the first token and to the last of an answer."""
-    runs = sorted(runs, key=lambda line: line["round"])
-    first = median(line["first_ms"] for line in runs[1:] or runs)
-    return first, first + median(
-        line["answer_ms"] - line["first_ms"] for line in runs if line.get("answer_ms") is not None
-    )
+def first_ms(runs: list[Line]) -> float:
+    """Milliseconds to the first token: the median of the runs after a row's first, which pays for what a first run of a
+    length costs, or that one where there are no others."""
+    return float(median([line["first_ms"] for line in runs if line["round"]] or [line["first_ms"] for line in runs]))
+
+
+def answer_ms(first: float, steps: list[float], new: int) -> float:
+    """Milliseconds to the last of ``new`` tokens, from those to the first and those of some decode steps."""
+    return first + (new - 1) * float(median(steps))
+
+
+def _times(runs: list[Line]) -> tuple[float, float | None]:
+    """Milliseconds to the first token and to the last of an answer; None: no step was timed."""
+    first, new = first_ms(runs), runs[0]["new_tokens"]
+    steps = [step for line in runs for step in line.get("steps_ms", ())]
+    for line in runs:
+        if line.get("answer_ms") is not None:  # of a whole answer
+            steps.append((line["answer_ms"] - line["first_ms"]) / (new - 1))
+    return first, answer_ms(first, steps, new) if steps else None

@@ -73,8 +73,9 @@ def cells(line: Line, row: dict[str, Any], times: Times | None = None) -> list[s
     if "first token, ms" in columns:
         found.append(f"{row['first_token_ms']:.0f}" if "first_token_ms" in row else "")
     if times is not None and TIMED[0] in columns:
-        at = times.at(method_of(row), row["ratio"])
-        found += ["", ""] if at is None else [f"{share:.0%}" for share in at]
+        first, answer = times.at(method_of(row), row["ratio"])
+        once = "" if times.by_steps or method_of(row) == "dense" else " (one run)"
+        found += ["" if first is None else f"{first:.0%}", "" if answer is None else f"{answer:.0%}{once}"]
     if "paper" in columns:
         found.append(row["paper"])
     return found

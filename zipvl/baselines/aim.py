@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipvl.baselines.common import Baseline, Prompt, Record, applied, solve
+from zipvl.baselines.common import Baseline, Prompt, Record, applied, places_of, solve
 
 __all__ = ["AIM", "aim", "merge_most_similar", "walked"]
 
@@ -118,14 +118,17 @@ class AIM(Baseline):
         batch, images = hidden.shape[0], prompt.images
         if prompt.image_total % images:
             raise ValueError(f"AIM: {images} images of different sizes in one prompt are not supported")
-        tokens = hidden[prompt.image].view(batch * images, -1, hidden.shape[2])
-        places = prompt.positions[prompt.image].view(batch * images, -1)
+        width = hidden.shape[2]
+        of_images = places_of(prompt.image, prompt.image_total)
+        tokens = hidden.gather(1, of_images[..., None].expand(-1, -1, width)).view(batch * images, -1, width)
+        places = of_images.view(batch * images, -1)
         count = max(1, round(self.retain * tokens.shape[1]))
         tokens, places = merge_most_similar(tokens, places, count)
-        tokens, places = tokens.view(batch, -1, hidden.shape[2]), places.view(batch, -1)
+        tokens, places = tokens.view(batch, -1, width), places.view(batch, -1)
         merged = hidden.scatter(1, places[..., None].expand_as(tokens), tokens)
         stays = (~prompt.image).scatter(1, places, True)
-        return prompt.keep(stays.nonzero()[:, 1].view(batch, -1), merged)
+        text = hidden.shape[1] - prompt.image_total
+        return prompt.keep(places_of(stays, text + places.shape[1]), merged)
 
 
 @contextmanager

@@ -43,7 +43,9 @@ __all__ = [
     "instance_attribute",
     "keep_best",
     "last_query_importance",
+    "places_of",
     "solve",
+    "steps_without_cudnn",
 ]
 
 IMPLEMENTATION = "zipvl_baselines"
@@ -81,6 +83,34 @@ def attention_replaced(
         for config in configs:
             undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
             config._attn_implementation_internal = IMPLEMENTATION
+        yield
+
+
+@contextmanager
+def steps_without_cudnn(decoder: nn.Module) -> Iterator[None]:
+    """Decode steps of ``decoder`` inside the ``with`` block use no cuDNN attention; prompts do.
+
+    cuDNN plans anew for every length of the cache, and each decoded token makes a new length. A plan takes some 40 ms
+    of host time, once for each length among the layers. PyTorch's other attention needs none.
+    """
+    undo: list[Callable[[], None]] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids", args[0] if args else None) if given is None else given
+        if ids is not None and ids.shape[1] == 1:
+            undo.append(
+                functools.partial(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+            )
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def after(*_: Any) -> None:
+        while undo:
+            undo.pop()()
+
+    with ExitStack() as hooks:
+        hooks.callback(decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.callback(decoder.register_forward_hook(after, prepend=True, always_call=True).remove)
         yield
 
 
@@ -124,6 +154,7 @@ class Prompt:
         positions: int64 ``[B, n]``, their places in the whole prompt, ascending.
         total: length of the whole prompt.
         image_total: image tokens of each row in the beginning.
+        image_left: image tokens of each row among those left.
         images: pictures in each row.
         layers: how many layers there are.
         image_sizes: height and width of every picture of the batch, as the model was given them.
@@ -140,9 +171,13 @@ class Prompt:
     image_sizes: Tensor | None = None
     scores: Tensor | None = None
     kept: list[Tensor] = field(default_factory=list)
+    image_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.image_left = self.image_total
 
     def keep(self, index: Tensor, hidden: Tensor) -> Tensor:
-        """Goes on with the tokens ``index [B, m]``, ascending places among those left.
+        """Goes on with the tokens ``index [B, m]``, ascending places among those left, all of the text among them.
 
         Args:
             hidden: ``[B, n, d]``.
@@ -150,6 +185,7 @@ class Prompt:
         Returns:
             their hidden states, ``[B, m, d]``.
         """
+        self.image_left -= self.positions.shape[1] - index.shape[1]
         self.image, self.positions = self.image.gather(1, index), self.positions.gather(1, index)
         return _take(hidden, index)
 
@@ -176,9 +212,10 @@ class Baseline:
         """The input of ``layer``, from ``hidden [B, n, d]``, the output of the one before. Updates ``prompt``."""
         share = self.schedule(prompt.layers)[layer]
         count = round(share * prompt.image_total)
-        if prompt.scores is None or count >= int(prompt.image[0].sum()):
+        if prompt.scores is None or count >= prompt.image_left:
             return hidden
-        index = keep_best(prompt.scores, prompt.image, count)
+        text = hidden.shape[1] - prompt.image_left
+        index = keep_best(prompt.scores, prompt.image, text + count)
         prompt.scores = None
         return prompt.keep(index, hidden)
 
@@ -273,13 +310,13 @@ class _Run:
         if ids is None or (embeddings is not None and ids.shape != embeddings.shape[:2]):
             raise ValueError(f"{self.baseline.name}: the model must be given input_ids, which say where the image is")
         image = ids == self.image_token
-        counts = image.sum(1)
-        if bool((counts != counts[0]).any()):
-            raise ValueError(f"{self.baseline.name}: rows must have equally many image tokens, got {counts.tolist()}")
+        counts = image.sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"{self.baseline.name}: rows must have equally many image tokens, got {counts}")
         batch, total = ids.shape
         positions = torch.arange(total, device=ids.device).expand(batch, total)
         images = 1 if self.image_sizes is None else len(self.image_sizes) // batch
-        return Prompt(image, positions, total, int(counts[0]), images, self.layers, self.image_sizes)
+        return Prompt(image, positions, total, counts[0], images, self.layers, self.image_sizes)
 
     def before_layer(self, layer: int) -> Callable[..., Any]:
         """The pre-hook of decoder layer ``layer``."""
@@ -358,6 +395,7 @@ def applied(model: nn.Module, baseline: Baseline) -> Iterator[Record]:
     baseline.schedule(len(layers))
     with ExitStack() as undo:
         undo.enter_context(attention_replaced(target.attention, target.configs, run.attend))
+        undo.enter_context(steps_without_cudnn(target.decoder))
         hooks = [
             model.register_forward_pre_hook(run.note_inputs, with_kwargs=True),
             target.decoder.register_forward_pre_hook(run.begin, with_kwargs=True),
@@ -407,17 +445,28 @@ def last_query_importance(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def keep_best(scores: Tensor, image: Tensor, count: int) -> Tensor:
-    """All text tokens and the ``count`` image tokens of each row with the highest scores, ties to the lower position.
+    """``count`` tokens of each row: all of the text, then image tokens by their scores, ties to the lower position.
 
     Args:
-        scores: float ``[B, n]``; image: bool ``[B, n]``, equally many true in each row.
+        scores: float ``[B, n]``; image: bool ``[B, n]``; count: how many stay, at least those of the text.
 
     Returns:
-        int64 ``[B, m]``, ascending.
+        int64 ``[B, count]``, ascending.
     """
-    text = image.shape[1] - int(image[0].sum())
     ranked = scores.masked_fill(~image, torch.inf).argsort(dim=1, descending=True, stable=True)
-    return ranked[:, : text + count].sort(dim=1).values
+    return ranked[:, :count].sort(dim=1).values
+
+
+def places_of(mask: Tensor, count: int) -> Tensor:
+    """Where ``mask`` is true, without a host read.
+
+    Args:
+        mask: bool ``[B, n]``, ``count`` true in each row.
+
+    Returns:
+        int64 ``[B, count]``, ascending.
+    """
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def image_budget(budget: float, tokens: int, image_tokens: int) -> float:

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from zipvl import ops
-from zipvl.baselines.common import Baseline, Prompt, Record, applied, attention_replaced
+from zipvl.baselines.common import Baseline, Prompt, Record, applied, attention_replaced, places_of
 
 __all__ = ["TowerAttention", "VisionZip", "compress", "observed_tower", "visionzip"]
 
@@ -122,49 +122,53 @@ class VisionZip(Baseline):
         score, key = self.tower.score, self.tower.key
         if score is None or key is None:
             raise ValueError("VisionZip: the vision tower was not observed; give it pixel_values inside the block")
-        batch, patches = hidden.shape[0], score.shape[1]
+        batch, patches, width = hidden.shape[0], score.shape[1], hidden.shape[2]
         score, key = score.view(batch, -1, patches), key.view(batch, -1, patches, key.shape[2])
         origin = self._origin(prompt, batch, score.shape[1], patches)
-        features = hidden[prompt.image].view(batch, prompt.image_total, hidden.shape[2])
-        stays = (origin < 0).expand(batch, -1).clone()
+        of_image = places_of(prompt.image, prompt.image_total)
+        features = hidden.gather(1, of_image[..., None].expand(-1, -1, width))
+        stays = (origin < 0).to(hidden.device).expand(batch, -1).clone()
         tile = origin.div(patches, rounding_mode="floor")
-        by_tile = tile.argsort(stable=True)[int((tile < 0).sum()) :]  # without row ends
+        row_ends = int((tile < 0).sum())
+        by_tile = tile.argsort(stable=True)[row_ends:]
         lengths = torch.bincount(tile[by_tile], minlength=score.shape[1])
+        total = hidden.shape[1] - prompt.image_total + row_ends
         for length in lengths.unique().tolist():  # tiles at an edge of a picture that was padded have fewer patches
             if not length:
                 continue
             which = (lengths == length).nonzero()[:, 0]
             tokens = by_tile[lengths[tile[by_tile]] == length].view(len(which), length)
-            at = (origin[tokens] % patches).expand(batch, -1, -1)
+            at = (origin[tokens] % patches).to(hidden.device).expand(batch, -1, -1)
+            which, tokens = which.to(hidden.device), tokens.to(hidden.device)
+            count = max(1, round(self.keep * length))
             places, values = compress(
                 features[:, tokens].flatten(0, 1),
                 score[:, which].gather(2, at).flatten(0, 1),
                 key[:, which].gather(2, at[..., None].expand(*at.shape, key.shape[3])).flatten(0, 1),
-                max(1, round(self.keep * length)),
+                count,
             )
             left = tokens.repeat(batch, 1).gather(1, places).view(batch, -1)
-            features = features.scatter(
-                1, left[..., None].expand(*left.shape, features.shape[2]), values.view(*left.shape, -1)
-            )
+            features = features.scatter(1, left[..., None].expand(-1, -1, width), values.view(*left.shape, -1))
             stays.scatter_(1, left, True)
-        merged = hidden.clone()
-        merged[prompt.image] = features.flatten(0, 1)
-        all_stay = ~prompt.image
-        all_stay[prompt.image] = stays.flatten()
-        return prompt.keep(all_stay.nonzero()[:, 1].view(batch, -1), merged)
+            total += left.shape[1]
+        merged = hidden.scatter(1, of_image[..., None].expand(-1, -1, width), features)
+        all_stay = (~prompt.image).scatter(1, of_image, stays)
+        return prompt.keep(places_of(all_stay, total), merged)
 
     def _origin(self, prompt: Prompt, batch: int, tiles: int, patches: int) -> Tensor:
-        """For each image token of a row ``tile * P + patch`` where it comes from, or -1 for a row end, int64."""
-        sizes = prompt.image_sizes
-        if sizes is None or bool((sizes.view(batch, -1) != sizes.view(batch, -1)[0]).any()):
+        """For each image token of a row ``tile * P + patch`` where it comes from, or -1 for a row end. int64, on the
+        CPU, since all of it follows from the sizes of the pictures."""
+        given = prompt.image_sizes
+        sizes = None if given is None else given.cpu().view(batch, -1, 2)
+        if sizes is None or bool((sizes != sizes[0]).any()):
             raise ValueError("VisionZip: rows must have images of the same sizes, given as image_sizes")
-        row = sizes.view(batch, -1, 2)[0]
+        row = sizes[0]
         config = self.model.config
         counts = [
             image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
             for size in row.tolist()
         ]
-        numbers = torch.arange(tiles * patches, dtype=torch.float64, device=sizes.device).view(tiles, patches, 1)
+        numbers = torch.arange(tiles * patches, dtype=torch.float64).view(tiles, patches, 1)
         packed, _ = self.model.pack_image_features(
             list(numbers.split(counts)),
             row,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from zipvl.baselines import AIM, Baseline, FastV, PyramidDrop, TowerAttention, VisionZip, applied, observed_tower
-from zipvl.baselines.common import Prompt, _functions, attention_replaced
+from zipvl.baselines.common import Prompt, _functions, attention_replaced, steps_without_cudnn
 from zipvl.baselines.visionzip import compress
 
 from .conftest import IMAGE_TOKENS, ROW_ENDS
@@ -186,6 +188,70 @@ def test_visionzip_of_a_padded_picture(model: Any) -> None:
                 kept.append(tokens[places[0]])
     assert torch.equal(prompt.positions[0], torch.cat(kept).sort().values)
     torch.testing.assert_close(found, expected.gather(1, prompt.positions[..., None].expand_as(found)))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.index")
+
+
+def operations(model: Any, inputs: dict[str, torch.Tensor], new: int, baseline: Baseline | None) -> Counter[str]:
+    with nullcontext() if baseline is None else applied(model, baseline), Operations() as seen:
+        model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    return seen.counts
+
+
+@pytest.mark.parametrize("baseline", TIGHT, ids=label)
+def test_a_step_is_the_models_own(model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline) -> None:
+    """A decode step runs exactly the operations that it runs in the dense model."""
+    step, dense = (
+        operations(model, inputs, NEW, each) - operations(model, inputs, NEW - 1, each) for each in (baseline, None)
+    )
+    assert step == dense and sum(dense.values()) > 100
+
+
+@pytest.mark.parametrize("baseline", [b for b in TIGHT if b.name != "VisionZip"], ids=label)
+def test_choosing_tokens_reads_nothing(model: Any, inputs: dict[str, torch.Tensor], baseline: Baseline) -> None:
+    """Between layers nothing waits for the device: a tight schedule reads no more than one that drops nothing."""
+    whole = next(other for other in WHOLE if other.name == baseline.name)
+    tight, loose = (operations(model, inputs, 1, each) for each in (baseline, whole))
+    assert [tight[read] for read in HOST_READS] == [loose[read] for read in HOST_READS]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_steps_use_no_cudnn(model: Any, inputs: dict[str, torch.Tensor], wanted: bool) -> None:
+    decoder, seen = model.model.language_model, []
+    flag, before = torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.cudnn_sdp_enabled()
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _m, args: seen.append((args[0].shape[1] > 1, flag())))
+    torch.backends.cuda.enable_cudnn_sdp(wanted)
+    try:
+        alone = steps_without_cudnn(decoder)
+        nested = (steps_without_cudnn(decoder), applied(model, FastV()))
+        for outer, inner in ((nullcontext(), alone), (nullcontext(), applied(model, AIM(0.5))), nested):
+            seen.clear()
+            with outer, inner:
+                generate(model, inputs)
+                assert flag() is wanted
+                with pytest.raises((RuntimeError, ValueError)):  # of the products, or of the pre-hook
+                    decoder(inputs_embeds=torch.zeros(1, 1, 3))
+                assert flag() is wanted
+            assert seen[:NEW] == [(True, wanted)] + [(False, False)] * (NEW - 1)
+        seen.clear()
+        generate(model, inputs)
+        assert [enabled for _, enabled in seen] == [wanted] * NEW
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        hook.remove()
 
 
 @pytest.mark.parametrize("baseline", TIGHT, ids=label)

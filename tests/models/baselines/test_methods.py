@@ -25,8 +25,8 @@ def test_last_query_importance() -> None:
 def test_keep_best() -> None:
     image = torch.tensor([[False, True, True, True, True, False]] * 2)
     scores = torch.tensor([[0.0, 0.1, 0.4, 0.2, 0.4, 0.0], [0.9, 0.1, 0.1, 0.1, 0.1, 0.9]])
-    assert keep_best(scores, image, 2).tolist() == [[0, 2, 4, 5], [0, 1, 2, 5]]
-    assert keep_best(scores, image, 0).tolist() == [[0, 5], [0, 5]]
+    assert keep_best(scores, image, 4).tolist() == [[0, 2, 4, 5], [0, 1, 2, 5]]
+    assert keep_best(scores, image, 2).tolist() == [[0, 5], [0, 5]]
 
 
 def test_fastv_schedule() -> None:
