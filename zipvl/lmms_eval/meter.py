@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zipvl.app.cache_bytes import cache_bytes
-from zipvl.transformers.target import layer_configs
+from zipvl.transformers.target import layer_configs, sources
 
 __all__ = ["Meter", "Tally", "full_cache_bytes", "held_cache_bytes"]
 
@@ -145,7 +145,9 @@ def full_cache_bytes(model_config: Any, rows: int, seen: int, itemsize: int) -> 
     """Bytes of the keys and values of ``seen`` tokens in every layer, for ``rows`` sequences."""
     text = model_config.get_text_config(decoder=True)
     layers = layer_configs(text)
-    numbers = sum(_heads(layer) * _head_dim(layer) for layer in layers) * (text.num_hidden_layers // len(layers))
+    layers = layers * (text.num_hidden_layers // len(layers))
+    shared = sources(text)  # layers without keys and values of their own
+    numbers = sum(_heads(layer) * _head_dim(layer) for i, layer in enumerate(layers) if i not in shared)
     return 2 * numbers * rows * seen * itemsize
 
 

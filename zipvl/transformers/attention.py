@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from zipvl import budget, ops, policy, ranks
+from zipvl.transformers import sharing
+from zipvl.transformers.behind import attend_packed
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
-from zipvl.transformers.call import DEFAULT_RUN, Call
-from zipvl.transformers.quantized import QuantizedKV
+from zipvl.transformers.call import DEFAULT_RUN, Call, Selected
 from zipvl.transformers.reasons import refuse_unsupported
 from zipvl.transformers.storage import RaggedKV, Tokens, packed_mask
-from zipvl.transformers.target import IN_BLOCK, is_prefix_lm, layer_index
+from zipvl.transformers.target import IN_BLOCK, is_prefix_lm, layer_index, source_of
 
 
 def attention_forward(
@@ -57,8 +58,23 @@ def attention_forward(
         call = Call(DEFAULT_RUN, None)
     call.reached = True
     attention_mask, ends = call.read_mask(attention_mask, query.shape[2])
-    layer, new, tokens = call.layer_of(module, key, value), query.shape[2], key.shape[2]
+    new, tokens = query.shape[2], key.shape[2]
+
+    def dense_attention() -> tuple[Tensor, None]:
+        seen = attention_mask if ends is None else call.seen_by(ends, attention_mask, tokens)
+        given = kwargs | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return _dense(module, call, query, key, value, seen, is_causal=is_causal, **given), None
+
+    source = None if zipvl is None else source_of(module)
+    if source is not None:
+        if source in call.behind or source in call.selected:
+            refuse_unsupported(module, kwargs, dropout)
+        out = sharing.attend(module, call, source, query, key, attention_mask, scaling, ends)
+        return dense_attention() if out is None else (out, None)
+    layer = call.layer_of(module, key, value)
     packed = layer is not None and layer.packed is not None
+    if packed:
+        call.note_behind(module)
     bystander = zipvl is None and _implementation(module) == IN_BLOCK
     prompt, chunk = new == tokens > 1 and not packed, call.is_chunk(new, tokens)
     if (prompt or chunk) and not bystander and layer_index(module) is not None:
@@ -91,23 +107,10 @@ def attention_forward(
         assert layer is not None
         if dropout > 0:
             refuse_unsupported(module, kwargs, dropout)
-        return _attend_packed(module, call, layer, query, attention_mask, scaling, ends), None
+        return attend_packed(module, call, layer, query, attention_mask, scaling, ends), None
     if layer is not None:
         layer.keep_all()
-    out = _dense(
-        module,
-        call,
-        query,
-        key,
-        value,
-        attention_mask if ends is None else call.seen_by(ends, attention_mask, tokens),
-        scaling=scaling,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        is_causal=is_causal,
-        **kwargs,
-    )
-    return out, None
+    return dense_attention()
 
 
 def _implementation(module: nn.Module) -> str | None:
@@ -150,7 +153,7 @@ def _prefill(
     out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling, last_key=last_key)
     out = out.transpose(1, 2).to(query.dtype)
     if layer is not None and candidates:
-        guessed = _attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling, None)
+        guessed = attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling, None)
         out = torch.cat([out, guessed], dim=1)
     return out
 
@@ -202,6 +205,7 @@ def run_layer(
     candidates = 0 if layer is None else call.candidates
     mlp = call.leave_for_mlp(module, chosen, count, length, length, candidates, dense_below, masked)
     call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count, stored=stored, mlp=mlp)
+    call.leave_for_shared(module, Selected(tokens, chosen, count, stored, given.get("last_key"), dense_below))
     return out
 
 
@@ -280,63 +284,8 @@ def _chunk(
     mask, length = tokens.token_mask, tokens.keys.shape[2]
     mlp = call.leave_for_mlp(module, chosen, count, length, new, 0, dense_below, mask is not None)
     call.record(module, held, tokens.keys, mask, dense_below, chosen=chosen, count=count, stored=stored, mlp=mlp)
+    call.leave_for_shared(module, Selected(tokens, chosen, count, stored, last_key, dense_below))
     return out.transpose(1, 2).to(query.dtype)
-
-
-def _attend_packed(
-    module: nn.Module,
-    call: Call,
-    layer: ZipVLCacheLayer,
-    query: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    ends: Tensor | None,
-) -> Tensor:
-    """New tokens against what the cache kept and, causally, themselves.
-
-    Args:
-        query: ``[B, Hq, n, D]``, the new tokens.
-        attention_mask: ``[B, seen + n]`` or None: all real.
-        ends: ``[B, n]``, which of the new tokens is the last that each of them sees; None: itself.
-
-    Returns:
-        ``[B, n, Hq, D]``.
-
-    Raises:
-        ValueError: the mask is not plain causal, so it names columns that may have been dropped; or tokens see later
-            ones behind a quantised cache.
-    """
-    new, packed = query.shape[2], layer.packed
-    assert packed is not None
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): a 4-D mask "
-            f"{tuple(attention_mask.shape)} was given for tokens behind a packed ZipVLCache, whose dropped columns it "
-            "names. Use a 2-D attention_mask, or a DynamicCache."
-        )
-    token_mask, dtype = call.new_mask(attention_mask, new), packed.dtype
-    q = query.to(dtype)
-    if new == 1:
-        return layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2).to(query.dtype)
-    new_keys, new_values = (states.to(dtype) for states in layer.pending())
-    if isinstance(packed, QuantizedKV):
-        if ends is not None:
-            raise ValueError(
-                f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): images whose tokens see each "
-                'other both ways are not supported behind a quantised ZipVLCache; use cache="drop" or "full"'
-            )
-        packed.make_room(new)
-        out = packed.attend_several(q, new_keys, new_values, token_mask, scaling).transpose(1, 2)
-    else:
-        keys, values = packed.visible()
-        past = packed.valid()[:, None, None, :].expand(-1, 1, new, -1)
-        own = q.new_ones(q.shape[0], new, dtype=torch.bool) if token_mask is None else token_mask
-        among = call.expanded(own, new, q.device) if ends is None else call.seen_by(ends, own, new)
-        mask = torch.cat([past, among], dim=-1)
-        keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
-        out, _ = sdpa_attention_forward(module, q, keys, values, mask, scaling=scaling)
-    layer.append(token_mask, q, scaling, call.visual_of(new, q.device, new=True))
-    return out.to(query.dtype)
 
 
 def _dense(

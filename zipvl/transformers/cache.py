@@ -13,7 +13,7 @@ from zipvl import policy
 from zipvl.config import ZipVLConfig
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.storage import Trimmer
-from zipvl.transformers.target import check_model, layer_configs
+from zipvl.transformers.target import check_model, layer_configs, sources
 
 CHANNEL_MULTIPLE = 32
 """A quantised block holds codes of so many channels in a word (``csrc/common/quantized_block.h``)."""
@@ -85,7 +85,11 @@ class ZipVLCache(DynamicCache):
         check_model(model_config)
         check_bits(config, model_config)
         layers, self.trimmer = self.layers or DynamicCache(config=model_config).layers, Trimmer()
-        self.layers = [ZipVLCacheLayer(config, self.trimmer) if type(x) is DynamicLayer else x for x in layers]
+        shared = set(sources(model_config.get_text_config(decoder=True)).values())
+        self.layers = [
+            ZipVLCacheLayer(config, self.trimmer, shared=i in shared) if type(x) is DynamicLayer else x
+            for i, x in enumerate(layers)
+        ]
         self.layer_class_to_replicate = None
         self.config, self.cost_key = config, policy.cost_key(config) if cost_key is None else cost_key
         self.candidates, self.assisted = 0, False
