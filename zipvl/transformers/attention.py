@@ -13,9 +13,10 @@ from zipvl.transformers import sharing
 from zipvl.transformers.behind import attend_packed
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.call import DEFAULT_RUN, Call, Selected
+from zipvl.transformers.latents import in_one_head_dim
 from zipvl.transformers.reasons import refuse_unsupported
 from zipvl.transformers.storage import RaggedKV, Tokens, packed_mask
-from zipvl.transformers.target import IN_BLOCK, is_prefix_lm, layer_index, source_of
+from zipvl.transformers.target import IN_BLOCK, caches_latents, is_prefix_lm, layer_index, source_of
 
 
 def attention_forward(
@@ -82,6 +83,7 @@ def attention_forward(
         if packed and call.config.cache == "drop":  # what is there, not what was seen
             assert layer is not None and layer.packed is not None
             tokens = layer.packed.longest + new
+        latents = layer is None and caches_latents(getattr(module, "config", None))
         dense_below = call.dense_below(query.shape[1], query.shape[3], query, new if chunk else None)
         dense = call.reason_dense(
             module,
@@ -90,13 +92,17 @@ def attention_forward(
             attention_mask,
             sliding_window=sliding_window,
             is_causal=is_causal if ends is None else True,  # the mask says what a row sees
-            same_head_dims=query.shape[-1] == value.shape[-1],
+            same_head_dims=latents or query.shape[-1] == value.shape[-1],
             dtype=query.dtype,
         )
         if dense is None:
             refuse_unsupported(module, kwargs, dropout)
-            attend = _chunk if chunk else _prefill
-            return attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling, ends), None
+            attend, dim = _chunk if chunk else _prefill, value.shape[-1]
+            if latents:
+                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+                query, key, value = in_one_head_dim(query, key, value)
+            out = attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling, ends)
+            return out[..., :dim] if latents else out, None
         plain = attention_mask is None or attention_mask.dim() == 2
         if prompt or plain:
             call.record(module, layer, key, attention_mask, dense_below, dense=dense)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,8 @@ DEFAULT_RUN = Run(ZipVLConfig(text_prompts="sparse", keep_text=False))
 which tokens are visual."""
 
 
-class Selected(NamedTuple):
+@dataclass(frozen=True)
+class Selected:
     """What a sparse layer leaves for later ones that attend to its keys and values."""
 
     tokens: Tokens

@@ -194,9 +194,9 @@ class DecoderHook:
             return None
         if kwargs.get("return_shared_kv_states"):
             raise ValueError(
-                f"zipvl: {type(module).__name__} was asked for its keys and values (return_shared_kv_states=True, as by "
-                "an assistant that reads them), which a ZipVLCache does not hold as tensors; use plain generation, or "
-                "another assistant"
+                f"zipvl: {type(module).__name__} was asked for its keys and values (return_shared_kv_states=True, as "
+                "by an assistant that reads them), which a ZipVLCache does not hold as tensors; use plain generation, "
+                "or another assistant"
             )
         if not self.runs:
             if not isinstance(cache, ZipVLCache):

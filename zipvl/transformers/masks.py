@@ -1,10 +1,11 @@
 """The mask function behind ``attn_implementation="zipvl"``.
 
 A plain causal mask never becomes a 4-D tensor here (16 GiB at 128K tokens): what is handed to the attention function is
-the 2-D padding mask, or None where nothing is padded. So it is with a causal mask within chunks, up to the first chunk's
-end. Models whose layers share keys and values cut their masks at the queries, which have four dimensions for it: uint8. A causal mask in which blocks of neighbouring tokens, such as an
-image's, see each other both ways is as small: of int32, the last position that each token sees. It has four dimensions,
-so that models which make masks of masks hand it on as it is. Every other mask is what transformers' SDPA would get.
+the 2-D padding mask, or None where nothing is padded. So it is with a causal mask within chunks, up to the end of the
+first one. Models whose layers share keys and values cut their masks at the queries; for those the padding mask has four
+dimensions, of uint8. A causal mask in which blocks of neighbouring tokens, such as an image's, see each other both ways
+is as small: of int32, the last position that each token sees. It has four dimensions, so that models which make masks
+of masks hand it on as it is. Every other mask is what transformers' SDPA would get.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def mask_function(
 
     Returns:
         For plain causal attention over everything seen so far: ``[B, kv_length]`` bool, true where a token is real, or
-        None if all are; ``[B, 1, 1, kv_length]`` uint8 of a model that cuts its masks at the queries on the way. With blocks that attend both ways: ``[B, 1, 1, kv_length]`` int32, the last position that a
-        token sees, its own or the end of its block, and -1 where a token is not real. Otherwise what ``sdpa_mask``
-        returns: ``[B, 1, q_length, kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
+        None if all are; where layers share keys and values ``[B, 1, 1, kv_length]`` uint8. With blocks that attend both
+        ways: ``[B, 1, 1, kv_length]`` int32, the last position that a token sees, its own or the end of its block, and
+        -1 where a token is not real. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length, kv_length]`` bool, or
+        None where SDPA's own ``is_causal`` says it all.
 
     Raises:
         ValueError: there are more keys than tokens seen.

@@ -76,8 +76,8 @@ def _sparse(
     attention_mask: Tensor | None,
     scaling: float | None,
 ) -> Tensor:
-    """The rows of ``query`` among the tokens that ``source`` selected; candidates of assisted decoding behind the prompt
-    attend to what is kept of it."""
+    """The rows of ``query`` among the tokens that ``source`` selected; candidates of assisted decoding behind the
+    prompt attend to what is kept of it."""
     tokens, config, layer = selected.tokens, call.config, call.layer_at(source)
     candidates = 0 if layer is None else call.candidates
     rows, parts = max(query.shape[2] - candidates, 0), []

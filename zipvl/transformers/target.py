@@ -78,7 +78,7 @@ def find(model: nn.Module) -> Target:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
     parents = {id(child): parent for parent in modules for child in parent.children()}
     for module in attention:
-        problem = problem_of(module, parents.get(id(module)))
+        problem = problem_of(module, parents.get(id(module)), latents=caches_latents(text))
         if problem is not None:
             where = f"{type(module).__name__}, layer {layer_index(module)}"
             raise ValueError(f"zipvl attention ({where}): {problem}")
@@ -119,23 +119,25 @@ def _why_not(decoder: PreTrainedModel) -> str | None:
 
 
 def check_model(model_config: PretrainedConfig) -> None:
-    """Raises if a layer's cache of this model does not hold that layer's own keys and values.
+    """Raises if it cannot be told which layer of the cache holds the keys and values that a layer attends to.
 
     Raises:
         ValueError: naming the model's kind and the remedy.
     """
     text = model_config.get_text_config(decoder=True)
-    problem = None
     modes = getattr(text, "kv_sharing_modes", None) or ()
     reused = getattr(text, "num_kv_shared_layers", None) or sum(str(mode).startswith("reuse") for mode in modes)
     if reused != len(sources(text)):
-        problem = "shares keys and values between layers in a way of its own"
-    elif any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(text)):
-        problem = "caches latents in place of keys and values (multi-head latent attention)"
-    if problem is not None:
         raise ValueError(
-            f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
+            f"ZipVLCache: {text.model_type} shares keys and values between layers in a way of its own, which is not "
+            'supported; use attn_implementation="sdpa"'
         )
+
+
+def caches_latents(config: Any) -> bool:
+    """Whether a text model's cache holds latents, of which it makes keys and values at every step (multi-head latent
+    attention: DeepSeek-V3, Kimi-K2.5, Mistral 4)."""
+    return config is not None and any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(config))
 
 
 def sources(text: PretrainedConfig) -> dict[int, int]:
