@@ -31,7 +31,12 @@ GENERATE: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
 LOGITS: dict[str, Any] = GENERATE | {"return_dict_in_generate": True, "output_logits": True}
 TOLERANCE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
 WINDOW = PAPER.replace(local_window=32, num_sinks=4)
-MODELS = {"gemma4": (make_gemma4, gemma4_inputs), "unified": (make_gemma4_unified, gemma4_unified_inputs)}
+SHARING: dict[str, Any] = {"num_hidden_layers": 8, "num_kv_shared_layers": 4, "use_bidirectional_attention": None}
+MODELS: dict[str, Any] = {
+    "gemma4": (make_gemma4, gemma4_inputs),
+    "unified": (make_gemma4_unified, gemma4_unified_inputs),
+    "e2b": (lambda: make_gemma4(**SHARING), gemma4_inputs),
+}
 
 
 def modes(stats: zipvl.Stats) -> list[str]:
@@ -53,13 +58,13 @@ def test_tau_1_is_sdpa_with_images(name: str, config: zipvl.ZipVLConfig) -> None
             with zipvl.sparse(model, config, tau=1.0, cache=cache, dense_below=0) as stats:
                 torch.testing.assert_close(model(**given).logits[real], logits[real], **TOLERANCE)
                 assert torch.equal(model.generate(**given, **GENERATE), tokens)
-            assert modes(stats) == ["dense", "sparse"] * 2
+            assert modes(stats) == ["dense", "sparse"] * (model.config.text_config.num_hidden_layers // 2)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cache", ["drop", "full"])
 def test_images_are_what_the_masks_say(name: str, cache: Any) -> None:
-    """Where the tokens of an image see each other: in sliding layers of Gemma 4, in all of its unified models."""
+    """The tokens of an image see each other in sliding layers of Gemma 4, in all of unified ones, in none of E2B."""
     make, make_inputs = MODELS[name]
     model, inputs = make(), make_inputs(300, 3)
     prompt = inputs["input_ids"].shape[1]
@@ -67,13 +72,14 @@ def test_images_are_what_the_masks_say(name: str, cache: Any) -> None:
     place = torch.arange(tokens)
     causal = both_ways = place <= place[:, None]
     both_ways = both_ways.clone()
-    both_ways[image[0] : image[-1] + 1, image[0] : image[-1] + 1] = True
+    if name != "e2b":
+        both_ways[image[0] : image[-1] + 1, image[0] : image[-1] + 1] = True
     with zipvl.sparse(model, PAPER, tau=0.9, cache=cache, record_index=True) as stats:
         output = model.generate(**inputs, **LOGITS)
-    masks = {}
+    sliding = both_ways & (place > place[:, None] - 64), torch.ones(tokens, dtype=torch.bool)
+    masks = dict.fromkeys(range(0, model.config.text_config.num_hidden_layers, 2), sliding)
     for i, layer in stats.layers.items():
         if layer.index is None:
-            masks[i] = both_ways & (place > place[:, None] - 64), torch.ones(tokens, dtype=torch.bool)
             continue
         assert len(layer.index[0]) < 250
         alive = torch.ones(tokens, dtype=torch.bool)
@@ -84,7 +90,7 @@ def test_images_are_what_the_masks_say(name: str, cache: Any) -> None:
         if cache == "drop":
             may &= alive
         masks[i] = may, alive
-    assert sorted(masks) == [0, 1, 2, 3] and modes(stats) == ["dense", "sparse"] * 2
+    assert sorted(masks) == list(range(model.config.text_config.num_hidden_layers))
     whole = dict(inputs, input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences))
     whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, NEW))
     with masked(model, masks):

@@ -272,7 +272,7 @@ def make_gemma4_unified(**changes: Any) -> Any:
 
 
 def _gemma4(kind: str, vision: dict[str, Any], **changes: Any) -> Any:
-    text = gemma4_text(use_bidirectional_attention="vision", **changes)
+    text = gemma4_text(**({"use_bidirectional_attention": "vision"} | changes))
     if kind == "Gemma4Unified":
         text = {name: value for name, value in text.items() if "per_layer_input" not in name}
     config = getattr(tf, f"{kind}Config")(

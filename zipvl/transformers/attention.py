@@ -16,7 +16,7 @@ from zipvl.transformers.call import DEFAULT_RUN, Call, Selected
 from zipvl.transformers.latents import in_one_head_dim
 from zipvl.transformers.reasons import refuse_unsupported
 from zipvl.transformers.storage import RaggedKV, Tokens, packed_mask
-from zipvl.transformers.target import IN_BLOCK, caches_latents, is_prefix_lm, layer_index, source_of
+from zipvl.transformers.target import IN_BLOCK, expands_latents, is_prefix_lm, layer_index, source_of
 
 
 def attention_forward(
@@ -83,7 +83,7 @@ def attention_forward(
         if packed and call.config.cache == "drop":  # what is there, not what was seen
             assert layer is not None and layer.packed is not None
             tokens = layer.packed.longest + new
-        latents = layer is None and caches_latents(getattr(module, "config", None))
+        latents = layer is None and expands_latents(module)
         dense_below = call.dense_below(query.shape[1], query.shape[3], query, new if chunk else None)
         dense = call.reason_dense(
             module,
@@ -159,6 +159,7 @@ def _prefill(
     out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling, last_key=last_key)
     out = out.transpose(1, 2).to(query.dtype)
     if layer is not None and candidates:
+        layer.settle()  # what lies behind a row's tokens is defined from here on
         guessed = attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling, None)
         out = torch.cat([out, guessed], dim=1)
     return out

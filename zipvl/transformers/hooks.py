@@ -192,6 +192,8 @@ class DecoderHook:
                     'read this cache; use zipvl.sparse(model) or attn_implementation="zipvl"'
                 )
             return None
+        if not self.runs and not isinstance(cache, ZipVLCache):
+            return None
         if kwargs.get("return_shared_kv_states"):
             raise ValueError(
                 f"zipvl: {type(module).__name__} was asked for its keys and values (return_shared_kv_states=True, as "
@@ -199,8 +201,7 @@ class DecoderHook:
                 "or another assistant"
             )
         if not self.runs:
-            if not isinstance(cache, ZipVLCache):
-                return None
+            assert isinstance(cache, ZipVLCache)
             run, cache.handed_on = Run(cache.config, cost_key=cache.cost_key), True
             return args, kwargs | {KEYWORD: self._call(run, cache, args, kwargs)}
         run = self.runs[-1]

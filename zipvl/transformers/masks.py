@@ -25,6 +25,9 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+_BOTH = and_masks(causal_mask_function).__qualname__
+_IN_CHUNKS = chunked_overlay(1, torch.empty(0)).__qualname__
+
 
 def mask_function(
     batch_size: int,
@@ -51,7 +54,7 @@ def mask_function(
     Raises:
         ValueError: there are more keys than tokens seen.
     """
-    chunk = _chunk_size(mask_function) if allow_is_causal_skip else None
+    chunk = _chunk_size(mask_function) if allow_is_causal_skip and not torch.compiler.is_compiling() else None
     if chunk is not None and chunk == local_size and kv_offset == 0 and kv_length <= chunk:
         mask_function, local_size = causal_mask_function, None
     plain = local_size is None and _is_causal(mask_function, allow_is_causal_skip)
@@ -99,12 +102,12 @@ def mask_function(
 
 
 def _chunk_size(function: Callable[..., Any]) -> int | None:
-    """The size of the chunks of a causal mask within chunks; None: ``function`` is another."""
-    if getattr(function, "__qualname__", "") != and_masks(causal_mask_function).__qualname__:
+    """The size of the chunks of a causal mask within chunks; None: ``function`` is another. Not for tracing, where
+    functions do not say what they have captured."""
+    if getattr(function, "__qualname__", "") != _BOTH:
         return None
     overlay, *others = _captured(function)["mask_functions"]
-    chunked = chunked_overlay(1, torch.empty(0)).__qualname__
-    if getattr(overlay, "__qualname__", "") != chunked or others != [causal_mask_function]:
+    if len(others) != 1 or others[0] is not causal_mask_function or getattr(overlay, "__qualname__", "") != _IN_CHUNKS:
         return None
     size: int = _captured(overlay)["chunk_size"]
     return size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, cast
@@ -134,17 +135,27 @@ def check_model(model_config: PretrainedConfig) -> None:
         )
 
 
-def caches_latents(config: Any) -> bool:
+def caches_latents(text: PretrainedConfig) -> bool:
     """Whether a text model's cache holds latents, of which it makes keys and values at every step (multi-head latent
     attention: DeepSeek-V3, Kimi-K2.5, Mistral 4)."""
-    return config is not None and any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(config))
+    return any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(text))
+
+
+def expands_latents(module: nn.Module) -> bool:
+    """Whether an attention module makes its keys and values of such latents."""
+    return bool(getattr(module, "kv_lora_rank", None))
 
 
 def sources(text: PretrainedConfig) -> dict[int, int]:
     """Of each layer that attends to the keys and values of an earlier one (Gemma 4 E2B and E4B, Gemma 3n), the index of
     that one: the last of its type that has its own."""
     types: Any = getattr(text, "layer_types", None) or ()
-    own = types[: len(types) - (getattr(text, "num_kv_shared_layers", None) or 0)]
+    return _sources(tuple(types), getattr(text, "num_kv_shared_layers", None) or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _sources(types: tuple[str, ...], shared: int) -> dict[int, int]:
+    own = types[: len(types) - shared]
     last = {kind: index for index, kind in enumerate(own)}
     return {index: last[types[index]] for index in range(len(own), len(types)) if types[index] in last}
 
