@@ -135,7 +135,7 @@ def test_images_whose_tokens_see_each_other(window: int) -> None:
 
 
 def against_float64(model: Any, config: zipvl.ZipVLConfig) -> None:
-    """Asserts that logits at ``tau=1`` are as near to float64 as SDPA's, also in a padded batch and of the last tokens."""
+    """Asserts that logits of a padded batch at ``tau=1``, all or the last alone, are as near to float64 as SDPA's."""
     inputs = on_cuda(pad_left([text_inputs(1500, 1), text_inputs(900, 2)]))
     real = inputs["attention_mask"].bool()
     exact = model.double()(**inputs).logits[real].float()
