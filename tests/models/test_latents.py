@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from transformers import DynamicCache
 
 import zipvl
 from tests.models.oracle import chunk_masks, masked
-from tests.models.tiny_models import PAPER, ids, make_deepseek_v3, pad_left, text_inputs
+from tests.models.tiny_models import PAPER, TEXT, build, ids, make_deepseek_v3, pad_left, text_inputs
 from zipvl import support
 from zipvl.lmms_eval.meter import full_cache_bytes
 from zipvl.transformers import cache_names, latents
@@ -24,13 +25,20 @@ FULL = PAPER.replace(cache="full")
 WINDOW = FULL.replace(local_window=32, num_sinks=4)
 
 
+def make_mistral4() -> Any:
+    text = {name: value for name, value in TEXT.items() if name != "head_dim"} | {"num_key_value_heads": 4}
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    return build(tf.Mistral4ForCausalLM, tf.Mistral4Config(**text, **sizes, first_k_dense_replace=3))
+
+
 def is_sparse(stats: zipvl.Stats) -> bool:
     return [layer.mode for layer in stats.layers.values()] == ["sparse"] * 3
 
 
+@pytest.mark.parametrize("make", [make_deepseek_v3, make_mistral4])
 @pytest.mark.parametrize("config", [FULL, WINDOW], ids=["paper", "window"])
-def test_tau_1_is_sdpa(config: zipvl.ZipVLConfig) -> None:
-    model = make_deepseek_v3()
+def test_tau_1_is_sdpa(make: Any, config: zipvl.ZipVLConfig) -> None:
+    model = make()
     for given in (text_inputs(300), pad_left([text_inputs(300, 1), text_inputs(250, 2)])):
         real = given["attention_mask"].bool()
         logits, tokens = model(**given).logits, model.generate(**given, **GENERATE)
@@ -42,9 +50,10 @@ def test_tau_1_is_sdpa(config: zipvl.ZipVLConfig) -> None:
         assert is_sparse(stats)
 
 
+@pytest.mark.parametrize("make", [make_deepseek_v3, make_mistral4])
 @pytest.mark.parametrize("config", [FULL, WINDOW, FULL.replace(all_queries=True)], ids=["paper", "window", "all"])
-def test_sparse_is_what_the_masks_say(config: zipvl.ZipVLConfig) -> None:
-    model, masks = make_deepseek_v3(), {}
+def test_sparse_is_what_the_masks_say(make: Any, config: zipvl.ZipVLConfig) -> None:
+    model, masks = make(), {}
     with zipvl.sparse(model, config, tau=0.8, record_index=True) as stats:
         output = model.generate(**text_inputs(300, 3), **LOGITS)
     given: dict[str, Any] = {"window": config.local_window, "sinks": config.sinks, "all_queries": config.all_queries}
