@@ -134,6 +134,46 @@ def test_images_whose_tokens_see_each_other(window: int) -> None:
     assert (found - exact).abs().max() <= 3 * (expected - exact).abs().max() + 1e-2
 
 
+def against_float64(model: Any, config: zipvl.ZipVLConfig) -> None:
+    """Asserts that logits of a padded batch at ``tau=1``, all or the last alone, are as near to float64 as SDPA's."""
+    inputs = on_cuda(pad_left([text_inputs(1500, 1), text_inputs(900, 2)]))
+    real = inputs["attention_mask"].bool()
+    exact = model.double()(**inputs).logits[real].float()
+    expected = model.bfloat16()(**inputs).logits[real].float()
+    tolerance = 3 * (expected - exact).abs().max() + 1e-2
+    with zipvl.sparse(model, config, tau=1.0, dense_below=256) as stats:
+        assert (model(**inputs).logits[real].float() - exact).abs().max() <= tolerance
+        last = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+        model.generate(**inputs, max_new_tokens=4, **GENERATE)
+    ends = real.sum(-1).cumsum(0) - 1
+    assert stats.active and (last - exact[ends]).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("window", [0, 64])
+@pytest.mark.parametrize("cache", ["drop", "full"])
+def test_layers_that_share_keys_and_values(cache: Any, window: int) -> None:
+    """Gemma 4 E2B: the last four layers attend to the keys and values of the second and third."""
+    text = {**TEXT, **SHAPE, "num_hidden_layers": 8, "num_kv_shared_layers": 4, "sliding_window": 512}
+    text |= {"global_head_dim": HEAD_DIM, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 200}
+    config = tf.Gemma4TextConfig(**text, layer_types=["sliding_attention", "full_attention"] * 4)
+    torch.manual_seed(0)
+    model = tf.Gemma4ForCausalLM._from_config(config, attn_implementation="sdpa").eval().cuda()
+    model.generation_config.eos_token_id = None
+    against_float64(model, PAPER.replace(cache=cache, local_window=window))
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_latent_attention(window: int) -> None:
+    """DeepSeek-V3: keys of 192 channels and values of 128, which run as 256 where there are kernels."""
+    text = {name: value for name, value in {**TEXT, **SHAPE}.items() if name != "head_dim"}
+    text |= {"num_key_value_heads": HEADS, "q_lora_rank": 64, "kv_lora_rank": 64, "first_k_dense_replace": 3}
+    config = tf.DeepseekV3Config(**text, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)
+    torch.manual_seed(0)
+    model = tf.DeepseekV3ForCausalLM._from_config(config, attn_implementation="sdpa").eval().cuda()
+    model.generation_config.eos_token_id = None
+    against_float64(model, PAPER.replace(cache="full", local_window=window))
+
+
 def test_a_padded_batch_is_single() -> None:
     model = make(dtype=torch.float16)
     rows = [text_inputs(1500, 1), text_inputs(900, 2)]

@@ -1,13 +1,15 @@
 """Every model that transformers' auto mappings name, as a tiny random one: what zipvl makes of it, and whether it is
 right.
 
-``python -m tests.models.matrix docs/models.md`` examines all of them and writes the page (``make models``).
+``python -m tests.models.matrix docs/models.md`` examines all of them and writes the page (``make models``); names of
+classes behind it examine those alone and write their rows anew.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 import warnings
@@ -95,7 +97,7 @@ def examine(name: str) -> Row:
 def _build(name: str, model_type: str, head_dim: int) -> tuple[Any, str | None]:
     """A model that runs densely and decodes; or why there is none."""
     try:
-        kind = configuration_auto.CONFIG_MAPPING[model_type]
+        kind = getattr(tf, name).config_class or configuration_auto.CONFIG_MAPPING[model_type]
         config = kind(**shrink(kind(), head_dim))
         if getattr(config, "is_encoder_decoder", False):
             return None, "an encoder-decoder"
@@ -124,23 +126,25 @@ def _build(name: str, model_type: str, head_dim: int) -> tuple[Any, str | None]:
 
 def _try_all(model: Any, row: Row) -> None:
     """Fills in ``row``."""
-    prompt = _prompt(TOKENS, 1)
+    prompt, config = _prompt(TOKENS, 1), PAPER
     dense, tokens = model(**prompt).logits, model.generate(**prompt, **GENERATE)
-    try:
-        with zipvl.sparse(model, PAPER):
-            pass
-    except ValueError as error:
-        row.verdict, row.reason = "refused", _line(error)
-        if not str(error).lower().startswith("zipvl"):
+    refused = _refused(model, config)
+    if refused is not None and 'use cache="full"' in str(refused):
+        config = PAPER.replace(cache="full")
+        refused = _refused(model, config)
+    if refused is not None:
+        row.verdict, row.reason = "refused", _line(refused)
+        if not str(refused).lower().startswith("zipvl"):
             row.wrong.append("the refusal is not zipvl's")
             row.verdict = "wrong"
         return
+    exact = config.replace(tau=1.0)
     checks = {
-        "tau 1": lambda: _same(_run(model, prompt, row), dense),
-        "generate": lambda: torch.equal(_generated(model, prompt, tau=1.0), tokens),
-        "kept tokens": lambda: _as_masked(model, prompt),
-        "a padded batch": lambda: _batch(model),
-        "a second turn": lambda: _second_turn(model),
+        "tau 1": lambda: _same(_run(model, exact, prompt, row), dense),
+        "generate": lambda: torch.equal(_generated(model, exact, prompt), tokens),
+        "kept tokens": lambda: _as_masked(model, config.replace(tau=0.9), prompt),
+        "a padded batch": lambda: _batch(model, exact),
+        "a second turn": lambda: _second_turn(model, exact),
         "quantize": lambda: _quantized(model, prompt),
     }
     for name, check in checks.items():
@@ -153,11 +157,22 @@ def _try_all(model: Any, row: Row) -> None:
         except Exception as error:
             row.wrong.append(f"{name}: {_line(error)}")
     row.verdict = "wrong" if row.wrong else "sparse" if row.sparse else "dense"
+    if config.cache == "full":
+        row.reason = "; ".join(filter(None, (row.reason, 'cache="full" alone')))
 
 
-def _run(model: Any, prompt: dict[str, torch.Tensor], row: Row) -> torch.Tensor:
-    """Logits at ``tau`` 1; writes what the layers were."""
-    with zipvl.sparse(model, PAPER, tau=1.0) as stats:
+def _refused(model: Any, config: zipvl.ZipVLConfig) -> ValueError | None:
+    """The error that a block of ``config`` begins with; None: there is none."""
+    try:
+        with zipvl.sparse(model, config):
+            return None
+    except ValueError as error:
+        return error
+
+
+def _run(model: Any, config: zipvl.ZipVLConfig, prompt: dict[str, torch.Tensor], row: Row) -> torch.Tensor:
+    """Logits; writes what the layers were."""
+    with zipvl.sparse(model, config) as stats:
         logits: torch.Tensor = model(**prompt).logits
     row.layers = len(stats.layers)
     row.sparse = sum(layer.mode == "sparse" for layer in stats.layers.values())
@@ -165,17 +180,17 @@ def _run(model: Any, prompt: dict[str, torch.Tensor], row: Row) -> torch.Tensor:
     return logits
 
 
-def _generated(model: Any, prompt: dict[str, torch.Tensor], **settings: Any) -> torch.Tensor:
-    with zipvl.sparse(model, PAPER, **settings):
+def _generated(model: Any, config: zipvl.ZipVLConfig, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    with zipvl.sparse(model, config):
         tokens: torch.Tensor = model.generate(**prompt, **GENERATE)
     return tokens
 
 
-def _as_masked(model: Any, prompt: dict[str, torch.Tensor]) -> bool:
-    """Whether decoding behind ``drop`` gives the logits of one dense forward in which dropped tokens are masked. Of a
-    model that decodes without a cache, whose steps are prompts of their own, or otherwise than one forward computes
-    without zipvl too, the prompt alone."""
-    with zipvl.sparse(model, PAPER, tau=0.9, record_index=True) as stats:
+def _as_masked(model: Any, config: zipvl.ZipVLConfig, prompt: dict[str, torch.Tensor]) -> bool:
+    """Whether decoding gives the logits of one dense forward in which dropped tokens are masked. Of a model that
+    decodes without a cache, whose steps are prompts of their own, or otherwise than one forward computes without zipvl
+    too, the prompt alone."""
+    with zipvl.sparse(model, config, record_index=True) as stats:
         prefill = model(**prompt).logits[:, -1:]
         kept = {i: layer.index[0] for i, layer in stats.layers.items() if layer.index is not None}
         tokens, logits = _decoded(model, prompt)
@@ -183,7 +198,7 @@ def _as_masked(model: Any, prompt: dict[str, torch.Tensor]) -> bool:
     if not kept:
         return True
     cached = cached and _same(*_twice(model, prompt))
-    with _kept_alone(model, kept):
+    with _kept_alone(model, kept, full=config.cache == "full"):
         expected = _in_one(model, tokens)
     return _same(prefill, expected[:, :1]) and (not cached or _same(logits, expected))
 
@@ -207,14 +222,14 @@ def _in_one(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _batch(model: Any) -> bool:
+def _batch(model: Any, config: zipvl.ZipVLConfig) -> bool:
     """Whether a batch padded on the left gives the tokens of dense attention."""
     short, long = _prompt(TOKENS - 30, 2), _prompt(TOKENS, 3)
     batch = {k: torch.cat([torch.nn.functional.pad(short[k], (30, 0)), long[k]]) for k in long}
-    return torch.equal(_generated(model, batch, tau=1.0), model.generate(**batch, **GENERATE))
+    return torch.equal(_generated(model, config, batch), model.generate(**batch, **GENERATE))
 
 
-def _second_turn(model: Any) -> bool:
+def _second_turn(model: Any, config: zipvl.ZipVLConfig) -> bool:
     """Whether tokens behind a prompt give the logits of dense attention."""
     first, more = _prompt(TOKENS, 1), _prompt(5, 4)["input_ids"]
     name = cache_names.name_for(type(model).forward)
@@ -230,22 +245,23 @@ def _second_turn(model: Any) -> bool:
         return True
     if expected is None:
         return True
-    with zipvl.sparse(model, PAPER, tau=1.0):
+    with zipvl.sparse(model, config):
         return _same(turns(), expected)
 
 
 def _quantized(model: Any, prompt: dict[str, torch.Tensor]) -> bool:
     """Whether a quantised cache decodes, or is refused by us."""
     try:
-        tokens = _generated(model, prompt, cache="quantize", tau=0.9)
+        tokens = _generated(model, PAPER.replace(cache="quantize", tau=0.9), prompt)
     except ValueError as error:
-        return "head dimension" in str(error)
+        return any(reason in str(error) for reason in ("head dimension", 'use cache="full"'))
     return tokens.shape[1] == TOKENS + NEW
 
 
 @contextmanager
-def _kept_alone(model: Any, kept: dict[int, torch.Tensor]) -> Iterator[None]:
-    """In layers of ``kept`` of the prompt these tokens alone are seen, and its other rows are 0. SDPA otherwise."""
+def _kept_alone(model: Any, kept: dict[int, torch.Tensor], *, full: bool) -> Iterator[None]:
+    """In layers of ``kept`` of the prompt these tokens alone are seen, by later tokens too unless the cache is
+    ``full``, and its other rows are 0. SDPA otherwise."""
     config_objects = find(model).configs
 
     def attention(
@@ -256,7 +272,8 @@ def _kept_alone(model: Any, kept: dict[int, torch.Tensor]) -> Iterator[None]:
             return sdpa_attention_forward(module, q, k, v, attention_mask, **given)
         alive = torch.arange(q.shape[2]) >= TOKENS
         alive[kept[index]] = True
-        causal = torch.ones(q.shape[2], q.shape[2]).tril().bool() & alive
+        whole = torch.arange(q.shape[2])[:, None] >= TOKENS if full else torch.tensor(False)
+        causal = torch.ones(q.shape[2], q.shape[2]).tril().bool() & (alive | whole)
         out, _ = sdpa_attention_forward(module, q, k, v, causal[None, None].expand(q.shape[0], -1, -1, -1), **given)
         return out * alive[:, None, None], None
 
@@ -291,18 +308,18 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """Raises ``TimeoutError`` after ``SECONDS``."""
+    """Raises ``TimeoutError`` after ``SECONDS`` of the processor."""
 
     def ring(*_: Any) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 INTRODUCTION = """# Models
@@ -311,7 +328,8 @@ Written by `make models`: every model that transformers {version} maps to causal
 models and multimodal ones, as a tiny random model, with a prompt of {tokens} tokens of text. A model is *sparse* if
 layers of it were, and at `tau=1` its logits and tokens are those of its own attention, also in a padded batch and in a
 second turn; at `tau=0.9` decoding behind a `drop` cache gives the logits of one dense forward in which the dropped
-tokens are masked; and a quantised cache decodes. It is *dense* if no layer can be sparse, for the reason given, and
+tokens are masked; and a quantised cache decodes. Models that say `cache="full"` alone were tried with it, because their
+cache holds latents. A model is *dense* if no layer can be sparse, for the reason given, and
 right all the same. *Refused* models are an error at the start of the block. The others could not be tried: there is no
 tiny model of them here that runs without zipvl. Images are not part of this run; [transformers.md](transformers.md)
 says what is tested with them.
@@ -342,17 +360,36 @@ def _cell(row: Row) -> str:
     return "; ".join(row.wrong or [row.reason]).replace("|", "\\|").replace("<", "&lt;")
 
 
-def main(path: str) -> int:
-    """Examines all models and writes the page; how many are wrong."""
+def rows_of(text: str) -> dict[str, Row]:
+    """The rows of a page."""
+    found: dict[str, Row] = {}
+    for section in text.split("\n## ")[1:]:
+        verdict = section.split("\n")[0].lower()
+        for line in section.split("\n")[4:]:
+            if not line.startswith("| "):
+                continue
+            name, layers, words = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:4])
+            words = words.replace("&lt;", "<").replace("\\|", "|")
+            row = found[name] = Row(name, entries()[name][1], verdict, words)
+            if verdict == "wrong":
+                row.reason, row.wrong = "", words.split("; ")
+            if layers:
+                row.sparse, row.layers = (int(number) for number in layers.split(" of "))
+    return found
+
+
+def main(path: str, *names: str) -> int:
+    """Examines these models, or all, and writes the page; how many are wrong."""
     torch.set_num_threads(1)  # products this small
-    rows = []
-    for name in entries():
-        rows.append(examine(name))
-        print(f"{name}: {rows[-1].verdict} {rows[-1].wrong or rows[-1].reason}", flush=True)
-    Path(path).write_text(page(rows))
-    return sum(row.verdict == "wrong" for row in rows)
+    rows = rows_of(Path(path).read_text()) if names else {}
+    for name in names or entries():
+        row = rows[name] = examine(name)
+        print(f"{name}: {row.verdict} {row.wrong or row.reason}", flush=True)
+        if len(rows) == len(entries()):
+            Path(path).write_text(page([rows[name] for name in entries()]))
+    return sum(row.verdict == "wrong" for row in rows.values())
 
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

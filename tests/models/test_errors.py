@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.models.tiny_models import (
     make_llava_next,
     text_inputs,
 )
+from zipvl.transformers.target import check_model
 
 
 def test_dropout() -> None:
@@ -176,21 +178,30 @@ def test_models_without_attention_that_could_be_sparse() -> None:
             pass
 
 
-def test_shared_keys_and_values() -> None:
-    config = tf.Gemma3nTextConfig(**TEXT, num_kv_shared_layers=2, layer_types=["full_attention"] * 3)
-    with pytest.raises(ValueError, match="shares keys and values"):
-        zipvl.ZipVLCache(config, PAPER)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_kv_shared_layers": 3},
+        {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+        {"kv_sharing_modes": ["store", None, "reuse_but_indexer"]},
+    ],
+)
+def test_shared_keys_and_values_whose_owner_is_not_known(given: dict[str, Any]) -> None:
+    """All are another model's, as an assistant's; or of a type that no earlier layer has; or by another rule."""
+    text = SimpleNamespace(model_type="odd", **({"layer_types": ["full_attention"] * 3} | given))
+    config: Any = SimpleNamespace(get_text_config=lambda decoder: text)
+    with pytest.raises(ValueError, match=r"odd shares keys and values between layers in a way of its own.*use attn_"):
+        check_model(config)
 
 
-def test_latent_attention() -> None:
-    model, inputs = make_deepseek_v3(), text_inputs(300)
-    with pytest.raises(ValueError, match="latent"), zipvl.sparse(model, PAPER):
+@pytest.mark.parametrize("cache", ["drop", "quantize"])
+def test_latents_cannot_be_dropped(cache: Any) -> None:
+    model, config = make_deepseek_v3(), PAPER.replace(cache=cache)
+    words = rf'deepseek_v3 caches latents .*, of which cache="{cache}" can keep no selection; use cache="full"'
+    with pytest.raises(ValueError, match=words), zipvl.sparse(model, config):
         pass
-    with pytest.raises(ValueError, match="latent"):
-        zipvl.ZipVLCache(model, PAPER)
-    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    model.set_attn_implementation("zipvl")  # values of another head dimension: ordinary attention
-    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    with pytest.raises(ValueError, match=words):
+        zipvl.ZipVLCache(model, config)
 
 
 def test_offloading() -> None:
@@ -219,7 +230,7 @@ def test_layers_that_do_not_hand_on_keywords_are_an_error(monkeypatch: pytest.Mo
     model = build(tf.StableLmForCausalLM, tf.StableLmConfig(**TEXT))
     with pytest.raises(ValueError, match=r"StableLmAttention, layer 0\): keyword arguments are not handed on"):
         zipvl.configure(model, PAPER)
-    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent: None)  # no source at hand
+    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent, **_: None)  # no source at hand
     with (
         zipvl.sparse(model, PAPER),
         pytest.raises(RuntimeError, match="StableLmModel do not hand keyword arguments"),

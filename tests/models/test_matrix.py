@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.matrix import Row, entries, examine, page
+from tests.models.matrix import Row, entries, examine, page, rows_of
 
 SLICE = {
     "LlamaForCausalLM": "sparse",
@@ -24,7 +24,7 @@ SLICE = {
     "MistralForCausalLM": "dense",
     "BertLMHeadModel": "refused",
     "BloomForCausalLM": "refused",
-    "DeepseekV3ForCausalLM": "refused",
+    "DeepseekV3ForCausalLM": "sparse",
     "DiffLlamaForCausalLM": "refused",
     "Gemma2ForCausalLM": "refused",
     "GptOssForCausalLM": "refused",
@@ -60,3 +60,14 @@ def test_the_page_is_of_these_models() -> None:
         assert f"\n| {name} |" in text.split(f"## {verdict.capitalize()}\n")[1].split("\n## ")[0]
     row = Row("A", "causal", "wrong", wrong=["tau 1", "a | b"])
     assert "## Wrong" in page([row]) and "| A |  | tau 1; a \\| b |" in page([row])
+
+
+def test_a_page_can_be_read_again() -> None:
+    rows = [
+        Row("LlamaForCausalLM", "causal", "sparse", sparse=2, layers=4, reason="sliding-window attention"),
+        Row("BloomForCausalLM", "causal", "refused", "zipvl: a | b, <c>"),
+        Row("BertLMHeadModel", "causal", "wrong", wrong=["tau 1", "generate: a | b"]),
+    ]
+    assert sorted(rows_of(page(rows)).items()) == sorted((row.model, row) for row in rows)
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert len(rows_of(text)) == text.count("\n| ") - text.count("\n| model |")

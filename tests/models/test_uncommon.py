@@ -104,7 +104,7 @@ def test_a_model_that_alters_its_states_is_an_error(make: Any, monkeypatch: pyte
     model = make()
     with pytest.raises(ValueError, match=rf"Attention, layer 0\): its {ALTERED}"), zipvl.sparse(model, PAPER):
         pass
-    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent: None)
+    monkeypatch.setattr("zipvl.transformers.target.problem_of", lambda module, parent, **_: None)
     with zipvl.sparse(model, PAPER), pytest.raises(RuntimeError, match="keys or values of a ZipVLCache were altered"):
         model(**text_inputs(300))
 

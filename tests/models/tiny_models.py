@@ -247,6 +247,67 @@ def gemma3_inputs(tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def gemma4_text(**changes: Any) -> dict[str, Any]:
+    """Sliding and full layers by turns, whose head dimensions differ; no layer has another's keys and values."""
+    text = TEXT | {"num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64, "sliding_window": 64}
+    text |= {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB}
+    text |= changes
+    return text | {"layer_types": ["sliding_attention", "full_attention"] * (text["num_hidden_layers"] // 2)}
+
+
+def gemma4_shared_text(**changes: Any) -> dict[str, Any]:
+    """As Gemma 4 E2B and E4B: the last four layers attend to the keys and values of the second and third."""
+    return gemma4_text(num_hidden_layers=8, num_kv_shared_layers=4, **changes)
+
+
+def make_gemma4(**changes: Any) -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2}
+    return _gemma4("Gemma4", vision | {"position_embedding_size": 64}, **changes)
+
+
+def make_gemma4_unified(**changes: Any) -> Any:
+    vision = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 64}
+    return _gemma4("Gemma4Unified", vision | {"output_proj_dims": 64}, **changes)
+
+
+def _gemma4(kind: str, vision: dict[str, Any], **changes: Any) -> Any:
+    text = gemma4_text(**({"use_bidirectional_attention": "vision"} | changes))
+    if kind == "Gemma4Unified":
+        text = {name: value for name, value in text.items() if "per_layer_input" not in name}
+    config = getattr(tf, f"{kind}Config")(
+        text_config=text,
+        vision_config=vision,
+        audio_config=None,
+        image_token_id=IMAGE,
+        boi_token_id=VISION_START,
+        eoi_token_id=VISION_END,
+        video_token_id=VIDEO,
+        audio_token_id=194,
+        tie_word_embeddings=False,
+    )
+    return build(getattr(tf, f"{kind}ForConditionalGeneration"), config)
+
+
+def gemma4_inputs(tokens: int, seed: int = 0, *, side: int = 8, size: int = 48) -> dict[str, torch.Tensor]:
+    """An image of 16 tokens, of ``side * side`` patches of ``size`` numbers."""
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
+    image = {"pixel_values": pixels(seed, 1, side * side, size), "image_position_ids": places.reshape(1, -1, 2)}
+    inputs = with_image(tokens, seed, [VISION_START, *[IMAGE] * 16, VISION_END], **image)
+    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+
+
+def gemma4_unified_inputs(tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return gemma4_inputs(tokens, seed, side=4, size=192)
+
+
+def make_llama4(**changes: Any) -> Any:
+    """Layers that attend within chunks, and a last one that does not."""
+    text = TEXT | {"num_hidden_layers": 4, "attention_chunk_size": 128, "intermediate_size_mlp": 96}
+    text |= {"num_local_experts": 2, "num_experts_per_tok": 1} | changes
+    return build(tf.Llama4ForCausalLM, tf.Llama4TextConfig(**text))
+
+
 MULTIMODAL = {
     "llava_next": Family(make_llava_next, llava_next_inputs),
     "qwen2_5_vl": Family(make_qwen2_5_vl, qwen_inputs),

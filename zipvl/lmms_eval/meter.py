@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zipvl.app.cache_bytes import cache_bytes
-from zipvl.transformers.target import layer_configs
+from zipvl.transformers.target import layer_configs, sources
 
 __all__ = ["Meter", "Tally", "full_cache_bytes", "held_cache_bytes"]
 
@@ -142,11 +142,19 @@ def held_cache_bytes(cache: Any) -> int | None:
 
 
 def full_cache_bytes(model_config: Any, rows: int, seen: int, itemsize: int) -> int:
-    """Bytes of the keys and values of ``seen`` tokens in every layer, for ``rows`` sequences."""
+    """Bytes of the keys and values, or latents, of ``seen`` tokens in every layer, for ``rows`` sequences."""
     text = model_config.get_text_config(decoder=True)
     layers = layer_configs(text)
-    numbers = sum(_heads(layer) * _head_dim(layer) for layer in layers) * (text.num_hidden_layers // len(layers))
-    return 2 * numbers * rows * seen * itemsize
+    layers = layers * (text.num_hidden_layers // len(layers))
+    shared = sources(text)  # layers without keys and values of their own
+    numbers = sum(_numbers(layer) for i, layer in enumerate(layers) if i not in shared)
+    return numbers * rows * seen * itemsize
+
+
+def _numbers(layer: Any) -> int:
+    """What a layer's cache holds of a token: keys and values, or latents."""
+    rank: int | None = getattr(layer, "kv_lora_rank", None)
+    return rank + layer.qk_rope_head_dim if rank else 2 * _heads(layer) * _head_dim(layer)
 
 
 def _heads(layer: Any) -> int:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from zipvl import budget, ops, policy, ranks
+from zipvl.transformers import sharing
+from zipvl.transformers.behind import attend_one, attend_packed
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
-from zipvl.transformers.call import DEFAULT_RUN, Call
-from zipvl.transformers.quantized import QuantizedKV
+from zipvl.transformers.call import DEFAULT_RUN, Call, Selected
+from zipvl.transformers.latents import in_one_head_dim
 from zipvl.transformers.reasons import refuse_unsupported
 from zipvl.transformers.storage import RaggedKV, Tokens, packed_mask
-from zipvl.transformers.target import IN_BLOCK, is_prefix_lm, layer_index
+from zipvl.transformers.target import IN_BLOCK, expands_latents, is_prefix_lm, layer_index, source_of
 
 
 def attention_forward(
@@ -56,14 +58,29 @@ def attention_forward(
             )
         call = Call(DEFAULT_RUN, None)
     call.reached = True
-    layer, new = call.layer_of(module, key, value), query.shape[2]
-    if new == 1 and layer is not None and layer.packed is not None:
-        if dropout > 0:
-            refuse_unsupported(module, kwargs, dropout)
-        return _attend_one(module, call, layer, query, attention_mask, scaling), None
-    tokens = key.shape[2]
-    packed = layer is not None and layer.packed is not None
+    new, tokens = query.shape[2], key.shape[2]
     attention_mask, ends = call.read_mask(attention_mask, new)
+    source = None if zipvl is None else source_of(module)
+    layer = call.layer_of(module, key, value) if source is None else None
+    packed = layer is not None and layer.packed is not None
+    if layer is not None and packed:
+        if layer.shared:
+            call.note_behind(module)
+        if new == 1:
+            if dropout > 0:
+                refuse_unsupported(module, kwargs, dropout)
+            return attend_one(module, call, layer, query, attention_mask, scaling), None
+
+    def dense_attention() -> tuple[Tensor, None]:
+        seen = attention_mask if ends is None else call.seen_by(ends, attention_mask, tokens)
+        given = kwargs | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return _dense(module, call, query, key, value, seen, is_causal=is_causal, **given), None
+
+    if source is not None:
+        if source in call.behind or source in call.selected:
+            refuse_unsupported(module, kwargs, dropout)
+        out = sharing.attend(module, call, source, query, key, attention_mask, scaling, ends)
+        return dense_attention() if out is None else (out, None)
     bystander = zipvl is None and _implementation(module) == IN_BLOCK
     prompt, chunk = new == tokens > 1 and not packed, call.is_chunk(new, tokens)
     if (prompt or chunk) and not bystander and layer_index(module) is not None:
@@ -71,6 +88,7 @@ def attention_forward(
         if packed and call.config.cache == "drop":  # what is there, not what was seen
             assert layer is not None and layer.packed is not None
             tokens = layer.packed.longest + new
+        latents = layer is None and expands_latents(module)
         dense_below = call.dense_below(query.shape[1], query.shape[3], query, new if chunk else None)
         dense = call.reason_dense(
             module,
@@ -79,13 +97,17 @@ def attention_forward(
             attention_mask,
             sliding_window=sliding_window,
             is_causal=is_causal if ends is None else True,  # the mask says what a row sees
-            same_head_dims=query.shape[-1] == value.shape[-1],
+            same_head_dims=latents or query.shape[-1] == value.shape[-1],
             dtype=query.dtype,
         )
         if dense is None:
             refuse_unsupported(module, kwargs, dropout)
-            attend = _chunk if chunk else _prefill
-            return attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling, ends), None
+            attend, dim = _chunk if chunk else _prefill, value.shape[-1]
+            if latents:
+                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+                query, key, value = in_one_head_dim(query, key, value)
+            out = attend(module, call, layer, dense_below, query, key, value, attention_mask, scaling, ends)
+            return out[..., :dim] if latents else out, None
         plain = attention_mask is None or attention_mask.dim() == 2
         if prompt or plain:
             call.record(module, layer, key, attention_mask, dense_below, dense=dense)
@@ -96,23 +118,10 @@ def attention_forward(
         assert layer is not None
         if dropout > 0:
             refuse_unsupported(module, kwargs, dropout)
-        return _attend_packed(module, call, layer, query, attention_mask, scaling, ends), None
+        return attend_packed(module, call, layer, query, attention_mask, scaling, ends), None
     if layer is not None:
         layer.keep_all()
-    out = _dense(
-        module,
-        call,
-        query,
-        key,
-        value,
-        attention_mask if ends is None else call.seen_by(ends, attention_mask, tokens),
-        scaling=scaling,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        is_causal=is_causal,
-        **kwargs,
-    )
-    return out, None
+    return dense_attention()
 
 
 def _implementation(module: nn.Module) -> str | None:
@@ -155,7 +164,8 @@ def _prefill(
     out = run_layer(module, call, layer, dense_below, q, k, v, token_mask, scaling, last_key=last_key)
     out = out.transpose(1, 2).to(query.dtype)
     if layer is not None and candidates:
-        guessed = _attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling, None)
+        layer.settle()  # what lies behind a row's tokens is defined from here on
+        guessed = attend_packed(module, call, layer, query[:, :, tokens:], attention_mask, scaling, None)
         out = torch.cat([out, guessed], dim=1)
     return out
 
@@ -207,6 +217,7 @@ def run_layer(
     candidates = 0 if layer is None else call.candidates
     mlp = call.leave_for_mlp(module, chosen, count, length, length, candidates, dense_below, masked)
     call.record(module, layer, key, token_mask, dense_below, chosen=chosen, count=count, stored=stored, mlp=mlp)
+    call.leave_for_shared(module, Selected(tokens, chosen, count, stored, given.get("last_key"), dense_below))
     return out
 
 
@@ -285,89 +296,8 @@ def _chunk(
     mask, length = tokens.token_mask, tokens.keys.shape[2]
     mlp = call.leave_for_mlp(module, chosen, count, length, new, 0, dense_below, mask is not None)
     call.record(module, held, tokens.keys, mask, dense_below, chosen=chosen, count=count, stored=stored, mlp=mlp)
+    call.leave_for_shared(module, Selected(tokens, chosen, count, stored, last_key, dense_below))
     return out.transpose(1, 2).to(query.dtype)
-
-
-def _attend_one(
-    module: nn.Module,
-    call: Call,
-    layer: ZipVLCacheLayer,
-    query: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-) -> Tensor:
-    """A decode step: one new token, which is stored, against what the cache holds. As ``_attend_packed``, without its
-    ``ends``."""
-    assert layer.packed is not None
-    token_mask = None if attention_mask is None else _new_mask(module, call, attention_mask, 1)
-    same = query.dtype == layer.packed.dtype  # not under autocast; a cast that casts nothing is a call of torch
-    q = query if same else query.to(layer.packed.dtype)
-    out = layer.append(token_mask, q, scaling).attend(q, scaling).transpose(1, 2)
-    return out if same else out.to(query.dtype)
-
-
-def _new_mask(module: nn.Module, call: Call, attention_mask: Tensor | None, new: int) -> Tensor | None:
-    """``Call.new_mask`` behind packed tokens.
-
-    Raises:
-        ValueError: the mask is not plain causal, so it names columns that may have been dropped.
-    """
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): a 4-D mask "
-            f"{tuple(attention_mask.shape)} was given for tokens behind a packed ZipVLCache, whose dropped columns it "
-            "names. Use a 2-D attention_mask, or a DynamicCache."
-        )
-    return call.new_mask(attention_mask, new)
-
-
-def _attend_packed(
-    module: nn.Module,
-    call: Call,
-    layer: ZipVLCacheLayer,
-    query: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    ends: Tensor | None,
-) -> Tensor:
-    """New tokens against what the cache kept and, causally, themselves.
-
-    Args:
-        query: ``[B, Hq, n, D]``, the new tokens.
-        attention_mask: ``[B, seen + n]`` or None: all real.
-        ends: ``[B, n]``, which of the new tokens is the last that each of them sees; None: itself.
-
-    Returns:
-        ``[B, n, Hq, D]``.
-
-    Raises:
-        ValueError: as ``_new_mask`` says; or tokens see later ones behind a quantised cache.
-    """
-    new, packed = query.shape[2], layer.packed
-    assert packed is not None
-    if new == 1:
-        return _attend_one(module, call, layer, query, attention_mask, scaling)
-    token_mask, dtype = _new_mask(module, call, attention_mask, new), packed.dtype
-    q = query.to(dtype)
-    new_keys, new_values = (states.to(dtype) for states in layer.pending())
-    if isinstance(packed, QuantizedKV):
-        if ends is not None:
-            raise ValueError(
-                f"zipvl attention ({type(module).__name__}, layer {layer_index(module)}): images whose tokens see each "
-                'other both ways are not supported behind a quantised ZipVLCache; use cache="drop" or "full"'
-            )
-        packed.make_room(new)
-        out = packed.attend_several(q, new_keys, new_values, token_mask, scaling).transpose(1, 2)
-    else:
-        keys, values = packed.visible()
-        past = packed.valid()[:, None, None, :].expand(-1, 1, new, -1)
-        own = q.new_ones(q.shape[0], new, dtype=torch.bool) if token_mask is None else token_mask
-        among = call.expanded(own, new, q.device) if ends is None else call.seen_by(ends, own, new)
-        mask = torch.cat([past, among], dim=-1)
-        keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
-        out, _ = sdpa_attention_forward(module, q, keys, values, mask, scaling=scaling)
-    layer.append(token_mask, q, scaling, call.visual_of(new, q.device, new=True))
-    return out.to(query.dtype)
 
 
 def _dense(

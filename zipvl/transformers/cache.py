@@ -13,21 +13,27 @@ from zipvl import policy
 from zipvl.config import ZipVLConfig
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.storage import Trimmer
-from zipvl.transformers.target import check_model, layer_configs
+from zipvl.transformers.target import caches_latents, check_model, layer_configs, sources
 
 CHANNEL_MULTIPLE = 32
 """A quantised block holds codes of so many channels in a word (``csrc/common/quantized_block.h``)."""
 
 
-def check_bits(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
-    """Raises if ``config`` asks for a quantised cache and the model's head dimension does not allow it.
+def check_cache(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
+    """Raises if the model cannot have the cache that ``config`` asks for.
 
     Raises:
-        ValueError: naming the head dimension and the remedy.
+        ValueError: it is to be quantised, and the head dimension does not allow it; or it holds latents, of which none
+            can be dropped or quantised. The message names the remedy.
     """
+    text = model_config.get_text_config(decoder=True)
+    if config.cache != "full" and caches_latents(text):
+        raise ValueError(
+            f"ZipVLCache: {text.model_type} caches latents in place of keys and values (multi-head latent attention), "
+            f'of which cache="{config.cache}" can keep no selection; use cache="full"'
+        )
     if config.cache != "quantize":
         return
-    text = model_config.get_text_config(decoder=True)
     dims = set()
     for layer in layer_configs(text):
         dims.add(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
@@ -39,7 +45,8 @@ def check_bits(config: ZipVLConfig, model_config: PretrainedConfig) -> None:
 
 
 class ZipVLCache(DynamicCache):
-    """Keeps in every full-attention layer what ZipVL selected there; other layers get transformers' own cache layers.
+    """Keeps in every full-attention layer what ZipVL selected there; other layers get transformers' own cache layers,
+    and so do all layers of a model that caches latents.
 
     The number of tokens *seen* (``get_seq_length``, positions, masks) is that of a full cache; how many are *kept*
     differs by layer and row. In blocks of ``zipvl.sparse`` and after ``zipvl.configure`` a model makes one by itself.
@@ -80,12 +87,17 @@ class ZipVLCache(DynamicCache):
         """Replaces full-attention layers, which are empty.
 
         Raises:
-            ValueError: the model is one that ``check_model`` or ``check_bits`` refuses.
+            ValueError: the model is one that ``check_model`` or ``check_cache`` refuses.
         """
         check_model(model_config)
-        check_bits(config, model_config)
+        check_cache(config, model_config)
         layers, self.trimmer = self.layers or DynamicCache(config=model_config).layers, Trimmer()
-        self.layers = [ZipVLCacheLayer(config, self.trimmer) if type(x) is DynamicLayer else x for x in layers]
+        text = model_config.get_text_config(decoder=True)
+        shared, latents = set(sources(text).values()), caches_latents(text)
+        self.layers = [
+            ZipVLCacheLayer(config, self.trimmer, shared=i in shared) if type(x) is DynamicLayer and not latents else x
+            for i, x in enumerate(layers)
+        ]
         self.layer_class_to_replicate = None
         self.config, self.cost_key = config, policy.cost_key(config) if cost_key is None else cost_key
         self.candidates, self.assisted = 0, False

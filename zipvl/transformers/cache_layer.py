@@ -24,11 +24,12 @@ class ZipVLCacheLayer(DynamicLayer):
     Args:
         config: what a prefill through this layer keeps.
         trimmer: shared by the layers of a cache; trims their storage where counts are on a GPU.
+        shared: layers of the model without keys and values of their own attend to this one's.
     """
 
-    def __init__(self, config: ZipVLConfig, trimmer: Trimmer | None = None) -> None:
+    def __init__(self, config: ZipVLConfig, trimmer: Trimmer | None = None, *, shared: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shared = config, shared
         self.trimmer = trimmer or Trimmer()
         self.packed: RaggedKV | QuantizedKV | None = None
         self.returned: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -228,9 +229,14 @@ class ZipVLCacheLayer(DynamicLayer):
 
     def _placeholder(self, states: torch.Tensor) -> torch.Tensor:
         """The shape ``[B, Hkv, seen, D]`` of a packed layer's keys, without data: an attention function that does not
-        know the packed layout fails on it at once. Models that look at ``keys`` find it there, and the layer filled."""
+        know the packed layout fails on it at once. Models that look at ``keys`` find it there, and the layer filled.
+        Where layers share it, models move it between devices, which no tensor on the meta device allows: it is one NaN
+        there."""
         batch, heads, _, dim = states.shape
-        return torch.empty((batch, heads, self._seen, dim), dtype=states.dtype, device="meta")
+        shape = (batch, heads, self._seen, dim)
+        if self.shared:
+            return states.new_full((1, 1, 1, 1), torch.nan).expand(shape)
+        return torch.empty(shape, dtype=states.dtype, device="meta")
 
     def _take_prompt(self, candidates: int) -> None:
         """Answers for the states of the prompt; those of candidates behind it stay pending."""

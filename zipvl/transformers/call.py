@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.mlp import Passed, rows_of
 from zipvl.transformers.reasons import NOT_PLAIN_CAUSAL, TEXT, Dense, reason_dense
 from zipvl.transformers.storage import Tokens
-from zipvl.transformers.target import layer_index
+from zipvl.transformers.target import is_source, layer_index
 from zipvl.transformers.visual import Visual, VisualMask
 
 
@@ -69,6 +70,24 @@ DEFAULT_RUN = Run(ZipVLConfig(text_prompts="sparse", keep_text=False))
 which tokens are visual."""
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What a sparse layer leaves for later ones that attend to its keys and values."""
+
+    tokens: Tokens
+    """Those that it attended to."""
+    index: torch.Tensor
+    """``[B, S]``, the selected ones."""
+    count: torch.Tensor
+    """``[B]``, how many."""
+    stored: tuple[torch.Tensor, torch.Tensor] | None
+    """Of a cache with a budget of its own, as ``Stats.add`` takes it."""
+    last_key: torch.Tensor | None
+    """``[B, n]`` int32, the last token that each row sees; None: itself."""
+    dense_below: int
+    """The fewest tokens of a sparse prompt."""
+
+
 class Call:
     """Everything that one forward carries, from the pre-hook of the decoder to each attention function.
 
@@ -83,6 +102,8 @@ class Call:
         reached: whether any attention function was handed this object.
         saw_prefill: whether any layer ran a prefill.
         passed: where attention leaves selections for MLPs; None: every MLP runs for every token.
+        selected: of sparse layers that others share keys and values with, by their index.
+        behind: layers that were packed before this forward.
     """
 
     reached = saw_prefill = False
@@ -91,7 +112,7 @@ class Call:
     _extra: tuple[torch.Tensor, torch.Tensor] | None = None
     _first_stored: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
     _new: tuple[torch.Tensor | None] | None = None
-    _read: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
+    _read: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
     _seen_by: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
@@ -104,6 +125,8 @@ class Call:
         if isinstance(cache, ZipVLCache):
             self.config, self.cost_key = cache.config, cache.cost_key
             self.candidates, cache.candidates = cache.candidates, 0
+        self.selected: dict[int, Selected] = {}
+        self.behind: set[int] = set()
         self._answers: dict[tuple[int | None, bool], Dense | None] = {}
         self._prefills: list[str | None] = []
         self._expanded: dict[tuple[int, int, torch.device], torch.Tensor] = {}
@@ -119,8 +142,9 @@ class Call:
         Raises:
             RuntimeError: these are not what the layer returned.
         """
-        layer = self._layers.get(layer_index(module))
-        if not isinstance(layer, ZipVLCacheLayer) or layer.returned is None:
+        index = layer_index(module)
+        layer = None if index is None else self.layer_at(index)
+        if layer is None or layer.returned is None:
             return None
         returned_keys, returned_values = layer.returned
         if returned_keys is not keys or returned_values is not values:
@@ -135,6 +159,11 @@ class Call:
         none."""
         ours = (layer for layer in self._layers.values() if isinstance(layer, ZipVLCacheLayer))
         return next((layer for layer in ours if layer.packed is None and layer.keys is keys), None)
+
+    def layer_at(self, index: int) -> ZipVLCacheLayer | None:
+        """The ``ZipVLCacheLayer`` of that index; None in another cache, or without one."""
+        layer = self._layers.get(index)
+        return layer if isinstance(layer, ZipVLCacheLayer) else None
 
     @property
     def captures(self) -> bool:
@@ -177,6 +206,10 @@ class Call:
             if answer is not None:
                 self._tell(module, answer)
         return self._answers[key]
+
+    def answer_of(self, index: int) -> Dense | None:
+        """Why the prefill of the causal layer ``index`` was dense in this forward; None: it was not, or had none."""
+        return self._answers.get((index, True))
 
     def _tell(self, module: nn.Module, dense: Dense) -> None:
         """An error if a layer that has to be sparse is dense, a warning if only this prompt makes it so."""
@@ -274,6 +307,20 @@ class Call:
         self.passed.put(index, rows)
         return rows.mask.sum(-1)
 
+    # Layers that attend to the keys and values of others
+
+    def leave_for_shared(self, module: nn.Module, selected: Selected) -> None:
+        """Leaves a layer's selection, where others attend to its keys and values."""
+        index = layer_index(module)
+        if index is not None and is_source(module):
+            self.selected[index] = selected
+
+    def note_behind(self, module: nn.Module) -> None:
+        """Notes that a layer was packed before this forward."""
+        index = layer_index(module)
+        if index is not None:
+            self.behind.add(index)
+
     def idle_reasons(self) -> list[str]:
         """Why every layer's prefill was dense, for a prompt that is long enough; empty if one was sparse, if there was
         none, or if a layer was dense for the prompt's text, of which there is a warning."""
@@ -349,13 +396,17 @@ class Call:
         """The meaning of a mask of ``masks.mask_function``, read once for all layers of this forward.
 
         Returns:
-            The mask itself and None. Of an int32 mask ``[B, 1, 1, S]``: ``[B, S]`` bool of the real tokens, or None if
-            all are; and ``[B, new]`` int32, which of the ``new`` tokens is the last that each of them sees.
+            The mask itself and None. Of a uint8 mask ``[B, 1, 1, S]``: ``[B, S]`` bool of the real tokens, and None.
+            Of an int32 mask ``[B, 1, 1, S]``: the same, or None if all are; and ``[B, new]`` int32, which of the
+            ``new`` tokens is the last that each of them sees.
         """
-        if attention_mask is None or attention_mask.dtype != torch.int32:
+        if attention_mask is None or attention_mask.dtype not in (torch.int32, torch.uint8):
             return attention_mask, None
         if self._read is None or self._read[0] is not attention_mask:
             last = attention_mask[:, 0, 0]
+            if last.dtype == torch.uint8:
+                self._read = attention_mask, last.bool(), None
+                return self._read[1:]
             real, ends = last >= 0, last[:, -new:] - (last.shape[1] - new)
             known = not torch.compiler.is_compiling() and bool(real.all())
             self._read = attention_mask, None if known else real, ends

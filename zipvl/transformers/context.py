@@ -11,7 +11,7 @@ from torch import nn
 from zipvl.config import ZipVLConfig
 from zipvl.stats import Stats
 from zipvl.transformers import target as targets
-from zipvl.transformers.cache import check_bits
+from zipvl.transformers.cache import check_cache
 from zipvl.transformers.call import Run
 from zipvl.transformers.hooks import DecoderHook
 from zipvl.transformers.visual import VisualMask, check_visual_mask
@@ -93,7 +93,7 @@ def _checked(model: nn.Module, config: ZipVLConfig) -> DecoderHook:
     """The hook of ``model``, which can do what ``config`` says."""
     target = targets.find(model)
     targets.check_layers(target, config)
-    check_bits(config, target.decoder.config)
+    check_cache(config, target.decoder.config)
     hook = DecoderHook.of(target)
     hook.mlps.check(config)
     return hook

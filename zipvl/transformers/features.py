@@ -50,12 +50,13 @@ def refusal(words: str, remedy: str) -> str:
     return f'{words} is not supported. Use attn_implementation="{remedy}" for this model, or turn the feature off.'
 
 
-def problem_of(module: nn.Module, parent: nn.Module | None) -> str | None:
+def problem_of(module: nn.Module, parent: nn.Module | None, *, latents: bool = False) -> str | None:
     """Why an attention module cannot be sparse, nor run SDPA in place of its own attention; None: nothing is known.
 
     Args:
         module: the attention module.
         parent: the module that calls it, if known.
+        latents: its cache holds latents, and is transformers' own.
     """
     kind: Any = type(module)
     passed = _passed(kind)
@@ -64,7 +65,7 @@ def problem_of(module: nn.Module, parent: nn.Module | None) -> str | None:
         found = [value for value in values if value is not None]
         if name in passed and (found or not feature.attributes):
             return refusal(feature.words.format(*found), feature.remedy)
-    if _alters_states(kind):
+    if not latents and _alters_states(kind):
         return (
             "its keys or values are altered between the cache and the attention function, which ZipVLCache does not "
             'support. Use attn_implementation="sdpa" for this model.'

@@ -188,9 +188,16 @@ class DecoderHook:
                     'read this cache; use zipvl.sparse(model) or attn_implementation="zipvl"'
                 )
             return args, kwargs
+        if not self.runs and not isinstance(cache, ZipVLCache):
+            return args, kwargs
+        if kwargs.get("return_shared_kv_states"):
+            raise ValueError(
+                f"zipvl: {type(module).__name__} was asked for its keys and values (return_shared_kv_states=True, as "
+                "by an assistant that reads them), which a ZipVLCache does not hold as tensors; use plain generation, "
+                "or another assistant"
+            )
         if not self.runs:
-            if not isinstance(cache, ZipVLCache):
-                return args, kwargs
+            assert isinstance(cache, ZipVLCache)
             run, cache.handed_on = Run(cache.config, cost_key=cache.cost_key), True
             return args, kwargs | {KEYWORD: self._call(run, cache, noted, args, kwargs)}
         run = self.runs[-1]

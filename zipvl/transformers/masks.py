@@ -1,9 +1,11 @@
 """The mask function behind ``attn_implementation="zipvl"``.
 
 A plain causal mask never becomes a 4-D tensor here (16 GiB at 128K tokens): what is handed to the attention function is
-the 2-D padding mask, or None where nothing is padded. A causal mask in which blocks of neighbouring tokens, such as an
-image's, see each other both ways is as small: of int32, the last position that each token sees. It has four dimensions,
-so that models which make masks of masks hand it on as it is. Every other mask is what transformers' SDPA would get.
+the 2-D padding mask, or None where nothing is padded. So it is with a causal mask within chunks, up to the end of the
+first one. Models whose layers share keys and values cut their masks at the queries; for those the padding mask has four
+dimensions, of uint8. A causal mask in which blocks of neighbouring tokens, such as an image's, see each other both ways
+is as small: of int32, the last position that each token sees. It has four dimensions, so that models which make masks
+of masks hand it on as it is. Every other mask is what transformers' SDPA would get.
 """
 
 from __future__ import annotations
@@ -13,13 +15,18 @@ from typing import Any
 
 import torch
 from transformers.masking_utils import (
+    and_masks,
     blockwise_overlay,
     causal_mask_function,
+    chunked_overlay,
     or_masks,
     prepare_padding_mask,
     sdpa_mask,
 )
 from transformers.utils.import_utils import is_tracing
+
+_BOTH = and_masks(causal_mask_function).__qualname__
+_IN_CHUNKS = chunked_overlay(1, torch.empty(0)).__qualname__
 
 
 def mask_function(
@@ -32,19 +39,24 @@ def mask_function(
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """The mask for one kind of layer, once a forward (an ``AttentionMaskInterface`` function).
 
     Returns:
         For plain causal attention over everything seen so far: ``[B, kv_length]`` bool, true where a token is real, or
-        None if all are. With blocks that attend both ways: ``[B, 1, 1, kv_length]`` int32, the last position that a
-        token sees, its own or the end of its block, and -1 where a token is not real. Otherwise what ``sdpa_mask``
-        returns: ``[B, 1, q_length, kv_length]`` bool, or None where SDPA's own ``is_causal`` says it all.
+        None if all are; where layers share keys and values ``[B, 1, 1, kv_length]`` uint8. With blocks that attend both
+        ways: ``[B, 1, 1, kv_length]`` int32, the last position that a token sees, its own or the end of its block, and
+        -1 where a token is not real. Otherwise what ``sdpa_mask`` returns: ``[B, 1, q_length, kv_length]`` bool, or
+        None where SDPA's own ``is_causal`` says it all.
 
     Raises:
         ValueError: there are more keys than tokens seen.
     """
+    chunk = _chunk_size(mask_function) if allow_is_causal_skip and not torch.compiler.is_compiling() else None
+    if chunk is not None and chunk == local_size and kv_offset == 0 and kv_length <= chunk:
+        mask_function, local_size = causal_mask_function, None
     plain = local_size is None and _is_causal(mask_function, allow_is_causal_skip)
     blocks = _blocks(mask_function) if plain else None
     sized_by_tensor = isinstance(q_offset, torch.Tensor)
@@ -74,6 +86,7 @@ def mask_function(
             attention_mask=attention_mask,
             local_size=local_size,
             allow_is_causal_skip=allow_is_causal_skip,
+            config=config,
             **kwargs,
         )
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -83,8 +96,21 @@ def mask_function(
         return (ends if padding_mask is None else torch.where(padding_mask.bool(), ends, -1))[:, None, None]
     if padding_mask is not None:
         if is_tracing(padding_mask) or not bool(padding_mask.all()):
-            return padding_mask
+            shares = getattr(config, "num_kv_shared_layers", None)
+            return padding_mask[:, None, None].to(torch.uint8) if shares else padding_mask
     return None
+
+
+def _chunk_size(function: Callable[..., Any]) -> int | None:
+    """The size of the chunks of a causal mask within chunks; None: ``function`` is another. Not for tracing, where
+    functions do not say what they have captured."""
+    if getattr(function, "__qualname__", "") != _BOTH:
+        return None
+    overlay, *others = _captured(function)["mask_functions"]
+    if len(others) != 1 or others[0] is not causal_mask_function or getattr(overlay, "__qualname__", "") != _IN_CHUNKS:
+        return None
+    size: int = _captured(overlay)["chunk_size"]
+    return size
 
 
 def _is_causal(function: Callable[..., Any], allow_is_causal_skip: bool) -> bool:

@@ -291,40 +291,31 @@ class QuantizedKV:
         )
         return out
 
-    def attend_several(
-        self,
-        query: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        token_mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """New tokens, not yet appended, against everything kept and causally themselves.
+    def attend_several(self, query: torch.Tensor, unseen: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """The last tokens, already appended without a compression in between, against everything kept.
 
         Args:
-            query: ``[B, Hq, n, D]``; ``k``, ``v``: ``[B, Hkv, n, D]``; ``token_mask``: ``[B, n]`` or None: all real.
+            query: ``[B, Hq, n, D]``.
+            unseen: ``[B, n]``, how many of the last tokens of its row each of them does not see.
 
         Returns:
             ``[B, Hq, n, D]``.
         """
         factor = query.shape[3] ** -0.5 if scale is None else scale
-        new, groups = query.shape[2], query.shape[1] // k.shape[1]
-        keys, values = (torch.cat(pair, 2).float() for pair in zip(self.window.visible(), (k, v), strict=True))
-        real = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if token_mask is None else token_mask
-        there = torch.cat([self.window.valid(), real], dim=1)
-        position = torch.arange(keys.shape[2], device=k.device) - self.window.longest
+        keys, values = (states.float() for states in self.window.visible())
+        new, heads, groups = query.shape[2], keys.shape[1], query.shape[1] // keys.shape[1]
+        seen = self.window.seen(unseen)
         outputs = []
         for start in range(0, new, _QUERIES_AT_ONCE):
             part = query[:, :, start : start + _QUERIES_AT_ONCE]
             past, past_lse = self._past(part, scale)
-            rows = torch.arange(start, start + part.shape[2], device=k.device)
-            may = there[:, None, None, :] & (position <= rows[:, None])
-            grouped = part.float().unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+            may = seen[:, :, start : start + _QUERIES_AT_ONCE]
+            grouped = part.float().unflatten(1, (heads, groups)).flatten(2, 3)
             scores = (grouped @ keys.mT * factor).unflatten(2, (groups, -1)).flatten(1, 2)
             scores = scores.masked_fill(~may, -torch.inf)
             lse = torch.logaddexp(past_lse, scores.logsumexp(-1))
             lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # a padding token behind nothing: all weights 0
-            weights = (scores - lse).exp().unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+            weights = (scores - lse).exp().unflatten(1, (heads, groups)).flatten(2, 3)
             own = (weights @ values).unflatten(2, (groups, -1)).flatten(1, 2)
             outputs.append(own + (past_lse[..., None] - lse).exp() * past)
         return torch.cat(outputs, dim=2).to(query.dtype)

@@ -9,7 +9,7 @@ from torch import nn
 
 from zipvl.config import ZipVLConfig
 from zipvl.transformers.features import FEATURES, refusal
-from zipvl.transformers.target import layer_index, layer_type
+from zipvl.transformers.target import chunk_size, layer_index, layer_type
 
 NOT_PLAIN_CAUSAL = "the mask is not plain causal"
 TEXT = 'no visual tokens, and ZipVLConfig.text_prompts is "dense"'
@@ -61,6 +61,9 @@ def reason_dense(
     index = layer_index(module)
     if index is not None and index < config.dense_first_layers:
         return Dense(f"among the first dense_first_layers={config.dense_first_layers}", always=False)
+    size = chunk_size(module)
+    if size is not None and tokens > size:
+        return Dense(f"chunked attention, and the prompt is longer than attention_chunk_size={size}", always=False)
     if tokens < dense_below:
         return Dense(f"prompt shorter than dense_below={dense_below}", always=False)
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -81,7 +84,8 @@ def _kind(
         return "cross-attention"
     if sliding_window is not None:
         return "sliding-window attention"
-    if (kind := layer_type(module)) not in (None, "full_attention"):
+    kind = layer_type(module)
+    if kind not in (None, "full_attention") and chunk_size(module) is None:
         return f"layer type {kind}"
     if not same_head_dims:
         return "keys and values differ in head dimension"

@@ -321,6 +321,12 @@ class RaggedKV:
         """``[B, longest]`` bool: which of the visible slots hold a token."""
         return torch.arange(self.longest, device=self.keys.device) < self.lengths[:, None]
 
+    def seen(self, unseen: torch.Tensor) -> torch.Tensor:
+        """``[B, 1, n, longest]`` bool: which visible slots the last tokens see, ``unseen [B, n]`` of the last tokens of
+        its row each of them does not."""
+        slots = torch.arange(self.longest, device=self.keys.device)
+        return (slots < (self.lengths[:, None] - unseen)[..., None])[:, None]
+
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` tokens of every row; at most ``tail``."""
         self.lengths.sub_(tokens)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -80,7 +81,7 @@ def find(model: nn.Module) -> Target:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
     parents = {id(child): parent for parent in modules for child in parent.children()}
     for module in attention:
-        problem = problem_of(module, parents.get(id(module)))
+        problem = problem_of(module, parents.get(id(module)), latents=caches_latents(text))
         if problem is not None:
             where = f"{type(module).__name__}, layer {layer_index(module)}"
             raise ValueError(f"zipvl attention ({where}): {problem}")
@@ -126,22 +127,58 @@ def takes_keywords(model: Any) -> bool:
 
 
 def check_model(model_config: PretrainedConfig) -> None:
-    """Raises if a layer's cache of this model does not hold that layer's own keys and values.
+    """Raises if it cannot be told which layer of the cache holds the keys and values that a layer attends to.
 
     Raises:
         ValueError: naming the model's kind and the remedy.
     """
     text = model_config.get_text_config(decoder=True)
-    problem = None
     modes = getattr(text, "kv_sharing_modes", None) or ()
-    if getattr(text, "num_kv_shared_layers", None) or any(mode and mode.startswith("reuse") for mode in modes):
-        problem = "shares keys and values between layers"
-    elif any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(text)):
-        problem = "caches latents in place of keys and values (multi-head latent attention)"
-    if problem is not None:
+    reused = getattr(text, "num_kv_shared_layers", None) or sum(str(mode).startswith("reuse") for mode in modes)
+    if reused != len(sources(text)):
         raise ValueError(
-            f'ZipVLCache: {text.model_type} {problem}, which is not supported; use attn_implementation="sdpa"'
+            f"ZipVLCache: {text.model_type} shares keys and values between layers in a way of its own, which is not "
+            'supported; use attn_implementation="sdpa"'
         )
+
+
+def caches_latents(text: PretrainedConfig) -> bool:
+    """Whether a text model's cache holds latents, of which it makes keys and values at every step (multi-head latent
+    attention: DeepSeek-V3, Kimi-K2.5, Mistral 4)."""
+    return any(getattr(layer, "kv_lora_rank", None) for layer in layer_configs(text))
+
+
+def expands_latents(module: nn.Module) -> bool:
+    """Whether an attention module makes its keys and values of such latents."""
+    return bool(getattr(module, "kv_lora_rank", None))
+
+
+def sources(text: PretrainedConfig) -> dict[int, int]:
+    """Of each layer that attends to the keys and values of an earlier one (Gemma 4 E2B and E4B, Gemma 3n), the index of
+    that one: the last of its type that has its own."""
+    types: Any = getattr(text, "layer_types", None) or ()
+    return _sources(tuple(types), getattr(text, "num_kv_shared_layers", None) or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _sources(types: tuple[str, ...], shared: int) -> dict[int, int]:
+    own = types[: len(types) - shared]
+    last = {kind: index for index, kind in enumerate(own)}
+    return {index: last[types[index]] for index in range(len(own), len(types)) if types[index] in last}
+
+
+def source_of(module: nn.Module) -> int | None:
+    """The layer whose keys and values an attention module attends to; None: its own."""
+    index = layer_index(module)
+    if index is None or not getattr(module, "is_kv_shared_layer", False):
+        return None
+    return sources(cast(Any, module.config)).get(index)
+
+
+def is_source(module: nn.Module) -> bool:
+    """Whether later layers attend to an attention module's keys and values."""
+    shared = getattr(getattr(module, "config", None), "num_kv_shared_layers", None)
+    return bool(shared) and getattr(module, "store_full_length_kv", False) is True
 
 
 def layer_configs(text: PretrainedConfig) -> list[Any]:
@@ -160,6 +197,15 @@ def layer_type(module: nn.Module) -> str | None:
     """The configured type of a module's layer, such as ``sliding_attention``; None if the model does not say."""
     index, types = layer_index(module), getattr(getattr(module, "config", None), "layer_types", None)
     return types[index] if types and index is not None and index < len(types) else None
+
+
+def chunk_size(module: nn.Module) -> int | None:
+    """The tokens of a chunk, of a layer that attends within chunks (Llama 4) and is causal up to the first one's end;
+    None: it is another."""
+    if layer_type(module) != "chunked_attention":
+        return None
+    size = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _decodes(module: nn.Module, text: PretrainedConfig) -> bool:
@@ -184,16 +230,23 @@ def check_layers(target: Target, config: ZipVLConfig) -> None:
     """
     if config.layers is None:
         return
-    able = layers_that_can(target)
-    wrong = sorted(set(config.layers) - able)
+    named, able = set(config.layers), layers_that_can(target)
+    wrong = sorted(named - able)
     if wrong:
         raise ValueError(
             f"zipvl.sparse: ZipVLConfig.layers names {wrong}, which {type(target.decoder).__name__} does not have or "
             f"which cannot be sparse; those that can: {sorted(able)}"
         )
+    found = {index: source_of(module) for module in target.attention if (index := layer_index(module)) in named}
+    alone = {index: source for index, source in found.items() if source is not None and source not in named}
+    if alone:
+        raise ValueError(
+            f"zipvl.sparse: ZipVLConfig.layers names {sorted(alone)}, which attend to the keys and values of "
+            f"{sorted(set(alone.values()))} and take their selection; name those layers too"
+        )
 
 
 def layers_that_can(target: Target) -> set[int]:
     """The layers that can be sparse, as far as their type says."""
-    able = (module for module in target.attention if layer_type(module) in (None, "full_attention"))
+    able = [m for m in target.attention if layer_type(m) in (None, "full_attention") or chunk_size(m) is not None]
     return {index for module in able if (index := layer_index(module)) is not None}
