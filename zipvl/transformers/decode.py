@@ -378,5 +378,6 @@ class Replaying(Method):
         try:
             plan.captured = Captured(layers, layers[0].device, lambda: forward(**given), steps, warm_up=compiles)
         except RuntimeError as error:  # what a model does between its layers may need the host
-            return f"the step could not be captured: {str(error).splitlines()[0]}"
+            first, second, *_ = [*str(error).splitlines(), "", ""]
+            return f"the step could not be captured: {f'{first} {second}' if first.endswith(':') else first}"
         return None
