@@ -116,7 +116,7 @@ def test_copies_of_a_configured_model_are_configured(how: str) -> None:
     assert torch.equal(found.logits, expected.logits)
     assert [layer.packed.lengths.tolist() for layer in found.past_key_values.layers] == [[30]] * 3
     twin_attention = twin.model.layers[0].self_attn
-    assert twin_attention.forward.module is twin_attention
+    assert twin_attention.forward.owner is twin_attention
     zipvl.configure(twin, None)
     assert torch.equal(twin(**inputs).logits, plain(**inputs).logits)
     assert torch.equal(model(**inputs).logits, expected.logits), "the original is still configured"
