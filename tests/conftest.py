@@ -36,8 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--quick"):
-        # First, so that what the workers of pytest-xdist take from one another at the end is short.
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        items[:] = shared_out(items, getattr(config, "workerinput", {}).get("workercount", 1))
         return
     chosen: dict[object, object] = {}
     kept, left_out = [], []
@@ -48,6 +47,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if quick else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+def shared_out(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """An order in which each worker of pytest-xdist begins with its share of the slow tests, so that what they take from
+    one another at the end is short: ``--dist worksteal`` cuts the list into one part a worker."""
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    fast = [item for item in items if item.get_closest_marker("slow") is None]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        own = slow[worker::workers]
+        size = (len(items) - len(ordered)) // (workers - worker)
+        taken = max(size - len(own), 0)
+        ordered += own + fast[:taken]
+        fast = fast[taken:]
+    return ordered + fast
 
 
 @pytest.fixture(autouse=True)
