@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def shared_out(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """An order in which each worker of pytest-xdist begins with its share of the slow tests, so that what they take from
-    one another at the end is short: ``--dist worksteal`` cuts the list into one part a worker."""
+    """An order in which each worker of pytest-xdist begins with its share of the slow tests, so that what it takes from
+    another at the end is short: ``--dist worksteal`` cuts the list into one part a worker."""
     slow = [item for item in items if item.get_closest_marker("slow") is not None]
     fast = [item for item in items if item.get_closest_marker("slow") is None]
     ordered: list[pytest.Item] = []
