@@ -220,17 +220,20 @@ def _answer_table(
 
 
 def serving() -> list[str]:
-    """vLLM with the plug-in against the same vLLM without, on a GPU: the newest of each setting and load."""
+    """vLLM with the plug-in against the same vLLM without, on a GPU: the newest of each setting and load that both had,
+    of engines that were driven in one process."""
     newest: dict[tuple[int, int, int], dict[str, Result]] = {}
     for line in results("serving"):
-        if line["device"]["type"] == "cuda":
+        if line["device"]["type"] == "cuda" and line["in_process"]:
             load = (line["concurrency"], line["tokens"], line["max_model_len"])
             newest.setdefault(load, {})[line["setting"]] = line
+    newest = {load: found for load, found in newest.items() if "vLLM" in found}
     last = max((line for found in newest.values() for line in found.values()), key=lambda line: str(line["date"]))
     options = {line["setting"]: line["options"] for found in newest.values() for line in found.values()}
     given = "; ".join(f"{name}: `{json.dumps(it)}`" for name, it in options.items() if it)
+    backend = " and ".join(sorted({found["vLLM"]["backend"] for found in newest.values()}))
     lines = [
-        f"vLLM {last['vllm']} with the plug-in (times as fast as the same vLLM without, whose backend is FLASH_ATTN, "
+        f"vLLM {last['vllm']} with the plug-in (times as fast as the same vLLM without, whose backend is {backend}, "
         f"FlashAttention {last['flash_attention']}): Qwen2-7B's shape, dummy weights, bfloat16, {last['new']} new "
         "tokens, decode steps in full CUDA graphs, prefix caching off, engines driven in one process "
         f"({source(last)}). Options: {given}.",
