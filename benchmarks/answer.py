@@ -55,20 +55,20 @@ class Case:
 
 CASES = {
     "Qwen2-7B": (
-        Case(512),
+        Case(512, static_peer=True),
         Case(4096, static_peer=True),
         Case(4096, new=32),
         Case(4096, new=512, repeats=1),
-        Case(16384, repeats=2),
-        Case(32768, repeats=2),
+        Case(16384, repeats=2, static_peer=True),
+        Case(32768, repeats=2, static_peer=True),
         Case(131072, repeats=1),
         Case(4096, new=32, batch=8),
-        Case(4096, batch=8, repeats=2),
+        Case(4096, batch=8, repeats=2, static_peer=True),
     ),
     "Qwen2.5-VL-7B": (
         Case(pages=1, static_peer=True),
         Case(pages=4, repeats=2),
-        Case(pages=8, repeats=2),
+        Case(pages=8, repeats=2, static_peer=True),
         Case(pages=32, repeats=1),
         Case(frames=128, repeats=2),
     ),
