@@ -132,6 +132,7 @@ def _try_all(model: Any, row: Row) -> None:
     if refused is not None and 'use cache="full"' in str(refused):
         config = PAPER.replace(cache="full")
         refused = _refused(model, config)
+    refused = refused or _unreached(model, config, prompt)
     if refused is not None:
         row.verdict, row.reason = "refused", _line(refused)
         if not str(refused).lower().startswith("zipvl"):
@@ -161,13 +162,25 @@ def _try_all(model: Any, row: Row) -> None:
         row.reason = "; ".join(filter(None, (row.reason, 'cache="full" alone')))
 
 
-def _refused(model: Any, config: zipvl.ZipVLConfig) -> ValueError | None:
+def _refused(model: Any, config: zipvl.ZipVLConfig) -> Exception | None:
     """The error that a block of ``config`` begins with; None: there is none."""
     try:
         with zipvl.sparse(model, config):
             return None
     except ValueError as error:
         return error
+
+
+def _unreached(model: Any, config: zipvl.ZipVLConfig, prompt: dict[str, torch.Tensor]) -> Exception | None:
+    """The error behind a prompt whose keyword arguments the model did not hand on to its attention; None: it did."""
+    try:
+        with zipvl.sparse(model, config):
+            model(**prompt)
+    except RuntimeError as error:
+        return error if "do not hand keyword arguments on" in str(error) else None
+    except Exception:
+        return None  # which the checks meet again
+    return None
 
 
 def _run(model: Any, config: zipvl.ZipVLConfig, prompt: dict[str, torch.Tensor], row: Row) -> torch.Tensor:
@@ -330,7 +343,8 @@ layers of it were, and at `tau=1` its logits and tokens are those of its own att
 second turn; at `tau=0.9` decoding behind a `drop` cache gives the logits of one dense forward in which the dropped
 tokens are masked; and a quantised cache decodes. Models that say `cache="full"` alone were tried with it, because their
 cache holds latents. A model is *dense* if no layer can be sparse, for the reason given, and
-right all the same. *Refused* models are an error at the start of the block. The others could not be tried: there is no
+right all the same. *Refused* models are an error at the start of the block, or behind the first prompt where that
+alone tells. The others could not be tried: there is no
 tiny model of them here that runs without zipvl. Images are not part of this run; [transformers.md](transformers.md)
 says what is tested with them.
 

@@ -102,7 +102,7 @@ def test_a_cache_with_a_budget_of_its_own(captures: list[int]) -> None:
 
 @pytest.mark.parametrize("cache", ["full", "quantize"])
 def test_compiled_steps(cache: Any, captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few graphs serve answers behind caches of any size."""
+    """A few graphs serve answers behind caches of any size, in blocks of their own."""
     made: list[Any] = []
 
     def counting(graph: Any, example: Any) -> Any:
@@ -113,10 +113,13 @@ def test_compiled_steps(cache: Any, captures: list[int], monkeypatch: pytest.Mon
     monkeypatch.setattr(decode, "BACKEND", counting)
     config = {"cache": cache, "num_sinks": 4, "decode_compile": True}
     model = make_llama(head_dim=32)
-    for length in (300, 340):
+    counts = []
+    for length in (300, 340, 300, 700):
         _, stats = both(model, text_inputs(length), 18, config)
         assert stats.decodings[0].how == "graph"
-    assert 1 <= len(made) <= 4
+        counts.append(len(made))
+    assert 1 <= counts[1] <= 4
+    assert counts[1] == counts[3]
     torch._dynamo.reset()
 
 

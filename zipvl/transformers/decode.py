@@ -12,6 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from zipvl.stats import Decoding
 from zipvl.transformers import cache_names
 from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
-from zipvl.transformers.methods import Method
+from zipvl.transformers.methods import Method, set_aside
 from zipvl.transformers.target import KEYWORD
 
 FEWEST_STEPS = 16
@@ -294,6 +295,11 @@ def _why_not_decoder(decoder: Any) -> str | None:
     return None
 
 
+def _forward(decoder: Any, given: dict[str, Any]) -> Any:
+    """A step as the decoder's class has it: one function, so that what was compiled serves later answers."""
+    return type(decoder).forward(decoder, **given)
+
+
 class Replaying(Method):
     """A decoder's forward, on the instance: inside ``generate()`` its steps are replays of one that was captured."""
 
@@ -374,9 +380,15 @@ class Replaying(Method):
         steps = min(max(remaining, 1), ROOM)
         layers: Any = cache.layers
         compiles = cache.config.decode_compile
-        forward = torch.compile(self.ordinary, backend=BACKEND) if compiles else self.ordinary
+        forward = torch.compile(_forward, backend=BACKEND) if compiles else _forward
+
+        def step() -> Any:
+            # A block's methods end with it, and with them what was compiled; one token needs none of them.
+            with set_aside(self.owner.modules()) if compiles else nullcontext():
+                return forward(self.owner, given)
+
         try:
-            plan.captured = Captured(layers, layers[0].device, lambda: forward(**given), steps, warm_up=compiles)
+            plan.captured = Captured(layers, layers[0].device, step, steps, warm_up=compiles)
         except RuntimeError as error:  # what a model does between its layers may need the host
             first, second, *_ = [*str(error).splitlines(), "", ""]
             return f"the step could not be captured: {f'{first} {second}' if first.endswith(':') else first}"
