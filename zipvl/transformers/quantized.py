@@ -8,7 +8,7 @@ import torch
 
 from zipvl import ops
 from zipvl.config import ZipVLConfig
-from zipvl.transformers.storage import RaggedKV, gather_tokens, grown, is_exact, is_frozen
+from zipvl.transformers.storage import RaggedKV, gather_tokens, grown, is_exact, is_frozen, write_at
 
 WINDOW = 100  # new tokens at full precision; when they are so many they are compressed (ZipCache's interval)
 BLOCK_TOKENS = 64  # of ``csrc/common/quantized_block.h``
@@ -51,7 +51,7 @@ class Segment:
         if self.longest + more > self.packed.shape[2]:
             self.reserve(more + self.longest // 16)
         place = self.blocks[:, None].to(torch.int64) + torch.arange(more, device=packed.device)
-        self.packed.scatter_(2, place[:, None, :, None].expand(packed.shape), packed)
+        write_at(self.packed, place, packed)
         self.blocks.add_(blocks)
         self.longest = _most(self.blocks) if is_exact(packed) else self.longest + more
 
@@ -98,7 +98,7 @@ class RecentQueries:
             slots = slots.gather(1, column)
             queries = queries.gather(2, column[:, None, :, None].expand(*queries.shape[:2], count, queries.shape[3]))
         place = slots % PROBES
-        self.queries.scatter_(2, place[:, None, :, None].expand(queries.shape), queries)
+        write_at(self.queries, place, queries)
         self.positions.scatter_(1, place, slots.to(torch.int32))
 
     def probes(self, lengths: torch.Tensor, slots: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

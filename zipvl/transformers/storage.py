@@ -63,6 +63,14 @@ def gather_tokens(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return states.gather(2, order[:, None, :, None].expand(batch, heads, order.shape[1], dim))
 
 
+def write_at(held: torch.Tensor, places: torch.Tensor, states: torch.Tensor) -> None:
+    """Writes ``states [B, H, n, D]`` to ``places [B, n]`` (int64, none twice) of ``held [B, H, N, D]``, in place."""
+    if torch.compiler.is_compiling():  # Inductor copies all of ``held`` for a scatter, and nothing for this
+        held[torch.arange(held.shape[0], device=held.device)[:, None], :, places] = states.transpose(1, 2)
+    else:
+        held.scatter_(2, places[:, None, :, None].expand(states.shape), states)
+
+
 def packed_mask(mask: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """``mask [B, N]`` at the tokens ``order [B, M]`` of each row, false from ``count [B]`` on; ``[B, M]`` bool."""
     places = order.clamp(max=max(mask.shape[1] - 1, 0)).to(torch.int64)
@@ -232,15 +240,15 @@ class RaggedKV:
             k, v = self.real_first(k, token_mask), self.real_first(v, token_mask)
             if visual is not None:
                 visual = packed_mask(visual, _real_first(token_mask), added)
-        slot = self.lengths.view(-1, 1, 1, 1).long()
+        slot = self.lengths.view(-1, 1).long()
         if new > 1:  # one token, a decoding step, is spared two launches
-            slot = slot + torch.arange(new, device=k.device)[:, None]
-        self.keys.scatter_(2, slot.expand_as(k), k)
-        self.values.scatter_(2, slot.expand_as(v), v)
+            slot = slot + torch.arange(new, device=k.device)
+        write_at(self.keys, slot, k)
+        write_at(self.values, slot, v)
         if visual is not None:
             before = visual.new_zeros(visual.shape[0], 0) if self.visual is None else self.visual
             before = torch.nn.functional.pad(before, (0, longest - before.shape[1]))
-            self.visual = before.scatter(1, slot[:, 0, :, 0], visual)
+            self.visual = before.scatter(1, slot, visual)
         self.lengths.add_(added)
         self.longest = longest
 
