@@ -222,10 +222,11 @@ def _answer_table(
 def serving() -> list[str]:
     """vLLM with the plug-in against the same vLLM without, on a GPU: the newest of each setting and load that both had,
     of engines that were driven in one process."""
-    newest: dict[tuple[int, int, int], dict[str, Result]] = {}
+    newest: dict[tuple[int, int, int, int], dict[str, Result]] = {}
     for line in results("serving"):
-        if line["device"]["type"] == "cuda" and line["in_process"]:
-            load = (line["concurrency"], line["tokens"], line["max_model_len"])
+        # "alone": measured beside its own steps, not beside the peer.
+        if line["device"]["type"] == "cuda" and line["in_process"] and not line.get("alone"):
+            load = (line["concurrency"], line["tokens"], line["max_model_len"], _step(line["flags"]))
             newest.setdefault(load, {})[line["setting"]] = line
     newest = {load: found for load, found in newest.items() if "vLLM" in found}
     last = max((line for found in newest.values() for line in found.values()), key=lambda line: str(line["date"]))
@@ -241,17 +242,23 @@ def serving() -> list[str]:
         "| prompt | at a time | setting | first token, ms | requests/s | requests of the greatest length that fit |",
         "| ---: | ---: | --- | ---: | ---: | ---: |",
     ]
-    for (concurrency, tokens, _), found in sorted(newest.items()):
-        peer = found["vLLM"]
-        for name, line in found.items():
+    for (concurrency, tokens, _, step), found in sorted(newest.items()):
+        peer, prompt = found["vLLM"], f"{tokens:,} in steps of {step:,}" if step else f"{tokens:,}"
+        for name, line in sorted(found.items(), key=lambda pair: pair[1] is not peer):
             pairs = {"ttft_ms": f"{line['ttft_ms']:,.0f}", "requests_per_second": f"{line['requests_per_second']:.2f}"}
             pairs["fits"] = f"{line['fits']:.0f}"
             if line is not peer:
                 for key in pairs:
                     times = peer[key] / line[key] if key == "ttft_ms" else line[key] / peer[key]
                     pairs[key] += f" (**{times:.2f}x**)"
-            lines.append(f"| {tokens:,} | {concurrency} | {name} | " + " | ".join(pairs.values()) + " |")
+            lines.append(f"| {prompt} | {concurrency} | {name} | " + " | ".join(pairs.values()) + " |")
     return lines
+
+
+def _step(flags: list[str]) -> int:
+    """The tokens of one step, where a load's flags give them; 0: a step holds the prompt."""
+    name = "--max-num-batched-tokens"
+    return int(flags[flags.index(name) + 1]) if name in flags else 0
 
 
 def tiny_llava_next() -> list[str]:
