@@ -59,7 +59,7 @@ class Method:
 
 @contextmanager
 def set_aside(owners: Iterable[Any]) -> Iterator[None]:
-    """Has the instances run what they do without their ``Method`` for the length of a block."""
+    """Has the instances run what they do without their ``Method`` for the length of a block, in every thread."""
     methods = [method for owner in owners for method in vars(owner).values() if isinstance(method, Method)]
     for method in methods:
         type(method).remove(method.owner)
