@@ -99,8 +99,8 @@ SHOWN = ("1 page + 128", "8 pages + 128")
 def image_to_answer() -> list[str]:
     """What a user gets on which setting, and what it loses: of each setting the newest times and the newest losses.
 
-    A setting without either has no row, but for the default."""
-    runs = results("answer")
+    A setting without either has no row, but for the default. Compiled decode steps are in ``answer``'s tables alone."""
+    runs = [run for run in results("answer") if not run.get("decode_compile")]
     judged = [run for run in results("fidelity") if run["split"] == "report" and run["device"]["type"] == "cuda"]
     rows = [row for run in judged for row in run["rows"]]
     dense = {row["name"]: row for run in runs for row in run["rows"] if _shown(row)}
@@ -151,7 +151,6 @@ def _timed(setting: Setting, runs: list[Result]) -> dict[str, Result]:
         for run in runs
         if (run["ratio"], run.get("window", 0)) == setting.timed
         and bool(run.get("vision_compile")) == setting.vision_compile
-        and not run.get("decode_compile")
     ]
     return {row["name"]: row for run in same for row in run["rows"] if _shown(row)}
 
@@ -224,7 +223,7 @@ def serving() -> list[str]:
     of engines that were driven in one process."""
     newest: dict[tuple[int, int, int, int], dict[str, Result]] = {}
     for line in results("serving"):
-        # "alone": measured beside its own steps, not beside the peer.
+        # "alone": in that session the peer was not measured with these steps.
         if line["device"]["type"] == "cuda" and line["in_process"] and not line.get("alone"):
             load = (line["concurrency"], line["tokens"], line["max_model_len"], _step(line["flags"]))
             newest.setdefault(load, {})[line["setting"]] = line
