@@ -100,15 +100,16 @@ def test_nothing_leaks_over_answers() -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_windows_of_a_vision_tower(head_dim: int, dtype: torch.dtype) -> None:
-    lengths = [64, 64, 16, 3, 256, 64]
+@pytest.mark.parametrize("lengths", [[64, 64, 16, 3, 256, 64], [64] * 6, [300]])
+def test_windows_of_a_vision_tower(head_dim: int, dtype: torch.dtype, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     q, k, v = (torch.randn(1, 4, sum(lengths), head_dim, device="cuda", dtype=dtype) for _ in range(3))
     module = torch.nn.Module()
     windows = zip(*(states.double().split(lengths, dim=2) for states in (q, k, v)), strict=True)
     parts = [sdpa_attention_forward(module, *window, None, scaling=0.3, is_causal=False)[0] for window in windows]
     exact = torch.cat(parts, dim=1)
-    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 256, "max_length_k": 256}
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    given |= {name: max(lengths) for name in ("max_length_q", "max_length_k")}
     attention = ALL_ATTENTION_FUNCTIONS["zipvl_flash_vision"]
     found, _ = attention(module, q, k, v, None, scaling=0.3, is_causal=False, **given)
     assert found.shape == exact.shape and found.dtype == dtype

@@ -36,6 +36,22 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return vision.blocks_of(model, model.get_decoder())
 
 
+@pytest.mark.parametrize("lengths", [[50], [16] * 4, [16, 16, 8], [1] * 5])
+@pytest.mark.parametrize("longest", ["given", "not given"])
+def test_windows_see_themselves_alone(lengths: list[int], longest: str) -> None:
+    q, k, v = torch.randn(3, 1, 6, sum(lengths), 20).unbind()
+    parts = [
+        nn.functional.scaled_dot_product_attention(*window, scale=0.3)
+        for window in zip(*(states.split(lengths, dim=2) for states in (q, k, v)), strict=True)
+    ]
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    given: dict[str, Any] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "is_causal": False, "scaling": 0.3}
+    if longest == "given":
+        given |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    out, _ = vision.vision_attention(nn.Module(), q, k, v, None, **given)
+    torch.testing.assert_close(out, torch.cat(parts, dim=2).transpose(1, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
 def test_blocks_of_towers_are_compiled_for_the_length_of_a_block(name: str, compiled: list[int]) -> None:

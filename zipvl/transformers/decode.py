@@ -27,6 +27,7 @@ from zipvl.transformers.cache import ZipVLCache
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.methods import Method, set_aside
 from zipvl.transformers.target import KEYWORD
+from zipvl.transformers.walk import modules_of
 
 FEWEST_STEPS = 16
 """Fewer steps are decoded eagerly unless ``ZipVLConfig.decode`` is ``"graph"``: a capture takes as long as one."""
@@ -276,7 +277,7 @@ def _why_not(decoder: Any, cache: ZipVLCache, generation_config: Any, mode: Any)
 def _why_not_decoder(decoder: Any) -> str | None:
     """Why a step of this decoder cannot be captured; None if it can."""
     devices = set()
-    for module in decoder.modules():
+    for module in modules_of(decoder):
         if "_hf_hook" in module.__dict__:
             return "offloaded, or under accelerate's hooks"
         for parameter in module._parameters.values():
@@ -384,7 +385,7 @@ class Replaying(Method):
 
         def step() -> Any:
             # A block's methods end with it, and with them what was compiled; one token needs none of them.
-            with set_aside(self.owner.modules()) if compiles else nullcontext():
+            with set_aside(modules_of(self.owner)) if compiles else nullcontext():
                 return forward(self.owner, given)
 
         try:

@@ -32,8 +32,6 @@ from zipvl.transformers.target import IDS, IMPLEMENTATION, IN_BLOCK, KEYWORD, Ta
 from zipvl.transformers.vision import VISION
 from zipvl.transformers.visual import Visual, is_visual, named, visual_ids
 
-_COMPILED = "_compiled_call_impl"  # of a module, which ``compile()`` sets
-
 _Altered: TypeAlias = tuple[Any, str, Any]
 """An object, its attribute, and what the attribute was."""
 
@@ -144,14 +142,14 @@ class DecoderHook:
             before.append((config, "_attn_implementation_internal", config._attn_implementation_internal))
             config._attn_implementation_internal = name
         for block in vision.blocks_of(outer, self.target.decoder) if run.config.vision_compile else ():
-            before.append((block, _COMPILED, getattr(block, _COMPILED)))
-            block.compile(dynamic=True, backend=vision.BACKEND)
+            before.append((block, vision.COMPILED, getattr(block, vision.COMPILED)))
+            vision.compile_block(block)
 
     def compile_copies(self) -> None:
         """Compiles the blocks of a copied or loaded model's towers: copies of modules leave their compiled call."""
         for block, attribute, _ in self._configured[1] if self._configured is not None else ():
-            if attribute == _COMPILED and getattr(block, _COMPILED) is None:
-                block.compile(dynamic=True, backend=vision.BACKEND)
+            if attribute == vision.COMPILED and getattr(block, attribute) is None:
+                vision.compile_block(block)
 
     def configure(self, run: Run) -> None:
         """Has ``run`` in force from now on, outside of every block."""

@@ -24,6 +24,7 @@ from zipvl.transformers import features
 from zipvl.transformers.methods import Method
 from zipvl.transformers.products import counts_rows, is_plain
 from zipvl.transformers.target import Target, find, layer_index, layers_that_can
+from zipvl.transformers.walk import modules_of
 
 NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 """What decoder layers call their MLP."""
@@ -176,7 +177,7 @@ class MLPs:
                 f"zipvl.sparse: ZipVLConfig.skip_mlp_layers names {wrong}, which {name} does not have or which cannot "
                 f"be sparse; those that can: {sorted(able)}"
             )
-        parents = {id(child): parent for parent in self.target.decoder.modules() for child in parent.children()}
+        parents = {id(child): parent for parent in modules_of(self.target.decoder) for child in parent.children()}
         found: dict[int, nn.Module] = {}
         for attention in self.target.attention:
             layer = layer_index(attention)

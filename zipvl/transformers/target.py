@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from zipvl.config import ZipVLConfig
 from zipvl.transformers.features import problem_of
+from zipvl.transformers.walk import modules_of
 
 IMPLEMENTATION = "zipvl"
 """The attention implementation that a model is given for good."""
@@ -61,25 +62,25 @@ def find(model: nn.Module) -> Target:
             supported. The message says which, and the remedy.
     """
     name = type(model).__name__
-    outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    outer = next((m for m in modules_of(model) if isinstance(m, PreTrainedModel)), None)
     if outer is None:
         raise ValueError(f"zipvl.sparse: {name} holds no transformers model")
     if getattr(outer.config, "is_encoder_decoder", False):
         raise ValueError(f"zipvl.sparse: {name} is an encoder-decoder, which is not supported; use a decoder model")
     check_model(outer.config)
     text = outer.config.get_text_config(decoder=True)
-    modules = list(outer.modules())
+    modules = modules_of(outer)
     generates = outer.can_generate()
     attention = [m for m in modules if layer_index(m) is not None and _decodes(m, text)]
     attention = [m for m in attention if generates or m.is_causal]
     if not attention:
         raise ValueError(f"zipvl.sparse: {name} {_why_none(outer, modules)}")
-    models = [(m, set(m.modules())) for m in modules if isinstance(m, PreTrainedModel)]
+    models = [(m, set(modules_of(m))) for m in modules if isinstance(m, PreTrainedModel)]
     decoder, _ = min((pair for pair in models if pair[1].issuperset(attention)), key=lambda pair: len(pair[1]))
     problem = _why_not(decoder)
     if problem is not None:
         raise ValueError(f"zipvl.sparse: {type(decoder).__name__} {problem}")
-    parents = {id(child): parent for parent in modules for child in parent.children()}
+    parents = {id(child): parent for parent in modules for child in parent._modules.values()}
     for module in attention:
         problem = problem_of(module, parents.get(id(module)), latents=caches_latents(text))
         if problem is not None:
@@ -189,7 +190,7 @@ def layer_configs(text: PretrainedConfig) -> list[Any]:
 
 def layer_index(module: nn.Module) -> int | None:
     """The index of an attention module's layer in its decoder; None if it is not part of one."""
-    index = getattr(module, "layer_idx", None)
+    index = vars(module).get("layer_idx", getattr(type(module), "layer_idx", None))
     return index if isinstance(index, int) else None
 
 

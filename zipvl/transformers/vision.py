@@ -3,20 +3,24 @@
 The attention modules of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and their kin are given the bounds of their windows,
 ``cu_seqlens``. With an attention implementation whose name contains "flash" they hand those on and call it once. With
 any other they split the tokens and call it once a window: 57,000 times for 8 pages in Qwen2.5-VL-7B. The function here
-takes the bounds and gives them to PyTorch's attention over sequences of any lengths. It is exact: no token is left out.
+takes the bounds. Windows of one length are a batch of one SDPA call; others go to PyTorch's attention over sequences of
+any lengths. Both are exact: no token is left out.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from zipvl.transformers.walk import modules_of
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -28,6 +32,9 @@ VISION = "zipvl_flash_vision"
 
 BACKEND = "inductor"
 """The compiler of the blocks of towers."""
+
+COMPILED = "_compiled_call_impl"
+"""What a module's calls are handed to, if it is not None; ``torch.nn.Module.compile`` sets it."""
 
 DEVICES = ("cuda",)
 """Types of devices on which one call is faster than many."""
@@ -43,10 +50,11 @@ def configs_of(model: nn.Module, others: Iterable[PretrainedConfig]) -> list[Pre
         return []
     taken = {id(config) for config in others}
     found: dict[int, Any] = {}
-    for module in model.modules():
+    for module in modules_of(model):
+        if not _splits(type(module)):
+            continue
         config: Any = getattr(module, "config", None)
-        kind: Any = type(module)
-        if id(config) in taken or getattr(config, "_attn_implementation", None) != "sdpa" or not _splits(kind):
+        if id(config) in taken or getattr(config, "_attn_implementation", None) != "sdpa":
             continue
         if all(parameter.device.type in DEVICES for parameter in module.parameters()):
             found[id(config)] = config
@@ -55,22 +63,44 @@ def configs_of(model: nn.Module, others: Iterable[PretrainedConfig]) -> list[Pre
 
 def blocks_of(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     """The blocks of the towers of ``model``: lists of several modules of one class that are not in ``decoder``."""
-    within = set(decoder.modules())
+    within = set(modules_of(decoder))
     found: list[nn.Module] = []
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, nn.ModuleList) and module not in within:
             if len(module) > 1 and len({type(block) for block in module}) == 1:
                 found += module
-                within.update(inner for block in module for inner in block.modules())
+                within.update(inner for block in module for inner in modules_of(block))
     return found
+
+
+def compile_block(block: nn.Module) -> None:
+    """Has calls of a block run as compiled, as ``block.compile()`` has them, until its ``_compiled_call_impl`` is set
+    again.
+
+    One function is compiled for all blocks of a class: to make one for each takes as long as to run them all.
+    """
+    vars(block)[COMPILED] = functools.partial(_compiled(type(block), BACKEND), block)
+
+
+@functools.cache
+def _compiled(kind: type[nn.Module], backend: Any) -> Callable[..., Any]:
+    call = FunctionType(_call.__code__.replace(), globals())  # the compiler bounds the graphs of one code object
+    compiled: Callable[..., Any] = torch.compile(call, dynamic=True, backend=backend)
+    return compiled
+
+
+def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block._call_impl(*args, **kwargs)
 
 
 @functools.cache
 def _splits(kind: type[nn.Module]) -> bool:
     """Whether attention modules of this class are given the bounds of their windows, and hand them on if they may."""
-    forward = inspect.unwrap(kind.forward)
-    names = forward.__code__.co_names
-    return "cu_seqlens" in inspect.signature(forward).parameters and "is_flash_attention_requested" in names
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None:
+        return False
+    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return "cu_seqlens" in parameters and "is_flash_attention_requested" in code.co_names
 
 
 def vision_attention(
@@ -104,7 +134,11 @@ def vision_attention(
     common: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
     if cu_seq_lens_q is None or is_causal is not False:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **common, **kwargs)
-    head_dim = query.shape[-1]
+    head_dim, count = query.shape[-1], cu_seq_lens_q.shape[0] - 1
+    longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
+    if count * longest == query.shape[2] and attention_mask is None:
+        q, k, v = (states[0].unflatten(1, (count, longest)).transpose(0, 1) for states in (query, key, value))
+        return sdpa_attention_forward(module, q, k, v, None, **common, **kwargs)[0].flatten(0, 1)[None], None
     if not _has_kernel(query) or dropout > 0 or attention_mask is not None:
         lengths = cu_seq_lens_q.diff().tolist()
         windows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -113,7 +147,6 @@ def vision_attention(
     if scaling is not None and scaling != head_dim**-0.5:
         query = query * (scaling * head_dim**0.5)
     bounds = cu_seq_lens_q.to(torch.int32)
-    longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest)
     return out[None], None
