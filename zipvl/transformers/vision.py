@@ -51,7 +51,8 @@ def configs_of(model: nn.Module, others: Iterable[PretrainedConfig]) -> list[Pre
     taken = {id(config) for config in others}
     found: dict[int, Any] = {}
     for module in modules_of(model):
-        if not _splits(type(module)):
+        kind: Any = type(module)
+        if not _splits(kind):
             continue
         config: Any = getattr(module, "config", None)
         if id(config) in taken or getattr(config, "_attn_implementation", None) != "sdpa":
@@ -79,11 +80,12 @@ def compile_block(block: nn.Module) -> None:
 
     One function is compiled for all blocks of a class: to make one for each takes as long as to run them all.
     """
-    vars(block)[COMPILED] = functools.partial(_compiled(type(block), BACKEND), block)
+    kind: Any = type(block)
+    vars(block)[COMPILED] = functools.partial(_compiled(kind, BACKEND), block)
 
 
 @functools.cache
-def _compiled(kind: type[nn.Module], backend: Any) -> Callable[..., Any]:
+def _compiled(kind: Any, backend: Any) -> Callable[..., Any]:
     call = FunctionType(_call.__code__.replace(), globals())  # the compiler bounds the graphs of one code object
     compiled: Callable[..., Any] = torch.compile(call, dynamic=True, backend=backend)
     return compiled
@@ -94,7 +96,7 @@ def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _splits(kind: type[nn.Module]) -> bool:
+def _splits(kind: Any) -> bool:
     """Whether attention modules of this class are given the bounds of their windows, and hand them on if they may."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     if code is None:
