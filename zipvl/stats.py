@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 
 Mode = Literal["sparse", "dense"]
 LATEST = 1000
+UNCOUNTED = 1000  # sparse prefills whose ratios are not added up yet, at most
 
 
 class Holder(Protocol):
@@ -221,8 +222,10 @@ class Stats:
         with self._lock:
             self.traced.take()
             self._layers: dict[int, LayerStats] = {}
-            self._ratio_sums: dict[int, torch.Tensor] = {}
-            self._rows: dict[int, int] = {}
+            self._rows, self._dense_rows = 0, 0
+            self._uncounted: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self._ratio_sums: list[torch.Tensor] = []
+            self._ratio_sum = 0.0
             self._prefill_counts: dict[int, int] = {}
             self._sparse_prefills = 0
             self.decodings: deque[Decoding] = deque(maxlen=LATEST)
@@ -281,15 +284,29 @@ class Stats:
             stored_positions=None if stored is None or not self.record_index else stored[0],
             mlp_counts=mlp,
         )
-        ratio_sum = _ratios(real, kept).sum()
         with self._lock:
             self._layers[layer] = entry
-            before = self._ratio_sums.get(layer)
-            self._ratio_sums[layer] = ratio_sum if before is None else before.to(ratio_sum.device) + ratio_sum
-            self._rows[layer] = self._rows.get(layer, 0) + real.shape[0]
+            self._rows += real.shape[0]
+            if count is None:
+                self._dense_rows += real.shape[0]
+            else:
+                self._uncounted.append((real, count))
+                if len(self._uncounted) == UNCOUNTED:
+                    self._sum_ratios()
             self._prefill_counts[layer] = self._prefill_counts.get(layer, 0) + 1
             self._sparse_prefills += reason is None
         return entry
+
+    def _sum_ratios(self) -> None:
+        """Adds up the ratios of the latest sparse prefills, on the device: many at once, because each layer of a short
+        prompt would wait for the launches. The lock is held."""
+        of_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for pair in self._uncounted:
+            of_device.setdefault(pair[1].device, []).append(pair)
+        for pairs in of_device.values():
+            real, kept = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+            self._ratio_sums.append(_ratios(real, kept).sum())
+        self._uncounted.clear()
 
     def decodes(self) -> Decoding:
         """Records that a ``generate()`` begins, which tells the result how it decodes."""
@@ -318,8 +335,11 @@ class Stats:
     def mean_ratio(self) -> float:
         """Mean of kept / real tokens over layers, rows and prefills; a dense layer counts 1. 1.0 if nothing ran."""
         self._count_traced()
-        rows = sum(self._rows.values())
-        return sum(float(total) for total in self._ratio_sums.values()) / rows if rows else 1.0
+        with self._lock:
+            self._sum_ratios()
+            self._ratio_sum += sum(total.item() for total in self._ratio_sums)
+            self._ratio_sums.clear()
+            return (self._dense_rows + self._ratio_sum) / self._rows if self._rows else 1.0
 
     @property
     def stored_ratio(self) -> float | None:

@@ -47,6 +47,20 @@ def test_mean_ratio_runs_over_layers_rows_and_prefills() -> None:
     assert stats.active
 
 
+def test_mean_ratio_holds_no_more_than_so_many_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipvl.stats.UNCOUNTED", 4)
+    stats = zipvl.Stats()
+    kept = torch.randint(1, 50, (11, 2))
+    for prefill, counts in enumerate(kept):
+        stats.add(prefill % 3, None, 50, torch.tensor([50, 0]), torch.zeros(2, 50, dtype=torch.int32), counts)
+        assert len(stats._uncounted) < 4
+        if prefill in (2, 9):
+            expected = (kept[: prefill + 1, 0] / 50).sum() + (prefill + 1)  # a row without real tokens counts 1
+            assert stats.mean_ratio == pytest.approx(float(expected) / (2 * (prefill + 1)))
+    stats.add(0, "text", 50, torch.tensor([50, 50]))
+    assert stats.mean_ratio == pytest.approx((float((kept[:, 0] / 50).sum()) + 11 + 2) / 24)
+
+
 def test_decoding_is_not_a_prefill_but_moves_the_bytes() -> None:
     model = make_llama()
     with zipvl.sparse(model, PAPER, ratio=0.25) as stats:

@@ -112,6 +112,7 @@ class Call:
     _extra: tuple[torch.Tensor, torch.Tensor] | None = None
     _first_stored: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
     _new: tuple[torch.Tensor | None] | None = None
+    _real: tuple[torch.Tensor | None, int, torch.Tensor] | None = None
     _read: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
     _seen_by: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -259,10 +260,24 @@ class Call:
         index, stats = layer_index(module), self.run.stats
         if stats is None or index is None:
             return
-        batch, _, tokens, _ = states.shape
-        words = None if dense is None else dense.words
+        tokens, words = states.shape[2], None if dense is None else dense.words
         if tokens >= dense_below:
             self._prefills.append(words)
+        real = self._real_tokens(states, attention_mask)
+        if torch.compiler.is_compiling():
+            stats.traced.leave(index, words, tokens, real, chosen, count, stored, mlp)
+            return
+        entry = stats.add(index, words, tokens, real, chosen, count, stored, mlp)
+        if layer is not None:
+            layer.measured_by(entry)
+
+    def _real_tokens(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """``[B]``, how many of the tokens of ``states [B, H, N, D]`` are real."""
+        batch, _, tokens, _ = states.shape
+        if self._real is not None:
+            mask, prompt, real = self._real
+            if mask is attention_mask and prompt == tokens and real.shape[0] == batch and real.device == states.device:
+                return real
         if attention_mask is None:
             real = torch.full((batch,), tokens, device=states.device)
         elif attention_mask.dim() == 2:
@@ -270,12 +285,8 @@ class Call:
         else:  # [B, 1, N, N], boolean or additive: a real token attends to itself under every pattern
             itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
             real = (itself if itself.dtype == torch.bool else itself >= 0).sum(-1).expand(batch)
-        if torch.compiler.is_compiling():
-            stats.traced.leave(index, words, tokens, real, chosen, count, stored, mlp)
-            return
-        entry = stats.add(index, words, tokens, real, chosen, count, stored, mlp)
-        if layer is not None:
-            layer.measured_by(entry)
+        self._real = attention_mask, tokens, real
+        return real
 
     def leave_for_mlp(
         self,

@@ -62,7 +62,9 @@ def find(model: nn.Module) -> Target:
             supported. The message says which, and the remedy.
     """
     name = type(model).__name__
-    outer = next((m for m in modules_of(model) if isinstance(m, PreTrainedModel)), None)
+    outer: Any = model
+    if not isinstance(model, PreTrainedModel):
+        outer = next((m for m in modules_of(model) if isinstance(m, PreTrainedModel)), None)
     if outer is None:
         raise ValueError(f"zipvl.sparse: {name} holds no transformers model")
     if getattr(outer.config, "is_encoder_decoder", False):
@@ -75,7 +77,7 @@ def find(model: nn.Module) -> Target:
     attention = [m for m in attention if generates or m.is_causal]
     if not attention:
         raise ValueError(f"zipvl.sparse: {name} {_why_none(outer, modules)}")
-    models = [(m, set(modules_of(m))) for m in modules if isinstance(m, PreTrainedModel)]
+    models = [(m, set(modules if m is outer else modules_of(m))) for m in modules if isinstance(m, PreTrainedModel)]
     decoder, _ = min((pair for pair in models if pair[1].issuperset(attention)), key=lambda pair: len(pair[1]))
     problem = _why_not(decoder)
     if problem is not None:
