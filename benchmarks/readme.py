@@ -20,6 +20,7 @@ import typer
 from benchmarks.fidelity import show
 from benchmarks.paper import equal_time as equal
 from benchmarks.paper.records import lines_of, read_times
+from zipvl.config import TAU, TEXT_TAU
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -85,13 +86,18 @@ class Setting:
 
 SETTINGS = (
     # Random weights do not show how many tokens tau keeps; of the trained model's pages it keeps 33%.
-    Setting("`ZipVLConfig()`", (0.33, 512), "tau 0.9, window 512, full, text kept"),
-    Setting('`ZipVLConfig(cache="quantize")`', None, "tau 0.9, window 512, quantize, text kept"),
-    Setting('`ZipVLConfig(cache="drop", cache_ratio=0.35)`', None, "tau 0.9, window 512, drop, stored 0.35, text kept"),
+    Setting("`ZipVLConfig()`", (0.33, 512), "default tau, window 512, full, text kept"),
+    Setting('`ZipVLConfig(tau=0.9, cache="quantize")`', None, "tau 0.9, window 512, quantize, text kept"),
+    Setting(
+        '`ZipVLConfig(tau=0.9, cache="drop", cache_ratio=0.35)`',
+        None,
+        "tau 0.9, window 512, drop, stored 0.35, text kept",
+    ),
     Setting("`ZipVLConfig(ratio=0.25)`", (0.25, 512), "ratio 0.25, window 512, full, text kept"),
     Setting("the same, and `vision_compile=True`", (0.25, 512), "", vision_compile=True),
     Setting("`ZipVLConfig.paper()`", None, "tau 0.975, drop"),
 )
+WHOLE = {"text": 24, "key": 200, "page": 1000}
 PAGES_OF = "Qwen2.5-VL-7B"
 SHOWN = ("1 page + 128", "8 pages + 128")
 
@@ -101,12 +107,11 @@ def image_to_answer() -> list[str]:
 
     A setting without either has no row, but for the default. Compiled decode steps are in ``answer``'s tables alone."""
     runs = [run for run in results("answer") if not run.get("decode_compile")]
-    judged = [run for run in results("fidelity") if run["split"] == "report" and run["device"]["type"] == "cuda"]
-    rows = [row for run in judged for row in run["rows"]]
+    rows = [row for run in results("fidelity") if run["split"] == "report" for row in run["rows"]]
     dense = {row["name"]: row for run in runs for row in run["rows"] if _shown(row)}
     source_of = next(run for run in reversed(runs) if any(_shown(row) for row in run["rows"]))
     original = {
-        measure: next(row[measure] for row in reversed(rows) if row["setting"] == "dense" and row.get(measure))
+        measure: next(row[measure] for row in reversed(rows) if row["setting"] == "dense" and _is_whole(row, measure))
         for measure in ("key", "page")
     }
     lines = [
@@ -156,9 +161,16 @@ def _timed(setting: Setting, runs: list[Result]) -> dict[str, Result]:
 
 
 def _judged(setting: Setting, rows: list[Result], measure: str) -> Result | None:
-    """The newest of a setting's ``text``, ``key`` or ``page``."""
-    found = [row[measure] for row in rows if row["setting"] == setting.judged and row.get(measure)]
+    """The newest of a setting's ``text``, ``key`` or ``page``. The default ``tau`` counts by its number too."""
+    tau = f"tau {TAU if measure == 'page' else TEXT_TAU}"
+    names = (setting.judged, setting.judged.replace("default tau", tau))
+    found = [row[measure] for row in rows if row["setting"] in names and _is_whole(row, measure)]
     return found[-1] if found else None
+
+
+def _is_whole(row: Result, measure: str) -> bool:
+    """Whether a setting was measured on all reported samples, as by ``python -m benchmarks.fidelity --full``."""
+    return bool(row.get(measure)) and row[measure]["samples"] >= WHOLE[measure]
 
 
 def _found(key: Result) -> str:
@@ -516,18 +528,17 @@ def fidelity() -> list[str]:
     """What pretrained weights lose: the newest run over reported samples, and the newest of all settings."""
     if not (RESULTS / "fidelity.jsonl").exists():
         return ["No run of `python -m benchmarks.fidelity` is recorded yet."]
-    newest: dict[tuple[bool, str], Result] = {}
+    newest: dict[tuple[bool, str, bool], Result] = {}
     for run in results("fidelity"):
-        if run["split"] == "report" and {"text", "page"} <= run["samples"].keys():
-            newest[run["full"], run["device"]["name"]] = run
+        if run["split"] == "report" and "text" in run["samples"]:
+            newest[run["full"], run["device"]["name"], "page" not in run["samples"]] = run
     lines = []
-    for (full, _), run in sorted(newest.items(), key=lambda item: item[0]):
+    for (full, *_), run in sorted(newest.items(), key=lambda item: item[0]):
         samples = run["samples"]
+        counted = (f"{samples[part]:,} {part}s" for part in ("text", "key", "page") if part in samples)
         lines += [
             *([""] if lines else []),
-            f"{samples['text']} texts, {f'{keys} keys, ' if (keys := samples.get('key')) else ''}"
-            f"{samples['page']:,} pages, {run['dtype']}"
-            f"{', `--full`' if full else ''} ({source(run)}):",
+            f"{', '.join(counted)}, {run['dtype']}{', `--full`' if full else ''} ({source(run)}):",
             "",
             "| " + " | ".join(show.HEADER) + " |",
             "| --- |" + " ---: |" * (len(show.HEADER) - 1),

@@ -39,7 +39,8 @@ def cost_key(config: ZipVLConfig) -> str:
 
     Text, because ``torch.compile(dynamic=True)`` makes symbols of an object's floats.
     """
-    ratio, tau = (None if x is None else min(x, config.max_ratio) for x in (config.ratio, config.tau))
+    tau = config.for_model(visual=False).tau
+    ratio, tau = (None if x is None else min(x, config.max_ratio) for x in (config.ratio, tau))
     return json.dumps([ratio, tau, config.all_queries, config.local_window])
 
 

@@ -6,9 +6,9 @@ __all__ = ["DEFAULT", "FULL"]
 
 DEFAULT = (
     "tau 0.975, drop",
-    "tau 0.9, window 512, full, text kept",
-    "tau 0.9, window 512, drop, text kept",
-    "tau 0.9, window 512, quantize, text kept",
+    "default tau, window 512, full, text kept",
+    "default tau, window 512, drop, text kept",
+    "default tau, window 512, quantize, text kept",
 )
 """What a CPU measures in a quarter of an hour beside dense: the paper's way, and the default's with each cache."""
 
@@ -26,6 +26,9 @@ FULL = (
     "tau 0.975, window 256, full, text kept",
     "tau 0.975, window 512, drop, text kept",
     "tau 0.975, window 512, full, text kept",
+    "tau 0.9, window 512, full, text kept",
+    "tau 0.9, window 512, drop, text kept",
+    "tau 0.9, window 512, quantize, text kept",
     "tau 0.95, window 512, full, text kept",
     "tau 0.95, window 512, drop, text kept",
     "tau 0.95, window 512, drop, text kept, stored 0.35",

@@ -24,4 +24,4 @@ def test_the_demo_answers_right_from_fewer_tokens() -> None:
     assert said["prompt_tokens"] > 2600
     assert said["dense"]["answer"] == said["zipvl"]["answer"] == page["answer"]
     assert said["zipvl"]["active"] and 0.2 < said["zipvl"]["mean_ratio"] < 0.5
-    assert ZipVLConfig(**said["config"]) == ZipVLConfig()
+    assert ZipVLConfig(**said["config"]) == ZipVLConfig(tau=0.9)

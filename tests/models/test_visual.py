@@ -175,6 +175,34 @@ def test_unless_it_is_asked_for(make: Any) -> None:
     assert modes(stats) == {("sparse", None)} and stats.mean_ratio < 1
 
 
+@pytest.mark.parametrize("door", ["sparse", "configure", "cache"])
+@pytest.mark.parametrize(("make", "tau"), [(make_llama, 0.97), (make_llava_next, 0.9)])
+def test_models_whose_visual_tokens_are_unknown_keep_more(make: Any, tau: float, door: str) -> None:
+    inputs, config = text_inputs(300), zipvl.ZipVLConfig(text_prompts="sparse", local_window=8)
+
+    def kept(given: zipvl.ZipVLConfig) -> list[float]:
+        model = make()
+        if door == "sparse":
+            with zipvl.sparse(model, given) as stats:
+                model(**inputs)
+        else:
+            stats = zipvl.configure(model, given)
+            model(**inputs, past_key_values=zipvl.ZipVLCache(model, given) if door == "cache" else None)
+        return [layer.ratio for layer in stats.layers.values()]
+
+    assert kept(config) == kept(config.replace(tau=tau)) != kept(config.replace(tau=0.87 + 0.97 - tau))
+
+
+def test_a_mask_of_visual_tokens_says_that_there_are_some() -> None:
+    model, inputs, ratios = make_llama(), text_inputs(300), []
+    how: dict[str, Any] = {"visual_mask": inputs["input_ids"] > 50, "keep_text": False, "local_window": 8}
+    for given in ({}, {"tau": 0.9}):
+        with zipvl.sparse(model, **how, **given) as stats:
+            model(**inputs)
+        ratios.append(stats.mean_ratio)
+    assert ratios[0] == ratios[1] < 1
+
+
 def test_a_short_prompt_of_text_is_just_short() -> None:
     model = make_llama()
     with warnings.catch_warnings(), zipvl.sparse(model) as stats:

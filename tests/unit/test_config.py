@@ -18,7 +18,7 @@ BELOW_2_63 = ("seed", "keep_recent", "min_tokens", "dense_below", "local_window"
 COUNTS = ("num_recent", "num_random", *BELOW_2_63)
 
 REFUSED: list[tuple[str, list[Any]]] = [
-    ("tau", [None, "0.9", True, 0.5j, [0.5], 0, -0.1, 1.5, math.nan, math.inf, np.float32(1.5), np.bool_(True)]),
+    ("tau", ["0.9", True, 0.5j, [0.5], 0, -0.1, 1.5, math.nan, math.inf, np.float32(1.5), np.bool_(True)]),
     ("tau", [np.array([0.5]), Fraction(1, 10**400), 10**400, 10**5000]),
     ("ratio", ["0.5", False, 0.0, -1, 1.0001, math.nan, -math.inf, np.str_("0.5"), b"1"]),
     ("max_ratio", [None, "1", True, 0, -0.5, 1.01, math.nan, np.bool_(False)]),
@@ -166,6 +166,17 @@ def test_the_paper_s_method_has_nothing_of_ours() -> None:
     assert (paper.tau, paper.cache, ZipVLConfig.paper().cache) == (0.9, "full", "drop")
     with pytest.raises(TypeError, match="tua"):
         ZipVLConfig.paper(tua=0.5)
+
+
+def test_text_keeps_more_unless_a_tau_is_given() -> None:
+    config = ZipVLConfig(local_window=8)
+    assert config.tau is None
+    assert config.for_model(visual=True) == config.replace(tau=0.9)
+    assert config.for_model(visual=False) == config.replace(tau=0.97)
+    assert config.attention_kwargs() == config.replace(tau=0.97).attention_kwargs()  # of no model
+    given = ZipVLConfig(tau=0.5)
+    assert given.for_model(visual=True) is given.for_model(visual=False) is given
+    assert ZipVLConfig.paper().for_model(visual=True).tau == 0.975
 
 
 def test_attention_gets_what_decides_in_it() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zipvl.config import ZipVLConfig
-from zipvl.vllm import versions
+from zipvl.vllm import plugin, versions
 from zipvl.vllm.options import DONE, OUT_OF_REACH, Budget, Options
 from zipvl.vllm.report import Reporter, StepRecord
 from zipvl.vllm.rows import cut, split
@@ -45,6 +46,18 @@ def test_options_are_those_of_the_configuration() -> None:
     assert hash(options) and options.prefill_chunk_size is None
     assert Options.read({}).config == ZipVLConfig(keep_text=False, text_prompts="sparse")
     assert Options.read({"keep_text": False, "text_prompts": "sparse"}) == Options.read({})
+
+
+def test_the_default_tau_is_the_model_s() -> None:
+    def tau(options: dict[str, Any], multimodal: bool) -> float | None:
+        model = SimpleNamespace(is_multimodal_model=multimodal)
+        found = plugin.asked(SimpleNamespace(additional_config={"zipvl": options}, model_config=model))
+        assert found is not None
+        assert f"tau {found.config.tau:g}" in found.describe()
+        return found.config.tau
+
+    assert (tau({}, True), tau({}, False)) == (0.9, 0.97)
+    assert tau({"tau": 0.5}, True) == tau({"tau": 0.5}, False) == 0.5
 
 
 @pytest.mark.parametrize("name", sorted(OUT_OF_REACH))
@@ -118,13 +131,13 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "compact", "words"),
     [
-        ({}, False, "tau 0.9, window 512 and 4 sinks.*holds all tokens"),
+        ({}, False, "tau 0.97, window 512 and 4 sinks.*holds all tokens"),
         ({"ratio": 0.25, "local_window": 0}, False, r"\(ratio 0.25\); the cache holds all tokens"),
         ({"cache": "drop"}, False, "blocks are reserved for all"),
         ({"cache": "drop", "ratio": 0.25}, True, "ratio 0.25.*blocks are reserved for these alone"),
-        ({"cache": "drop", "max_ratio": 0.5}, True, "tau 0.9, at most 0.5.*these alone"),
+        ({"cache": "drop", "max_ratio": 0.5}, True, "tau 0.97, at most 0.5.*these alone"),
         ({"cache": "drop", "ratio": 1.0}, False, "reserved for all"),
-        ({"cache": "drop", "cache_ratio": 0.3}, True, "tau 0.9, 0.3 in the cache.*these alone"),
+        ({"cache": "drop", "cache_ratio": 0.3}, True, "tau 0.97, 0.3 in the cache.*these alone"),
         ({"cache": "drop", "cache_ratio": 1.0, "ratio": 0.2}, False, "reserved for all"),
     ],
 )

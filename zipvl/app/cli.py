@@ -405,8 +405,8 @@ def bench(
 
 
 def _config(file: Path | None, **values: Any) -> ZipVLConfig:
-    """The configuration of ``file``, or ``ZipVLConfig()`` without one, with ``values``; an option that was not given,
-    None, changes nothing."""
+    """The configuration of ``file``, or ``ZipVLConfig()`` without one, with ``values``, of a model that is shown pages;
+    an option that was not given, None, changes nothing."""
     from zipvl.config import ZipVLConfig, read_fields
 
     fields: dict[str, Any] = {}
@@ -419,7 +419,7 @@ def _config(file: Path | None, **values: Any) -> ZipVLConfig:
     fields |= {name: value for name, value in values.items() if value is not None}
     with suppress(KeyError, TypeError, ValueError):  # a word, such as auto
         fields["dense_below"] = int(fields["dense_below"])
-    return _checked(**fields)
+    return _checked(**fields).for_model(visual=True)
 
 
 def _checked(**fields: Any) -> ZipVLConfig:

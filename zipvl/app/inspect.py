@@ -97,7 +97,7 @@ def inspect_page(loaded: Loaded, image: Image.Image, question: str, config: Any,
     tokens = inputs["input_ids"][0].tolist()
     of_image = set(patches.image.tolist())
     decode = getattr(loaded.processor, "tokenizer", loaded.processor).decode
-    target = f"ratio {config.ratio:g}" if config.ratio is not None else f"tau {config.tau:g}"
+    target = f"ratio {config.ratio:g}" if config.ratio is not None else f"tau {config.for_model(visual=True).tau:g}"
     return Inspection(
         page=image,
         question=question,

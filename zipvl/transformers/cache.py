@@ -14,6 +14,7 @@ from zipvl.config import ZipVLConfig
 from zipvl.transformers.cache_layer import ZipVLCacheLayer
 from zipvl.transformers.storage import Trimmer
 from zipvl.transformers.target import caches_latents, check_model, layer_configs, sources
+from zipvl.transformers.visual import visual_ids
 
 CHANNEL_MULTIPLE = 32
 """A quantised block holds codes of so many channels in a word (``csrc/common/quantized_block.h``)."""
@@ -91,6 +92,7 @@ class ZipVLCache(DynamicCache):
         """
         check_model(model_config)
         check_cache(config, model_config)
+        config = config.for_model(visual=bool(visual_ids(model_config)))
         layers, self.trimmer = self.layers or DynamicCache(config=model_config).layers, Trimmer()
         text = model_config.get_text_config(decoder=True)
         shared, latents = set(sources(text).values()), caches_latents(text)

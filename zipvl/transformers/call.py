@@ -65,7 +65,7 @@ class Run:
         warnings.warn(text, stacklevel=3)
 
 
-DEFAULT_RUN = Run(ZipVLConfig(text_prompts="sparse", keep_text=False))
+DEFAULT_RUN = Run(ZipVLConfig(text_prompts="sparse", keep_text=False).for_model(visual=False))
 """The ``Run`` of a model with ``attn_implementation="zipvl"`` that nobody configured. It has no hooks that could see
 which tokens are visual."""
 

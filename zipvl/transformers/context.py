@@ -52,6 +52,7 @@ def sparse(
     config = (config or ZipVLConfig()).replace(**overrides)
     check_visual_mask(visual_mask)
     hook, stats = _checked(model, config), Stats(record_index=record_index)
+    config = hook.settled(config, visual_mask)
     with hook.block(Run(config, stats, in_block=True, visual_mask=visual_mask)):
         yield stats
 
@@ -85,7 +86,8 @@ def configure(
     if config is None:
         DecoderHook.of(targets.find(model)).unconfigure()
     else:
-        _checked(model, config).configure(Run(config, stats, visual_mask=visual_mask))
+        hook = _checked(model, config)
+        hook.configure(Run(hook.settled(config, visual_mask), stats, visual_mask=visual_mask))
     return stats
 
 

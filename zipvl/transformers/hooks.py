@@ -30,7 +30,7 @@ from zipvl.transformers.mlp import MLPs
 from zipvl.transformers.ranks import over_ranks
 from zipvl.transformers.target import IDS, IMPLEMENTATION, IN_BLOCK, KEYWORD, Target, find, takes_keywords
 from zipvl.transformers.vision import VISION
-from zipvl.transformers.visual import Visual, is_visual, named, visual_ids
+from zipvl.transformers.visual import Visual, VisualMask, is_visual, named, visual_ids
 
 _Altered: TypeAlias = tuple[Any, str, Any]
 """An object, its attribute, and what the attribute was."""
@@ -60,6 +60,10 @@ class DecoderHook:
         """The hook of this model, or a new one that is not attached yet."""
         found = [hook for hook in target.decoder._forward_pre_hooks.values() if isinstance(hook, cls)]
         return found[0] if found else cls(target)
+
+    def settled(self, config: ZipVLConfig, visual_mask: VisualMask | None) -> ZipVLConfig:
+        """``config`` with the ``tau`` that it means for this model, some of whose tokens the caller may name visual."""
+        return config.for_model(visual=visual_mask is not None or bool(self.visual_ids))
 
     def attach(self) -> None:
         """Installs everything, unless it is."""

@@ -254,14 +254,9 @@ class QuantizedKV:
         valid = self.window.valid()[:, self.sinks :]
         q, probes = self.recent.probes(self.window.lengths, k.shape[2], self.sinks)
         accumulated, normalized = ops.probe_scores(q, k, probes, scale=self.scale, token_mask=valid)
-        index, count = ops.select_tokens(
-            accumulated,
-            normalized,
-            tau=self.config.tau,
-            ratio=self.config.ratio,
-            min_tokens=self.config.min_tokens,
-            token_mask=valid,
-        )
+        settings = self.config.attention_kwargs()
+        kept = {name: settings[name] for name in ("tau", "ratio", "min_tokens")}
+        index, count = ops.select_tokens(accumulated, normalized, **kept, token_mask=valid)
         high, high_blocks, low, low_blocks, _ = ops.quantize_kv(
             k, v, index, count, **self._bits, v_factor=self.v_factor, token_mask=valid
         )

@@ -99,7 +99,7 @@ class Options:
     def describe(self) -> str:
         """One line for the log."""
         config = self.config
-        kept = f"ratio {config.ratio:g}" if config.ratio is not None else f"tau {config.tau:g}"
+        kept = f"ratio {config.ratio:g}" if config.ratio is not None else f"tau {config.for_model(visual=False).tau:g}"
         if config.max_ratio < 1.0:
             kept += f", at most {config.max_ratio:g}"
         if config.cache_ratio is not None:

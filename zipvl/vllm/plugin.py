@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -27,14 +28,18 @@ def register() -> None:
 
 
 def asked(vllm_config: Any) -> Options | None:
-    """The options that a configuration of vLLM has, or None.
+    """The options that a configuration of vLLM has, with the ``tau`` that they mean for its model, or None.
 
     Raises:
         ValueError: they are wrong; the message names which.
     """
     extra = vllm_config.additional_config
     given = extra.get(KEY) if isinstance(extra, dict) else None
-    return None if given is None else Options.read(given)
+    if given is None:
+        return None
+    options = Options.read(given)
+    visual = bool(getattr(vllm_config.model_config, "is_multimodal_model", False))
+    return replace(options, config=options.config.for_model(visual=visual))
 
 
 def _register_backend() -> None:

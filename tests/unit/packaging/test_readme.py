@@ -47,16 +47,23 @@ def test_a_setting_shows_its_newest_times_and_losses(monkeypatch: pytest.MonkeyP
         ]
         return about | {"ratio": 0.25, "window": window, "rows": rows} | changes
 
-    def judged(kl: float, **changes: Any) -> dict[str, Any]:
-        page = {"right": 0.99, "cache_share": 1.06}
-        key = {"by_length": {"1357": {"samples": 100, "right": 0.95}, "2713": {"samples": 100, "right": 1.0}}}
-        rows = [{"setting": "dense", "page": {"right": 0.994}, "key": key}]
-        rows += [{"setting": "tau 0.9, window 512, full, text kept", "text": {"kl": kl}, "key": key, "page": page}]
+    def judged(kl: float, tau: str = "tau 0.97", texts: int = 24, pages: int = 1000, **changes: Any) -> dict[str, Any]:
+        page = {"samples": pages, "right": 0.99, "cache_share": 1.06}
+        by_length = {"1357": {"samples": 100, "right": 0.95}, "2713": {"samples": 100, "right": 1.0}}
+        key = {"samples": 200, "by_length": by_length}
+        measured = {"text": {"samples": texts, "kl": kl}, "key": key, "page": page}
+        rows = [{"setting": "dense"} | measured, {"setting": f"{tau}, window 512, full, text kept"} | measured]
         return about | {"split": "report", "rows": rows} | changes
 
     recorded = {
         "answer": [timed(512, 3.0), timed(512, 2.0), timed(512, 1.0, vision_compile=True), timed(0, 0.5)],
-        "fidelity": [judged(0.5), judged(0.007), judged(0.1, split="tune"), judged(0.2, device={"type": "cpu"})],
+        "fidelity": [
+            judged(0.5, "default tau"),
+            judged(0.007),
+            judged(0.1, split="tune"),
+            judged(0.2, texts=4),
+            judged(0.3, "tau 0.9", pages=100),
+        ],
     }
     monkeypatch.setattr(readme, "results", recorded.__getitem__)
     rows = {line.split(" | ")[0].strip("| ").lstrip("`"): line for line in readme.image_to_answer()[4:]}

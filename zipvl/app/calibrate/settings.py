@@ -14,6 +14,7 @@ DENSE = "dense"
 
 WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     r"tau (0?\.\d+|1)": lambda share: {"tau": float(share)},
+    r"(default) tau": lambda _: {"tau": None},
     r"ratio (0?\.\d+|1)": lambda share: {"ratio": float(share)},
     r"window (\d+)": lambda tokens: {"local_window": int(tokens), "num_sinks": 4},
     r"(\d+) sinks": lambda tokens: {"num_sinks": int(tokens)},
