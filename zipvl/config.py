@@ -33,7 +33,7 @@ class ZipVLConfig:
     Args:
         tau: share of the probes' attention mass that a layer's kept tokens must hold, in ``(0, 1]``
             (Sec. 3, "layer-wise adaptive ratio"). 1 keeps every token. ``None``: 0.9 in a model whose visual tokens are
-            known, 0.97 in every other, because text says less twice.
+            known, 0.97 in every other, because text repeats itself less than pictures do.
         ratio: if given, replaces ``tau``: every layer keeps ``ceil(ratio * real tokens)``; in ``(0, 1]``.
         num_recent: most recent tokens used as probes (Sec. A).
         num_random: random earlier tokens used as probes, one from each of as many strata (Sec. A).
@@ -216,8 +216,8 @@ class ZipVLConfig:
             partial.unlink(missing_ok=True)
 
     def attention_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of ``torch.ops.zipvl.zipvl_attn`` that this configuration decides; of no model, where
-        ``tau`` is None."""
+        """The keyword arguments of ``torch.ops.zipvl.zipvl_attn`` that this configuration decides. Without a ``tau``
+        they are those of a model without visual tokens."""
         selection = ("tau", "ratio", "num_recent", "num_random", "seed", "keep_recent", "min_tokens", "max_ratio")
         settled = self.for_model(visual=False)
         given = {name: getattr(settled, name) for name in (*selection, "all_queries", "local_window")}
