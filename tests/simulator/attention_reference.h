@@ -25,19 +25,8 @@ inline Case random_case() {
 template <typename Element>
 std::vector<Element> random_rows(std::size_t rows, int D) {
   std::vector<Element> values(rows * D);
-  for (Element& x : values) {
-    x = Element(emulated::normal());
-  }
+  fill_normal(values);
   return values;
-}
-
-template <typename Element, int D>
-std::vector<double> row_at(const std::vector<Element>& values, std::size_t row) {
-  std::vector<double> wide;
-  for (int d = 0; d < D; ++d) {
-    wide.push_back(static_cast<float>(values[row * D + d]));
-  }
-  return wide;
 }
 
 // The largest error of launch(params). q, k and v lie as [batch, tokens, heads, D] and are NaN where nobody may look;
@@ -96,28 +85,25 @@ double error_of(const Case& c, const Launch& launch) {
   params.element = std::is_same_v<Element, __half> ? zipvl::cuda::Element::kFloat16 : zipvl::cuda::Element::kBFloat16;
   launch(params);
 
+  const auto wide_q = widened(q), wide_k = widened(k), wide_v = widened(v), wide_out = widened(out);
   double worst = 0.0;
+  std::vector<const double*> keys, values;
   for (int b = 0; b < c.batch; ++b) {
     const std::int32_t* selected = &index[static_cast<std::size_t>(b) * c.tokens];
     for (int n = 0; n < c.tokens; ++n) {
+      const auto seen = c.causal ? std::upper_bound(selected, selected + count[b], n) : selected + count[b];
       const bool attends = c.all_queries || std::binary_search(selected, selected + count[b], n);
       for (int h = 0; h < c.query_heads; ++h) {
         const std::size_t query = (static_cast<std::size_t>(b) * c.tokens + n) * c.query_heads + h;
-        std::vector<double> should(D, 0.0);
-        if (attends) {
-          std::vector<std::vector<double>> keys, values;
-          for (int place = 0; place < count[b] && (!c.causal || selected[place] <= n); ++place) {
-            const std::size_t row = (static_cast<std::size_t>(b) * c.tokens + selected[place]) * c.kv_heads +
-                                    h / (c.query_heads / c.kv_heads);
-            keys.push_back(row_at<Element, D>(k, row));
-            values.push_back(row_at<Element, D>(v, row));
-          }
-          should = attend(row_at<Element, D>(q, query), keys, values).out;
+        keys.clear();
+        values.clear();
+        for (const std::int32_t* token = selected; token < seen && attends; ++token) {
+          const std::size_t row =
+              (static_cast<std::size_t>(b) * c.tokens + *token) * c.kv_heads + h / (c.query_heads / c.kv_heads);
+          keys.push_back(&wide_k[row * D]);
+          values.push_back(&wide_v[row * D]);
         }
-        const std::vector<double> is = row_at<Element, D>(out, query);
-        for (int d = 0; d < D; ++d) {
-          worst = std::max(worst, difference(is[d], should[d]));
-        }
+        worst = std::max(worst, difference(&wide_out[query * D], attend(&wide_q[query * D], D, keys, values).out));
       }
     }
   }

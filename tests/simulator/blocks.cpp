@@ -2,15 +2,22 @@
 #include "blocks.h"
 
 #include <algorithm>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <numeric>
+#include <semaphore>
 #include <thread>
+#include <utility>
 
 namespace emulated {
 
-void DynamicShared::poison() {
+void DynamicShared::poison(std::size_t asked) {
   for (const std::ptrdiff_t offset : offsets()) {
-    std::memset(at_offset(offset), 0xFF, kSharedBytes);
+    std::memset(at_offset(offset), 0xFF, used);
   }
+  used = asked;
 }
 
 void DynamicShared::check(std::size_t asked) {
@@ -23,13 +30,154 @@ void DynamicShared::check(std::size_t asked) {
   }
 }
 
-void Cluster::enter(int rank) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  bases_[rank] = shared_base;
-  if (++entered_ == size()) {
-    hand_on(static_cast<int>(schedule_() % bases_.size()));
+void DynamicShared::check_read(const unsigned char* begin, const unsigned char* end) {
+  for (const std::ptrdiff_t offset : offsets()) {
+    if (begin >= at_offset(offset) && end <= at_offset(offset) + used) {
+      return;
+    }
   }
-  changed_.wait(lock, [&] { return turn_ == rank; });
+  fail("a product reads outside of the shared memory that its block asked for");
+}
+
+// Stacks that no fiber has now.
+class Stacks {
+ public:
+  using Stack = std::unique_ptr<unsigned char[]>;
+
+  static Stack take() {
+    const std::unique_lock<std::mutex> lock(mutex());
+    if (spare().empty()) {
+      return Stack(new unsigned char[kStackBytes]);
+    }
+    Stack stack = std::move(spare().back());
+    spare().pop_back();
+    return stack;
+  }
+  static void give_back(Stack stack) {
+    const std::unique_lock<std::mutex> lock(mutex());
+    spare().push_back(std::move(stack));
+  }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+  static std::vector<Stack>& spare() {
+    static std::vector<Stack> list;
+    return list;
+  }
+};
+
+// The blocks of a cluster, each in a thread of the host. One runs at a time: the others wait for their turn. Of some
+// clusters one block begins only when no other can go on.
+class Cluster {
+ public:
+  Cluster(int size, int threads, unsigned seed);
+
+  int size() const { return static_cast<int>(members_.size()); }
+
+  // Block `rank` waits until all are there and it is its turn.
+  void enter(int rank);
+  // A round of the block's threads is over, in which something happened or not.
+  void pass(int rank, bool progress);
+  void leave(int rank);
+
+  // Where block `rank` has what lies at this offset from shared_base.
+  unsigned char* pointer(int rank, std::ptrdiff_t offset) const;
+
+  // Returns the number of the barrier's phase; it is over once phase() is another.
+  long arrive();
+  long phase() const { return phase_; }
+
+ private:
+  void hand_on(int rank);
+
+  struct Member {
+    unsigned char* base = nullptr;
+    bool left = false;
+    std::binary_semaphore turn{0};
+  };
+
+  int threads_, late_ = -1, stuck_ = 0, arrived_ = 0;
+  std::atomic<int> entered_ = 0;
+  long phase_ = 0;
+  std::vector<Member> members_;
+  Draws draw_;
+};
+
+// What a thread has started, in groups that end where it commits them.
+template <typename T>
+class Block::Groups {
+ public:
+  void start(T item) { items_.push_back(std::move(item)); }
+  void commit() { ends_.push_back(items_.size()); }
+  bool empty() const { return items_.empty(); }
+  // Items of every group, which stay behind as empty ones.
+  std::vector<T> take() {
+    std::fill(ends_.begin(), ends_.end(), 0);
+    return std::exchange(items_, {});
+  }
+  // Calls all of the groups but the last `pending` ones.
+  void finish(int pending) {
+    const auto groups = static_cast<std::ptrdiff_t>(ends_.size()) - pending;
+    if (groups <= 0) {
+      return;
+    }
+    const std::size_t end = ends_[groups - 1];
+    std::for_each_n(items_.begin(), end, [](const T& item) { item(); });
+    items_.erase(items_.begin(), items_.begin() + static_cast<std::ptrdiff_t>(end));
+    ends_.erase(ends_.begin(), ends_.begin() + groups);
+    for (std::size_t& later : ends_) {
+      later -= end;
+    }
+  }
+
+ private:
+  std::vector<T> items_;
+  std::vector<std::size_t> ends_;
+};
+
+struct Block::Copy {
+  void* target;
+  const void* source;  // null: zeros
+  int bytes;
+
+  void operator()() const { source != nullptr ? std::memcpy(target, source, bytes) : std::memset(target, 0, bytes); }
+};
+
+struct Block::Fiber {
+  Stacks::Stack stack = Stacks::take();
+  Place place;
+  long cluster_phase = 0;  // in which it arrived last
+  Groups<Copy> copies, stores;
+  Groups<std::function<void()>> products;
+};
+
+struct Block::Warp {
+  Meeting all;
+  std::map<unsigned, Meeting> some;  // by mask
+};
+
+struct Block::Condition {
+  bool (*true_now)(void* of, std::int64_t value);
+  void* of;
+  std::int64_t value;
+  std::vector<int> waiting;
+};
+
+Cluster::Cluster(int size, int threads, unsigned seed) : threads_(size * threads), members_(size), draw_(seed) {
+  if (draw_(2) == 0) {
+    late_ = static_cast<int>(draw_(size));
+  }
+}
+
+void Cluster::enter(int rank) {
+  members_[rank].base = shared_base;
+  if (++entered_ == size()) {
+    hand_on(static_cast<int>(draw_(size())));
+  }
+  members_[rank].turn.acquire();
 }
 
 void Cluster::pass(int rank, bool progress) {
@@ -37,26 +185,23 @@ void Cluster::pass(int rank, bool progress) {
   if (stuck_ > 3 * size()) {
     fail("every thread of a cluster waits");
   }
-  if (progress && schedule_() % 4 != 0) {
-    return;
+  if (!progress || draw_(4) == 0) {
+    hand_on(rank);
+    members_[rank].turn.acquire();
   }
-  std::unique_lock<std::mutex> lock(mutex_);
-  hand_on(rank);
-  changed_.wait(lock, [&] { return turn_ == rank; });
 }
 
 void Cluster::leave(int rank) {
-  const std::unique_lock<std::mutex> lock(mutex_);
-  left_[rank] = true;
+  members_[rank].left = true;
   stuck_ = 0;
   hand_on(rank);
 }
 
 unsigned char* Cluster::pointer(int rank, std::ptrdiff_t offset) const {
-  if (left_[rank]) {
+  if (members_[rank].left) {
     fail("a store into the shared memory of a block that has ended");
   }
-  return bases_[rank] + offset;
+  return members_[rank].base + offset;
 }
 
 long Cluster::arrive() {
@@ -69,31 +214,20 @@ long Cluster::arrive() {
 }
 
 void Cluster::hand_on(int rank) {
-  if (stuck_ >= size() || std::count(left_.begin(), left_.end(), false) == 1) {
+  const auto there = [](const Member& member) { return !member.left; };
+  if (stuck_ >= size() || std::count_if(members_.begin(), members_.end(), there) == 1) {
     late_ = -1;
   }
   for (int next = 1; next <= size(); ++next) {
-    if (const int other = (rank + next) % size(); !left_[other] && other != late_) {
-      turn_ = other;
-      break;
+    if (const int other = (rank + next) % size(); there(members_[other]) && other != late_) {
+      members_[other].turn.release();
+      return;
     }
   }
-  changed_.notify_all();
 }
 
 Block::Block(int threads, const std::function<void()>& body, Cluster* cluster, int rank)
-    : cluster_(cluster),
-      rank_(rank),
-      body_(body),
-      fibers_(threads),
-      order_(threads),
-      schedule_(rank + 1),
-      meetings_(threads / kWarp) {
-  std::iota(order_.begin(), order_.end(), 0);
-  for (Fiber& fiber : fibers_) {
-    fiber.stack = Stacks::take();
-  }
-}
+    : cluster_(cluster), rank_(rank), body_(body), fibers_(threads), draw_(rank + 1), warps_(threads / kWarp) {}
 
 Block::~Block() {
   for (Fiber& fiber : fibers_) {
@@ -103,60 +237,76 @@ Block::~Block() {
 
 void Block::run() {
   current_block = this;
-  for (std::size_t i = 0; i < fibers_.size(); ++i) {
-    Fiber& fiber = fibers_[i];
+  running_ = static_cast<int>(fibers_.size());
+  ready_.resize(running_);
+  std::iota(ready_.begin(), ready_.end(), 0);
+  for (Fiber& fiber : fibers_) {
     fiber.place.start(fiber.stack.get(), &Block::enter);
-    fiber.done = false;
-    fiber.copies.assign(1, {});
-    fiber.stores.assign(1, {});
-    fiber.products.assign(1, {});
   }
-  int asleep = -1;  // a warp, until no other can go on
-  for (bool any = true; any;) {
-    any = false;
+  asleep_ = -1;
+  const bool late = draw_(2) == 0;  // what is asynchronous waits until nothing else can go on
+  while (running_ > 0) {
+    ask();
     bool moved = false;
-    std::shuffle(order_.begin(), order_.end(), schedule_);
-    for (const int i : order_) {
-      Fiber& fiber = fibers_[i];
-      if (fiber.done) {
-        continue;
-      }
-      any = true;
-      if (i / kWarp == asleep) {
-        continue;
-      }
-      if ((fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.since) ||
-          (fiber.until && !fiber.until())) {
-        continue;
-      }
-      fiber.waits_for = nullptr;
-      fiber.until = nullptr;
-      moved = true;
-      thread = i;
-      scheduler_.leave_for(fiber.place);
+    for (std::size_t turns = ready_.size(); turns > 0 && !ready_.empty(); --turns) {
+      moved = take_turn() || moved;
     }
-    const bool stuck = any && !moved && events_.empty() && asleep < 0;
-    if (stuck && cluster_ == nullptr) {
+    const bool stuck = !moved && events_.empty() && asleep_ < 0;
+    if (stuck && running_ > 0 && cluster_ == nullptr) {
       fail("every thread waits");
     }
-    if (!events_.empty() && (!moved || schedule_() % 4 == 0)) {
-      finish_event(schedule_() % events_.size());
+    if (!events_.empty() && (!moved || (!late && draw_(4) == 0))) {
+      finish_event(draw_(events_.size()));
     } else if (!moved) {
-      asleep = -1;
-    } else if (asleep < 0 && schedule_() % 8 == 0) {
-      asleep = static_cast<int>(schedule_() % meetings_.size());
+      ready_.swap(sleeping_);
+      asleep_ = -1;
+    } else if (asleep_ < 0 && draw_(8) == 0) {
+      asleep_ = static_cast<int>(draw_(warps_.size()));
     }
-    if (any && cluster_ != nullptr) {
+    if (running_ > 0 && cluster_ != nullptr) {
       cluster_->pass(rank_, !stuck);
     }
   }
   while (!events_.empty()) {
     finish_event(0);
   }
-  std::fill_n(named_, kNamedBarriers, Meeting{});
-  meetings_.assign(meetings_.size(), {});
-  barrier_ = {};
+  for (Fiber& fiber : fibers_) {
+    fiber.copies = {};  // that nobody waited for
+  }
+  for (Warp& warp : warps_) {
+    warp.all.arrived = 0;
+    warp.some.clear();
+  }
+  for (Meeting& meeting : named_) {
+    meeting.arrived = 0;
+  }
+  barrier_.arrived = 0;
   counts_[0] = counts_[1] = 0;
+}
+
+void Block::leave() { fibers_[thread].place.leave_for(scheduler_); }
+
+bool Block::take_turn() {
+  std::swap(ready_[draw_(ready_.size())], ready_.back());
+  const int next = ready_.back();
+  ready_.pop_back();
+  if (next / kWarp == asleep_) {
+    sleeping_.push_back(next);
+    return false;
+  }
+  thread = next;
+  scheduler_.leave_for(fibers_[next].place);
+  return true;
+}
+
+void Block::ask() {
+  std::erase_if(waiting_, [this](const Condition& condition) {
+    const bool over = condition.true_now(condition.of, condition.value);
+    if (over) {
+      ready_.insert(ready_.end(), condition.waiting.begin(), condition.waiting.end());
+    }
+    return over;
+  });
 }
 
 void Block::start_copy(void* target, const void* source, int bytes) {
@@ -166,12 +316,12 @@ void Block::start_copy(void* target, const void* source, int bytes) {
   start({target, source, bytes}, fibers_[thread].copies);
 }
 
-void Block::commit_copies() { fibers_[thread].copies.emplace_back(); }
+void Block::commit_copies() { fibers_[thread].copies.commit(); }
 
-void Block::finish_copies(int pending) { finish_copies(fibers_[thread].copies, pending); }
+void Block::finish_copies(int pending) { fibers_[thread].copies.finish(pending); }
 
 void Block::start_event(std::function<void()> event) {
-  if (schedule_() % 2 == 0) {
+  if (draw_(2) == 0) {
     event();
   } else {
     events_.push_back(std::move(event));
@@ -179,68 +329,62 @@ void Block::start_event(std::function<void()> event) {
 }
 
 void Block::after_copies(const std::function<void()>& then) {
-  std::vector<Copy> all;
-  for (auto& group : fibers_[thread].copies) {
-    all.insert(all.end(), group.begin(), group.end());
-    group.clear();
-  }
-  start_event([all, then] {
+  start_event([all = fibers_[thread].copies.take(), then] {
     for (const Copy& copy : all) {
-      copy.finish();
+      copy();
     }
     then();
   });
 }
 
-void Block::wait_until(const std::function<bool()>& true_now) {
-  Fiber& fiber = fibers_[thread];
-  while (!true_now()) {
-    fiber.until = true_now;
-    fiber.place.leave_for(scheduler_);
+void Block::wait_until(bool (*true_now)(void* of, std::int64_t value), void* of, std::int64_t value) {
+  while (!true_now(of, value)) {
+    const auto same = [&](const Condition& c) { return c.true_now == true_now && c.of == of && c.value == value; };
+    auto at = std::find_if(waiting_.begin(), waiting_.end(), same);
+    if (at == waiting_.end()) {
+      at = waiting_.insert(at, {true_now, of, value, {}});
+    }
+    at->waiting.push_back(thread);
+    leave();
+  }
+}
+
+int Block::cluster_size() const { return cluster_ == nullptr ? 1 : cluster_->size(); }
+
+unsigned char* Block::in_block(int rank, std::ptrdiff_t offset) const {
+  return cluster_ == nullptr ? at_offset(offset) : cluster_->pointer(rank, offset);
+}
+
+void Block::arrive_cluster() {
+  if (cluster_ != nullptr) {
+    fibers_[thread].cluster_phase = cluster_->arrive();
   }
 }
 
 void Block::wait_cluster() {
-  const long phase = fibers_[thread].cluster_phase;
-  wait_until([this, phase] { return cluster_ == nullptr || cluster_->phase() != phase; });
+  if (cluster_ != nullptr) {
+    const auto is_over = [](void* cluster, std::int64_t phase) {
+      return static_cast<const Cluster*>(cluster)->phase() != phase;
+    };
+    wait_until(is_over, cluster_, fibers_[thread].cluster_phase);
+  }
 }
 
 void Block::start_store(void* target, const void* source, int bytes) {
   start({target, source, bytes}, fibers_[thread].stores);
 }
 
-void Block::commit_stores() { fibers_[thread].stores.emplace_back(); }
+void Block::commit_stores() { fibers_[thread].stores.commit(); }
 
-void Block::finish_stores(int pending) { finish_copies(fibers_[thread].stores, pending); }
+void Block::finish_stores(int pending) { fibers_[thread].stores.finish(pending); }
 
-bool Block::product_is_late() {
-  const auto& groups = fibers_[thread].products;
-  return std::any_of(groups.begin(), groups.end(), [](const auto& group) { return !group.empty(); }) ||
-         schedule_() % 2 == 0;
-}
+bool Block::product_is_late() { return !fibers_[thread].products.empty() || draw_(2) == 0; }
 
-void Block::start_product(std::function<void()> product) {
-  fibers_[thread].products.back().push_back(std::move(product));
-}
+void Block::start_product(std::function<void()> product) { fibers_[thread].products.start(std::move(product)); }
 
-void Block::commit_products() { fibers_[thread].products.emplace_back(); }
+void Block::commit_products() { fibers_[thread].products.commit(); }
 
-void Block::finish_products(int pending) {
-  auto& groups = fibers_[thread].products;
-  while (static_cast<int>(groups.size()) > pending + 1) {
-    for (const auto& product : groups.front()) {
-      product();
-    }
-    groups.pop_front();
-  }
-}
-
-void Block::arrive_named(int id, int threads) {
-  if (++named_[id].arrived == threads) {
-    named_[id].arrived = 0;
-    ++named_[id].generation;
-  }
-}
+void Block::finish_products(int pending) { fibers_[thread].products.finish(pending); }
 
 int Block::synchronize(bool value) {
   const long generation = barrier_.generation;
@@ -258,30 +402,18 @@ void Block::enter() {
   Block& block = *current_block;
   block.body_();
   Fiber& fiber = block.fibers_[thread];
-  const auto any = [](const auto& groups) {
-    return std::any_of(groups.begin(), groups.end(), [](const auto& group) { return !group.empty(); });
-  };
-  if (any(fiber.stores) || any(fiber.products)) {
+  if (!fiber.stores.empty() || !fiber.products.empty()) {
     fail("a thread ends before what it stores has been read, or before a product is done");
   }
-  fiber.done = true;
-  fiber.place.leave_for(block.scheduler_);
+  --block.running_;
+  block.leave();
 }
 
-void Block::start(const Copy& copy, std::deque<std::vector<Copy>>& groups) {
-  if (schedule_() % 2 == 0) {
-    copy.finish();
+void Block::start(const Copy& copy, Groups<Copy>& groups) {
+  if (draw_(2) == 0) {
+    copy();
   } else {
-    groups.back().push_back(copy);
-  }
-}
-
-void Block::finish_copies(std::deque<std::vector<Copy>>& groups, int pending) {
-  while (static_cast<int>(groups.size()) > pending + 1) {
-    for (const Copy& copy : groups.front()) {
-      copy.finish();
-    }
-    groups.pop_front();
+    groups.start(copy);
   }
 }
 
@@ -291,21 +423,27 @@ void Block::finish_event(std::size_t i) {
   event();
 }
 
-void Block::meet(Meeting& meeting, int threads) {
-  Fiber& fiber = fibers_[thread];
-  const long generation = meeting.generation;
-  if (++meeting.arrived == threads) {
-    meeting.arrived = 0;
-    ++meeting.generation;
-    return;
+bool Block::arrive(Meeting& meeting, int threads) {
+  if (++meeting.arrived < threads) {
+    return false;
   }
-  fiber.waits_for = &meeting;
-  fiber.since = generation;
-  fiber.place.leave_for(scheduler_);
+  meeting.arrived = 0;
+  ++meeting.generation;
+  ready_.insert(ready_.end(), meeting.waiting.begin(), meeting.waiting.end());
+  meeting.waiting.clear();
+  return true;
+}
+
+void Block::meet(Meeting& meeting, int threads) {
+  if (!arrive(meeting, threads)) {
+    meeting.waiting.push_back(thread);
+    leave();
+  }
 }
 
 const void* Block::exchange(unsigned mask, const void* mine, std::size_t bytes) {
-  Meeting& meeting = meetings_[thread / kWarp][mask];
+  Warp& warp = warps_[thread / kWarp];
+  Meeting& meeting = mask == 0xFFFFFFFFU ? warp.all : warp.some[mask];
   unsigned char* places = meeting.brought[meeting.generation % 2][0];
   std::memcpy(places + thread % kWarp * bytes, mine, bytes);
   meet(meeting, __builtin_popcount(mask));
@@ -324,7 +462,7 @@ void launch_cluster(int first, int size, int threads, std::size_t shared_bytes, 
     blocks.emplace_back([&, rank] {
       grid_size = grid;
       block_index = {first + rank, 0, 0};
-      DynamicShared::poison();
+      DynamicShared::poison(shared_bytes);
       Block block(threads, kernel, &cluster, rank);
       cluster.enter(rank);
       block.run();
@@ -359,7 +497,7 @@ void launch(const dim3& grid, int threads, std::size_t shared_bytes, const std::
     for (int y = 0; y < grid_size.y.value; ++y) {
       for (int x = 0; x < grid_size.x.value; ++x) {
         block_index = {x, y, z};
-        DynamicShared::poison();
+        DynamicShared::poison(shared_bytes);
         block.run();
         DynamicShared::check(shared_bytes);
       }

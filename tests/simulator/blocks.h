@@ -1,26 +1,21 @@
 // Blocks of threads on a CPU, one after the other, and clusters of them. A thread is a fiber. Fibers of a block take
-// turns in one thread of the host and change only where they wait, in an order drawn anew each round from a fixed seed;
-// now and then a warp sleeps while the others go on. The blocks of a cluster have a thread of the host each, of which
-// one runs at a time. What is asynchronous (copies, matrix products of a warpgroup, stores into another block) happens
-// at once or as late as it may, as chance will have it. What is not a template is in blocks.cpp, which every program
-// links and no sanitizer slows down.
+// turns in one thread of the host and change only where they wait. Who is next is drawn from a fixed seed, among those
+// that can go on; those that cannot cost nothing. Now and then a warp sleeps while the others go on. The blocks of a
+// cluster have a thread of the host each, of which one runs at a time. What is asynchronous (copies, matrix products of
+// a warpgroup, stores into another block) happens at once or as late as it may, as chance will have it. What is not a
+// template is in blocks.cpp, which every program links and no sanitizer slows down. So is what only that file needs:
+// the standard library's large headers take longer to compile than most kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <random>
 #include <vector>
 
 namespace emulated {
@@ -49,14 +44,18 @@ inline unsigned char* at_offset(std::ptrdiff_t offset) {
 class DynamicShared {
  public:
   explicit DynamicShared(const unsigned char* bytes) { offsets().push_back(bytes - shared_base); }
-  static void poison();
+  // For a block that asks for so many bytes: after the first one, all but what the one before asked for are ones still.
+  static void poison(std::size_t asked);
   static void check(std::size_t asked);
+  // Of a product, which no sanitizer sees: only from what the block asked for.
+  static void check_read(const unsigned char* begin, const unsigned char* end);
 
  private:
   static std::vector<std::ptrdiff_t>& offsets() {
     static std::vector<std::ptrdiff_t> list;
     return list;
   }
+  static inline thread_local std::size_t used = kSharedBytes;  // of the block that runs
 };
 
 // Where a stack was left. Changing stacks by hand makes no system call, unlike swapcontext, which makes two.
@@ -103,69 +102,18 @@ class Place {
 };
 #endif
 
-// Stacks that no fiber has now.
-class Stacks {
+// Numbers from a fixed seed.
+class Draws {
  public:
-  using Stack = std::unique_ptr<unsigned char[]>;
-
-  static Stack take() {
-    const std::unique_lock<std::mutex> lock(mutex());
-    if (spare().empty()) {
-      return Stack(new unsigned char[kStackBytes]);
-    }
-    Stack stack = std::move(spare().back());
-    spare().pop_back();
-    return stack;
-  }
-  static void give_back(Stack stack) {
-    const std::unique_lock<std::mutex> lock(mutex());
-    spare().push_back(std::move(stack));
+  explicit Draws(unsigned seed) : state_(seed) {}
+  // At least 0 and less than `below`.
+  unsigned operator()(std::size_t below) {
+    state_ = state_ * 6364136223846793005U + 1442695040888963407U;
+    return static_cast<unsigned>((state_ >> 33) % below);
   }
 
  private:
-  static std::mutex& mutex() {
-    static std::mutex one;
-    return one;
-  }
-  static std::vector<Stack>& spare() {
-    static std::vector<Stack> list;
-    return list;
-  }
-};
-
-// The blocks of a cluster, each in a thread of the host. One runs at a time: the others wait for their turn. Of some
-// clusters one block begins only when no other can go on.
-class Cluster {
- public:
-  Cluster(int size, int threads, unsigned seed) : threads_(size * threads), bases_(size), left_(size), schedule_(seed) {
-    late_ = schedule_() % 2 == 0 ? static_cast<int>(schedule_() % size) : -1;
-  }
-
-  int size() const { return static_cast<int>(bases_.size()); }
-
-  // Block `rank` waits until all are there and it is its turn.
-  void enter(int rank);
-  // A round of the block's threads is over, in which something happened or not.
-  void pass(int rank, bool progress);
-  void leave(int rank);
-
-  // Where block `rank` has what lies at this offset from shared_base.
-  unsigned char* pointer(int rank, std::ptrdiff_t offset) const;
-
-  // Returns the number of the barrier's phase; it is over once phase() is another.
-  long arrive();
-  long phase() const { return phase_; }
-
- private:
-  void hand_on(int rank);
-
-  int threads_, late_, entered_ = 0, turn_ = -1, stuck_ = 0, arrived_ = 0;
-  long phase_ = 0;
-  std::vector<unsigned char*> bases_;
-  std::vector<bool> left_;
-  std::mt19937 schedule_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
+  std::uint64_t state_;
 };
 
 // Threads that wait for each other: a warp's lanes of one mask, or a barrier. What each brought is kept until the next
@@ -173,8 +121,11 @@ class Cluster {
 struct Meeting {
   int arrived = 0;
   long generation = 0;
+  std::vector<int> waiting;
   alignas(16) unsigned char brought[2][kWarp][64];
 };
+
+class Cluster;
 
 class Block {
  public:
@@ -202,16 +153,15 @@ class Block {
   void start_event(std::function<void()> event);
   // Once this thread's copies so far are done, wherever they stand.
   void after_copies(const std::function<void()>& then);
-  void wait_until(const std::function<bool()>& true_now);
+  // Until true_now(of, value), which is asked once for all threads that wait for the same.
+  void wait_until(bool (*true_now)(void* of, std::int64_t value), void* of, std::int64_t value);
 
   // The cluster's: a block outside of one is one of its own.
   int rank() const { return rank_; }
-  int cluster_size() const { return cluster_ == nullptr ? 1 : cluster_->size(); }
-  void arrive_cluster() { fibers_[thread].cluster_phase = cluster_ == nullptr ? -1 : cluster_->arrive(); }
+  int cluster_size() const;
+  void arrive_cluster();
   void wait_cluster();
-  unsigned char* in_block(int rank, std::ptrdiff_t offset) const {
-    return cluster_ == nullptr ? at_offset(offset) : cluster_->pointer(rank, offset);
-  }
+  unsigned char* in_block(int rank, std::ptrdiff_t offset) const;
 
   // Copies out of shared memory, in groups of their own.
   void start_store(void* target, const void* source, int bytes);
@@ -226,7 +176,7 @@ class Block {
 
   // Barriers by number: `threads` arrivals, of which those of synchronize_named wait.
   void synchronize_named(int id, int threads) { meet(named_[id], threads); }
-  void arrive_named(int id, int threads);
+  void arrive_named(int id, int threads) { arrive(named_[id], threads); }
 
   // All threads of the block; how many brought true.
   int synchronize(bool value);
@@ -235,42 +185,39 @@ class Block {
   static inline thread_local int thread = 0;
 
  private:
-  struct Copy {
-    void* target;
-    const void* source;  // null: zeros
-    int bytes;
-
-    void finish() const { source != nullptr ? std::memcpy(target, source, bytes) : std::memset(target, 0, bytes); }
-  };
-  struct Fiber {
-    Stacks::Stack stack;
-    Place place;
-    Meeting* waits_for = nullptr;
-    long since = 0;
-    bool done = true;
-    long cluster_phase = 0;  // in which it arrived last
-    std::function<bool()> until;
-    // Committed groups, and the one that is not.
-    std::deque<std::vector<Copy>> copies, stores;
-    std::deque<std::vector<std::function<void()>>> products;
-  };
+  struct Copy;
+  struct Fiber;
+  struct Warp;
+  struct Condition;
+  template <typename T>
+  class Groups;
 
   static void enter();
 
-  void start(const Copy& copy, std::deque<std::vector<Copy>>& groups);
-  static void finish_copies(std::deque<std::vector<Copy>>& groups, int pending);
+  void leave();  // this thread for the next one
 
+  // Lets a thread that can go on do so: whether one could that is not asleep.
+  bool take_turn();
+  // Threads whose conditions hold now can go on.
+  void ask();
+  void start(const Copy& copy, Groups<Copy>& groups);
   void finish_event(std::size_t i);
 
+  // Whether all are there now.
+  bool arrive(Meeting& meeting, int threads);
   void meet(Meeting& meeting, int threads);
 
   Cluster* cluster_;
   int rank_;
   std::function<void()> body_;
   std::vector<Fiber> fibers_;
-  std::vector<int> order_;  // in which threads take their turns, another one each round
-  std::mt19937 schedule_;
-  std::vector<std::map<unsigned, Meeting>> meetings_;  // by warp and mask
+  int running_ = 0;            // fibers that have not ended
+  std::vector<int> ready_;     // threads that can go on
+  int asleep_ = -1;            // a warp, until no other can go on
+  std::vector<int> sleeping_;  // its threads that could
+  std::vector<Condition> waiting_;
+  Draws draw_;
+  std::vector<Warp> warps_;
   Meeting barrier_;
   Meeting named_[kNamedBarriers];
   std::vector<std::function<void()>> events_;  // that have not happened yet

@@ -25,6 +25,8 @@ using emulated::difference;
 using emulated::normal;
 using emulated::uniform;
 
+using Rows = std::vector<std::vector<double>>;
+
 struct Shape {
   int batch, query_heads, kv_heads, num_sms;
   int items() const { return batch * kv_heads; }
@@ -85,9 +87,7 @@ struct Call {
         lse(shape.batch * shape.query_heads, NAN),
         partial_out(plan.partials * kDecodeHeads * D, NAN),
         partial_lse(plan.partials * kDecodeHeads, NAN) {
-    for (Element& x : q) {
-      x = Element(normal());
-    }
+    emulated::fill_normal(q);
     params.q = q.data();
     params.q_stride[0] = shape.query_heads * D;
     params.q_stride[1] = D;
@@ -120,26 +120,28 @@ struct Call {
   // tokens(b, h): keys and values of a key/value head.
   template <typename Tokens>
   double error(const Tokens& tokens) const {
+    const auto starts_of = [](const Rows& rows) {
+      std::vector<const double*> starts;
+      for (const std::vector<double>& row : rows) {
+        starts.push_back(row.data());
+      }
+      return starts;
+    };
+    const std::vector<double> wide_q = emulated::widened(q), wide_out = emulated::widened(out);
     double worst = 0.0;
     for (int b = 0; b < shape.batch; ++b) {
       for (int h = 0; h < shape.kv_heads; ++h) {
         const auto [keys, values] = tokens(b, h);
         for (int g = 0; g < shape.group(); ++g) {
           const int head = b * shape.query_heads + h * shape.group() + g;
-          const emulated::Attended should = emulated::attend(row_of(q, head, D), keys, values);
-          const std::vector<double> is = row_of(out, head, D);
-          for (int d = 0; d < D; ++d) {
-            worst = std::max(worst, difference(is[d], should.out[d]));
-          }
-          worst = std::max(worst, difference(lse[head], should.lse));
+          const auto should = emulated::attend(&wide_q[head * D], D, starts_of(keys), starts_of(values));
+          worst = std::max({worst, difference(&wide_out[head * D], should.out), difference(lse[head], should.lse)});
         }
       }
     }
     return worst;
   }
 };
-
-using Rows = std::vector<std::vector<double>>;
 
 template <typename Element, int D>
 double decode(const Shape& shape) {

@@ -7,6 +7,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <memory>
+#include <optional>
+
 #include "common/quantized_block.h"
 #include "cuda_on_cpu.h"
 #include "reference.h"
@@ -88,11 +91,8 @@ template <typename Element>
 bool run(const Case& c, std::optional<cuda::Element> element) {
   const std::size_t rows = static_cast<std::size_t>(c.batch) * c.heads * c.tokens;
   std::vector<Element> k(rows * c.head_dim), v(k.size());
-  for (auto* x : {&k, &v}) {
-    for (Element& value : *x) {
-      value = Element(emulated::normal());
-    }
-  }
+  emulated::fill_normal(k);
+  emulated::fill_normal(v);
   std::unique_ptr<bool[]> mask(new bool[c.batch * c.tokens]);
   std::vector<std::int32_t> index(c.batch * c.tokens, c.tokens), count(c.batch, 0);
   std::vector<std::vector<int>> parts[2];

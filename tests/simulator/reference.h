@@ -8,53 +8,33 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "common/quantized_block.h"
 
 namespace emulated {
 
-inline std::mt19937& generator() {
-  static std::mt19937 engine(1);
-  return engine;
-}
-inline float normal() { return std::normal_distribution<float>()(generator()); }
-inline int uniform(int least, int most) { return std::uniform_int_distribution<int>(least, most)(generator()); }
+void seed(unsigned from);
+float normal();
+int uniform(int least, int most);
+
+// What only programs without sanitizers do fast, and so is in reference.cpp, for float, __half and __nv_bfloat16:
+// random numbers of an array, and an array in float64.
+template <typename Element>
+void fill_normal(std::vector<Element>& values);
+template <typename Element>
+std::vector<double> widened(const std::vector<Element>& values);
+
+double dot(const double* x, const double* y, int size);
 
 struct Attended {
   std::vector<double> out;
   double lse;  // natural
 };
 
-// One query [head_dim] over the tokens whose keys and values are rows of `keys` and `values`.
-inline Attended attend(const std::vector<double>& query, const std::vector<std::vector<double>>& keys,
-                       const std::vector<std::vector<double>>& values) {
-  Attended result{std::vector<double>(query.size(), 0.0), -INFINITY};
-  std::vector<double> weights;
-  double most = -INFINITY, sum = 0.0;
-  for (const std::vector<double>& key : keys) {
-    double score = 0.0;
-    for (std::size_t d = 0; d < query.size(); ++d) {
-      score += query[d] * key[d];
-    }
-    weights.push_back(score / std::sqrt(static_cast<double>(query.size())));
-    most = std::max(most, weights.back());
-  }
-  for (double& weight : weights) {
-    weight = std::exp(weight - most);
-    sum += weight;
-  }
-  for (std::size_t t = 0; t < keys.size(); ++t) {
-    for (std::size_t d = 0; d < query.size(); ++d) {
-      result.out[d] += weights[t] / sum * values[t][d];
-    }
-  }
-  if (!keys.empty()) {
-    result.lse = most + std::log(sum);
-  }
-  return result;
-}
+// One query [head_dim] over tokens, whose keys and values [head_dim] begin where `keys` and `values` say.
+Attended attend(const double* query, int head_dim, const std::vector<const double*>& keys,
+                const std::vector<const double*>& values);
 
 // The largest difference of what a kernel gave; infinite where something is NaN that should not be.
 inline double difference(double is, double should) {
@@ -64,6 +44,8 @@ inline double difference(double is, double should) {
   const double error = std::abs(is - should);
   return error == error ? error : INFINITY;
 }
+// Of as many as there should be.
+double difference(const double* is, const std::vector<double>& should);
 
 // Sets a code of `bits` bits, whatever stood there.
 inline void put_code(std::uint8_t* codes, zipvl::quantized::CodePlace place, unsigned code, int bits) {
@@ -100,7 +82,7 @@ int run_cases(int count, char** arguments, const Check& check) {
     std::fprintf(stderr, "usage: %s CASES SEED\n", arguments[0]);
     return 2;
   }
-  generator().seed(static_cast<unsigned>(std::atoi(arguments[2])));
+  seed(static_cast<unsigned>(std::atoi(arguments[2])));
   Report report;
   for (int i = std::atoi(arguments[1]); i > 0; --i) {
     check(report);

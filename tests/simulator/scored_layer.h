@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <memory>
 #include <type_traits>
 
 #include "common/probe_draw.h"
@@ -60,9 +61,7 @@ struct ScoredLayer {
 
   static void fill(std::vector<Token>& rows, std::size_t size) {
     rows.resize(size);
-    for (Token& x : rows) {
-      x = Token(normal());
-    }
+    fill_normal(rows);
   }
 
   bool real(int b, int n) const { return mask[b * c.tokens + n]; }
@@ -141,14 +140,15 @@ struct ScoredLayer {
     params.scale_log2 = 1.4426950408889634F / std::sqrt(static_cast<float>(D));
     params.num_sms = 132;
     launch(params);
+    const std::vector<double> wide_q = widened(q), wide_k = widened(k);
     double worst = 0.0;
     for (int b = 0; b < c.batch; ++b) {
-      worst = std::max(worst, score_error(b));
+      worst = std::max(worst, score_error(b, wide_q, wide_k));
     }
     return worst;
   }
 
-  double score_error(int b) const {
+  double score_error(int b, const std::vector<double>& wide_q, const std::vector<double>& wide_k) const {
     std::vector<double> sum(c.tokens, 0.0);
     std::vector<int> viewers(c.tokens, 0);
     for (int slot = 0; slot < c.probes(); ++slot) {
@@ -161,17 +161,13 @@ struct ScoredLayer {
         viewers[n] += sees(n) ? 1 : 0;
       }
       for (int head = 0; head < c.query_heads; ++head) {
-        const Token* query = &q[((static_cast<std::size_t>(b) * c.query_heads + head) * c.tokens + position) * D];
+        const double* query = &wide_q[((static_cast<std::size_t>(b) * c.query_heads + head) * c.tokens + position) * D];
         const std::size_t kv = static_cast<std::size_t>(b) * c.kv_heads + head / (c.query_heads / c.kv_heads);
         std::vector<double> weights(c.tokens, 0.0);
         double total = 0.0;
         for (int n = 0; n < c.tokens; ++n) {
           if (sees(n)) {
-            double score = 0.0;
-            for (int d = 0; d < D; ++d) {
-              score += static_cast<double>(static_cast<float>(query[d])) *
-                       static_cast<float>(k[(kv * c.tokens + n) * D + d]);
-            }
+            const double score = dot(query, &wide_k[(kv * c.tokens + n) * D], D);
             weights[n] = std::exp(score / std::sqrt(static_cast<double>(D)));
             total += weights[n];
           }

@@ -5,6 +5,8 @@
 #include "cuda/select_tokens/select_tokens.cu"
 #include "cuda/select_tokens/sm90/select_tokens_cluster.cu"
 
+#include <memory>
+
 #include "cuda_on_cpu.h"
 #include "hopper_host.h"
 #include "reference.h"

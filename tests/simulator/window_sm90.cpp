@@ -87,26 +87,27 @@ Errors errors_of(const WindowCase& c) {
   params.ranges = {range.data(), group.data(), nullptr, nullptr, ranges.num_sinks, lse.data(), true, false};
   sparse_attn::sm90::launch_ranged_kernel<Element, D>(params, kNumSms, nullptr);
 
+  const auto wide_q = emulated::widened(q), wide_k = emulated::widened(k), wide_v = emulated::widened(v),
+             wide_out = emulated::widened(out);
   Errors errors;
+  std::vector<const double*> seen_keys, seen_values;
   for (int b = 0; b < c.batch; ++b) {
     for (int n = 0; n < c.queries; ++n) {
       const int position = c.tokens - c.queries + n;
       for (int h = 0; h < c.query_heads; ++h) {
         const std::size_t query = (static_cast<std::size_t>(b) * c.queries + n) * c.query_heads + h;
-        std::vector<std::vector<double>> seen_keys, seen_values;
+        seen_keys.clear();
+        seen_values.clear();
         for (int token = 0; token <= position; ++token) {
           if (token > position - c.window || token < c.sinks) {
             const std::size_t row =
                 (static_cast<std::size_t>(b) * c.tokens + token) * c.kv_heads + h / (c.query_heads / c.kv_heads);
-            seen_keys.push_back(emulated::row_at<Element, D>(k, row));
-            seen_values.push_back(emulated::row_at<Element, D>(v, row));
+            seen_keys.push_back(&wide_k[row * D]);
+            seen_values.push_back(&wide_v[row * D]);
           }
         }
-        const auto should = emulated::attend(emulated::row_at<Element, D>(q, query), seen_keys, seen_values);
-        const std::vector<double> is = emulated::row_at<Element, D>(out, query);
-        for (int d = 0; d < D; ++d) {
-          errors.out = std::max(errors.out, emulated::difference(is[d], should.out[d]));
-        }
+        const auto should = emulated::attend(&wide_q[query * D], D, seen_keys, seen_values);
+        errors.out = std::max(errors.out, emulated::difference(&wide_out[query * D], should.out));
         const float own = lse[(static_cast<std::size_t>(b) * c.query_heads + h) * c.queries + n];
         errors.lse = std::max(errors.lse, emulated::difference(own, should.lse * std::numbers::log2e));
       }

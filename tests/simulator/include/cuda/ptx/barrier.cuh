@@ -50,7 +50,10 @@ inline bool mbarrier_test_wait(std::uint64_t* barrier, std::uint32_t parity) {
   return state_of(barrier).phase != parity;
 }
 inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
-  emulated::Block::current_block->wait_until([=] { return mbarrier_test_wait(barrier, parity); });
+  const auto is_over = [](void* of, std::int64_t of_parity) {
+    return mbarrier_test_wait(static_cast<std::uint64_t*>(of), static_cast<std::uint32_t>(of_parity));
+  };
+  emulated::Block::current_block->wait_until(is_over, barrier, parity);
 }
 
 inline std::uint32_t cluster_rank() { return static_cast<std::uint32_t>(emulated::Block::current_block->rank()); }

@@ -1,35 +1,13 @@
 #pragma once
 
-#include "cuda/ptx/values.h"
+#include "cuda/ptx/scalar.cuh"
+#include "products.h"
 
 namespace zipvl::cuda::ptx {
 
 template <typename Element>
-[[gnu::no_sanitize_address]] void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                              std::uint32_t b1) {
-  struct Operands {
-    float a[4][2], b[2][2];
-  };
-  Operands mine;
-  for (int half = 0; half < 2; ++half) {
-    for (int r = 0; r < 4; ++r) {
-      mine.a[r][half] = value_of<Element>(static_cast<std::uint16_t>(a[r] >> 16 * half));
-    }
-    mine.b[0][half] = value_of<Element>(static_cast<std::uint16_t>(b0 >> 16 * half));
-    mine.b[1][half] = value_of<Element>(static_cast<std::uint16_t>(b1 >> 16 * half));
-  }
-  const Operands* all = emulated::Block::current_block->exchange(0xFFFFFFFFU, mine);
-  const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
-  for (int r = 0; r < 4; ++r) {
-    const int row_half = r / 2, column = 2 * j + r % 2;
-    double sum = c[r];
-    for (int k = 0; k < 16; ++k) {
-      const float x = all[4 * i + k % 8 / 2].a[row_half + 2 * (k / 8)][k % 2];
-      const float y = all[4 * column + k % 8 / 2].b[k / 8][k % 2];
-      sum += static_cast<double>(x) * y;
-    }
-    c[r] = static_cast<float>(sum);
-  }
+void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  emulated::multiply_16x8x16(emulated::values_of_bits<Element>(), c, a, b0, b1);
 }
 
 // Rows of the eight by eight matrices of ldmatrix, an address a lane.
@@ -46,6 +24,7 @@ inline std::uint16_t element_at(std::uint32_t address) {
   return bits;
 }
 
+// A load is the whole warp's: no lane goes on, and lets somebody overwrite what stands there, before all have read.
 inline void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {
   const std::uint32_t* rows = matrix_rows(address);
   const int i = lane_of_thread() / 4, j = lane_of_thread() % 4;
@@ -53,6 +32,7 @@ inline void ldmatrix(std::uint32_t (&x)[4], std::uint32_t address) {
     const std::uint32_t row = rows[8 * m + i];
     x[m] = element_at(row + 4 * j) | static_cast<std::uint32_t>(element_at(row + 4 * j + 2)) << 16;
   }
+  __syncwarp();
 }
 
 inline void ldmatrix_trans(std::uint32_t (&x)[4], std::uint32_t address) {
@@ -62,6 +42,7 @@ inline void ldmatrix_trans(std::uint32_t (&x)[4], std::uint32_t address) {
     x[m] = element_at(rows[8 * m + 2 * j] + 2 * i) |
            static_cast<std::uint32_t>(element_at(rows[8 * m + 2 * j + 1] + 2 * i)) << 16;
   }
+  __syncwarp();
 }
 
 inline void stmatrix(std::uint32_t address, const std::uint32_t (&x)[4]) {
