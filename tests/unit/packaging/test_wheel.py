@@ -93,9 +93,9 @@ def test_a_wheel_is_of_one_platform_and_holds_no_plans(wheel: Path) -> None:
 @pytest.mark.slow
 def test_a_wheel_works_in_a_clean_environment(environment: Path, tmp_path: Path) -> None:
     code = SCRIPT.format(environment=str(environment))
-    ran = subprocess.run(
-        [environment / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [environment / "bin" / "python", "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "works"
 
